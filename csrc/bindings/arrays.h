@@ -1,0 +1,49 @@
+// The one place where numpy arrays become views and where the GIL is let go.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+
+#include "base/check.h"
+#include "base/matrix_view.h"
+
+namespace mrgptq::bindings {
+
+namespace py = pybind11;
+
+// A 2-D array of T whose columns are adjacent; Python's door copies every other one before it comes here. Nothing is converted: a copy would hide a wrong dtype and lose what is written.
+template <class T>
+MatrixView<const T> view(const py::array& array) {
+    check(py::isinstance<py::array_t<T, 0>>(array), "expected an array of " + std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(array.dtype())));
+    check(array.ndim() == 2, "expected a matrix, got an array of rank " + std::to_string(array.ndim()));
+    constexpr auto size = static_cast<py::ssize_t>(sizeof(T));
+    check((array.shape(1) <= 1 || array.strides(1) == size) && array.strides(0) % size == 0, "expected adjacent columns");
+    return {static_cast<const T*>(array.data()), array.shape(0), array.shape(1), array.strides(0) / size};
+}
+
+template <class T>
+MatrixView<T> writable(py::array& array) {
+    const auto read = view<T>(array);
+    return {static_cast<T*>(array.mutable_data()), read.rows, read.cols, read.row_stride};
+}
+
+template <class T>
+py::array_t<T> matrix(Index rows, Index cols) {
+    return py::array_t<T>({rows, cols});
+}
+
+template <class Work>
+decltype(auto) without_gil(Work&& work) {
+    py::gil_scoped_release release;
+    return std::forward<Work>(work)();
+}
+
+void register_formats(py::module_& module);
+void register_codecs(py::module_& module);
+void register_rotations(py::module_& module);
+void register_gptq(py::module_& module);
+
+}  // namespace mrgptq::bindings

@@ -1,0 +1,74 @@
+#include "codecs/codec.h"
+
+#include "base/parallel.h"
+#include "bindings/arrays.h"
+#include "codecs/packing.h"
+
+namespace mrgptq::bindings {
+namespace {
+
+ScaleRule rule_named(const std::string& search, const std::string& mx_rule, bool bfloat16_sixth = false) { return {scale_search_named(search), mx_rule_named(mx_rule), bfloat16_sixth}; }
+
+}  // namespace
+
+void register_codecs(py::module_& module) {
+    module.def("amax", [](const py::array& x, int threads) {
+        const auto in = view<float>(x);
+        return without_gil([&] { return amax(in, threads); });
+    });
+    module.def("first_nonfinite", [](const py::array& x, int threads) {
+        const auto in = view<float>(x);
+        return without_gil([&] { return first_nonfinite(in, threads); });
+    });
+    module.def("nvfp4_tensor_scale", &nvfp4_tensor_scale);
+    module.def("mx_tensor_scale", [](const std::string& mx_rule) { return mx_tensor_scale(mx_rule_named(mx_rule)); });
+    module.def("find_scales", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, float tensor_scale, int threads) {
+        const auto in = view<float>(weight);
+        auto scales = matrix<std::uint8_t>(in.rows, with_format(format, [&](auto f) { return in.cols / decltype(f)::group_size; }));
+        const auto out = writable<std::uint8_t>(scales);
+        without_gil([&] { find_scales(format, rule_named(search, mx_rule), in, tensor_scale, out, threads); });
+        return scales;
+    });
+    module.def("encode", [](const std::string& format, const py::array& weight, const py::array& scales, float tensor_scale, int threads) {
+        const auto in = view<float>(weight);
+        const auto in_scales = view<std::uint8_t>(scales);
+        auto codes = matrix<std::uint8_t>(in.rows, in.cols / 2);
+        const auto out = writable<std::uint8_t>(codes);
+        without_gil([&] { encode(format, in, in_scales, tensor_scale, out, threads); });
+        return codes;
+    });
+    module.def("dequantize", [](const std::string& format, const py::array& codes, const py::array& scales, float tensor_scale, int threads) {
+        const auto in = view<std::uint8_t>(codes);
+        const auto in_scales = view<std::uint8_t>(scales);
+        auto values = matrix<float>(in.rows, in.cols * 2);
+        const auto out = writable<float>(values);
+        without_gil([&] { dequantize(format, in, in_scales, tensor_scale, out, threads); });
+        return values;
+    });
+    module.def("round_to_grid",
+               [](const std::string& format, const std::string& search, const std::string& mx_rule, bool bfloat16_sixth, const py::array& x, float tensor_scale, py::array& out, int threads) {
+                   const auto in = view<float>(x);
+                   const auto to = writable<float>(out);
+                   without_gil([&] { round_to_grid(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to, threads); });
+               });
+    module.def("pack", [](const py::array& codes) {
+        const auto in = view<std::uint8_t>(codes);
+        auto packed = matrix<std::uint8_t>(in.rows, in.cols / 2);
+        const auto out = writable<std::uint8_t>(packed);
+        without_gil([&] {
+            for (Index r = 0; r < in.rows; ++r) pack_row(in.row(r), in.cols, out.row(r));
+        });
+        return packed;
+    });
+    module.def("unpack", [](const py::array& packed) {
+        const auto in = view<std::uint8_t>(packed);
+        auto codes = matrix<std::uint8_t>(in.rows, in.cols * 2);
+        const auto out = writable<std::uint8_t>(codes);
+        without_gil([&] {
+            for (Index r = 0; r < in.rows; ++r) unpack_row(in.row(r), out.cols, out.row(r));
+        });
+        return codes;
+    });
+}
+
+}  // namespace mrgptq::bindings

@@ -1,0 +1,59 @@
+#include <algorithm>
+
+#include "bindings/arrays.h"
+#include "gptq/factor.h"
+#include "gptq/hessian.h"
+#include "gptq/solver.h"
+
+namespace mrgptq::bindings {
+
+void register_gptq(py::module_& module) {
+    fix_eigen_blocking();
+    py::class_<Hessian>(module, "HessianSum")
+        .def(py::init<Index>())
+        .def("update",
+             [](Hessian& self, const py::array& x, int threads) {
+                 const auto in = view<float>(x);
+                 without_gil([&] { self.update(in, threads); });
+             })
+        .def("merge", [](Hessian& self, const Hessian& other, int threads) { without_gil([&] { self.merge(other, threads); }); })
+        .def("matrix",
+             [](const Hessian& self, int threads) {
+                 auto h = matrix<double>(self.cols(), self.cols());
+                 const auto out = writable<double>(h);
+                 without_gil([&] { self.matrix(out, threads); });
+                 return h;
+             })
+        .def_property_readonly("cols", &Hessian::cols)
+        .def_property_readonly("tokens", &Hessian::tokens);
+    py::class_<Factor>(module, "CholeskyFactor")
+        .def(py::init([](const py::array& h, const std::string& order, double damping) {
+            const auto in = view<double>(h);
+            return without_gil([&] { return std::make_unique<Factor>(in, order_named(order), damping); });
+        }))
+        .def_property_readonly("order",
+                               [](const Factor& self) {
+                                   py::array_t<Index> order(static_cast<py::ssize_t>(self.order().size()));
+                                   std::copy(self.order().begin(), self.order().end(), order.mutable_data());
+                                   return order;
+                               })
+        .def_property_readonly("damping", &Factor::damping)
+        .def_property_readonly("dead_columns", &Factor::dead_columns)
+        .def_property_readonly("usable", &Factor::usable);
+    module.def("solve", [](const std::string& format, const py::array& weight, const py::array& scales, float tensor_scale, const Factor& factor, const std::string& precision,
+                           int threads) {
+        const auto in = view<float>(weight);
+        const auto in_scales = view<std::uint8_t>(scales);
+        auto codes = matrix<std::uint8_t>(in.rows, in.cols / 2);
+        const auto out = writable<std::uint8_t>(codes);
+        const double loss = without_gil([&] { return solve(format, in, in_scales, tensor_scale, factor, precision_named(precision), out, threads); });
+        return py::make_tuple(codes, loss);
+    });
+    module.def("quadratic_form", [](const py::array& e, const py::array& h, int threads) {
+        const auto in = view<float>(e);
+        const auto in_h = view<double>(h);
+        return without_gil([&] { return quadratic_form(in, in_h, threads); });
+    });
+}
+
+}  // namespace mrgptq::bindings

@@ -1,0 +1,18 @@
+#include "bindings/arrays.h"
+#include "rotations/hadamard.h"
+
+namespace mrgptq::bindings {
+
+void register_rotations(py::module_& module) {
+    module.def("rotate_columns", [](const py::array& x, Index block_size, py::array& out, int threads) {
+        const auto in = view<float>(x);
+        const auto to = writable<float>(out);
+        without_gil([&] { rotate_columns(in, block_size, to, threads); });
+    });
+    module.def("rotate_hessian", [](py::array& h, Index block_size, int threads) {
+        const auto in_place = writable<double>(h);
+        without_gil([&] { rotate_hessian(in_place, block_size, threads); });
+    });
+}
+
+}  // namespace mrgptq::bindings

@@ -1,0 +1,124 @@
+#include "codecs/codec.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <vector>
+
+#include "base/parallel.h"
+#include "codecs/packing.h"
+
+namespace mrgptq {
+namespace {
+
+// Rows a thread takes at a time: enough to hide the handing out, few enough to share a small matrix.
+constexpr Index row_grain = 8;
+
+template <class T>
+void check_groups(const MatrixView<T>& matrix, const MatrixView<const std::uint8_t>& scales, Index group_size, const char* name) {
+    check(matrix.cols % group_size == 0, std::string(name) + " has " + std::to_string(matrix.cols) + " columns; the format needs a multiple of " + std::to_string(group_size));
+    check(scales.rows == matrix.rows && scales.cols == matrix.cols / group_size,
+          "scales have shape (" + std::to_string(scales.rows) + ", " + std::to_string(scales.cols) + "); " + name + " needs (" + std::to_string(matrix.rows) + ", " +
+              std::to_string(matrix.cols / group_size) + ")");
+}
+
+void check_codes(const MatrixView<const std::uint8_t>& codes, Index rows, Index cols) {
+    check(codes.rows == rows && codes.cols * 2 == cols, "codes have shape (" + std::to_string(codes.rows) + ", " + std::to_string(codes.cols) + "); got a matrix of shape (" + std::to_string(rows) + ", " +
+                                                            std::to_string(cols) + "), two columns a byte");
+}
+
+template <class Format>
+void encode_group(const float* x, float step, std::uint8_t* codes) noexcept {
+    // Divide, never multiply by a rounded reciprocal: that moves ties.
+    for (Index c = 0; c < Format::group_size; ++c) codes[c] = e2m1::encode(x[c] / step);
+}
+
+}  // namespace
+
+float amax(MatrixView<const float> x, int threads) {
+    std::vector<float> largest(static_cast<std::size_t>((x.rows + row_grain - 1) / row_grain), 0.0f);
+    parallel_for_ranges(x.rows, row_grain, threads, [&](Index begin, Index end) {
+        float& mine = largest[static_cast<std::size_t>(begin / row_grain)];
+        for (Index r = begin; r < end; ++r) mine = std::max(mine, group_amax(x.row(r), x.cols));
+    });
+    return largest.empty() ? 0.0f : *std::max_element(largest.begin(), largest.end());
+}
+
+Index first_nonfinite(MatrixView<const float> x, int threads) {
+    std::vector<Index> found(static_cast<std::size_t>((x.rows + row_grain - 1) / row_grain), -1);
+    parallel_for_ranges(x.rows, row_grain, threads, [&](Index begin, Index end) {
+        for (Index r = begin; r < end; ++r) {
+            const float* row = x.row(r);
+            // One flag a row lets the scan vectorise; the position is looked for only where there is one.
+            std::uint32_t worst = 0;
+            for (Index c = 0; c < x.cols; ++c) worst = std::max(worst, std::bit_cast<std::uint32_t>(row[c]) & 0x7F800000u);
+            if (worst != 0x7F800000u) continue;
+            Index c = 0;
+            while ((std::bit_cast<std::uint32_t>(row[c]) & 0x7F800000u) != 0x7F800000u) ++c;
+            found[static_cast<std::size_t>(begin / row_grain)] = r * x.cols + c;
+            return;
+        }
+    });
+    const auto first = std::find_if(found.begin(), found.end(), [](Index position) { return position >= 0; });
+    return first == found.end() ? -1 : *first;
+}
+
+void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<std::uint8_t> scales, int threads) {
+    with_format(format, [&]<class Format>(Format) {
+        check_groups<const float>(weight, scales, Format::group_size, "weight");
+        parallel_for_ranges(weight.rows, row_grain, threads, [&](Index begin, Index end) {
+            for (Index r = begin; r < end; ++r)
+                for (Index g = 0; g < scales.cols; ++g) scales.row(r)[g] = group_scale<Format>(weight.row(r) + g * Format::group_size, rule, tensor_scale);
+        });
+    });
+}
+
+void encode(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<std::uint8_t> codes, int threads) {
+    with_format(format, [&]<class Format>(Format) {
+        check_groups(weight, scales, Format::group_size, "weight");
+        check_codes(codes, weight.rows, weight.cols);
+        parallel_for_ranges(weight.rows, row_grain, threads, [&](Index begin, Index end) {
+            std::array<std::uint8_t, Format::group_size> group;
+            for (Index r = begin; r < end; ++r)
+                for (Index g = 0; g < scales.cols; ++g) {
+                    encode_group<Format>(weight.row(r) + g * Format::group_size, group_step<Format>(scales.row(r)[g], tensor_scale), group.data());
+                    pack_row(group.data(), Format::group_size, codes.row(r) + g * Format::group_size / 2);
+                }
+        });
+    });
+}
+
+void dequantize(std::string_view format, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<float> out, int threads) {
+    with_format(format, [&]<class Format>(Format) {
+        check_groups(out, scales, Format::group_size, "codes");
+        check_codes(codes, out.rows, out.cols);
+        parallel_for_ranges(out.rows, row_grain, threads, [&](Index begin, Index end) {
+            for (Index r = begin; r < end; ++r)
+                for (Index g = 0; g < scales.cols; ++g) {
+                    const float step = group_step<Format>(scales.row(r)[g], tensor_scale);
+                    const std::uint8_t* packed = codes.row(r) + g * Format::group_size / 2;
+                    float* x = out.row(r) + g * Format::group_size;
+                    for (Index j = 0; j < Format::group_size / 2; ++j) {
+                        x[2 * j] = step * e2m1::decode(packed[j]);
+                        x[2 * j + 1] = step * e2m1::decode(packed[j] >> 4);
+                    }
+                }
+        });
+    });
+}
+
+void round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<const float> x, float tensor_scale, MatrixView<float> out, int threads) {
+    check(out.rows == x.rows && out.cols == x.cols, "round_to_grid: out has another shape than x");
+    with_format(format, [&]<class Format>(Format) {
+        check(x.cols % Format::group_size == 0, "x has " + std::to_string(x.cols) + " columns; " + std::string(Format::name) + " needs a multiple of " + std::to_string(Format::group_size));
+        parallel_for_ranges(x.rows, row_grain, threads, [&](Index begin, Index end) {
+            for (Index r = begin; r < end; ++r)
+                for (Index c0 = 0; c0 < x.cols; c0 += Format::group_size) {
+                    const float step = group_step<Format>(group_scale<Format>(x.row(r) + c0, rule, tensor_scale), tensor_scale);
+                    for (Index c = c0; c < c0 + Format::group_size; ++c) out.row(r)[c] = step * e2m1::decode(e2m1::encode(x.row(r)[c] / step));
+                }
+        });
+    });
+}
+
+}  // namespace mrgptq

@@ -1,0 +1,49 @@
+// What GPTQ needs to know of H before it sees a weight: the visiting order, the damping that made H factorisable, the factor.
+//
+// With R = H + λI in reversed visiting order and R = L Lᵀ, the column visited at reversed position p feeds back
+//     t_p = w_p + Σ_{k > p} (L[k,p] / L[p,p]) (w - q)_k        and adds  L[p,p]² (t_p - q_p)²  to the damped loss.
+// One factorisation, no inverse (arXiv 2507.18553); the codes are those of the textbook form, see reference.py.
+#pragma once
+
+#include <string_view>
+#include <vector>
+
+#include "base/matrix_view.h"
+#include "gptq/eigen.h"
+
+namespace mrgptq {
+
+enum class Order { natural, activation };
+Order order_named(std::string_view name);
+
+class Factor {
+public:
+    // h (cols, cols): symmetric, finite, no negative diagonal (both triangles are read as one). `damping` >= 0 is relative to the mean of the live diagonal.
+    //
+    // A column whose diagonal is zero is dead: no input ever reached it, so it is cut out of H and its weights are rounded plainly. If the factorisation fails, damping rises tenfold
+    // (from 0.01 where it was 0) up to 1; if all fail, usable() is false and the caller rounds plainly.
+    Factor(MatrixView<const double> h, Order order, double damping);
+
+    Index cols() const noexcept { return static_cast<Index>(order_.size()); }
+    const std::vector<Index>& order() const noexcept { return order_; }   // order()[0] is visited first
+    double damping() const noexcept { return damping_; }                  // the one that worked, or the last tried
+    Index dead_columns() const noexcept { return dead_columns_; }
+    bool usable() const noexcept { return usable_; }
+
+    // Column of the weight that stands at a reversed position.
+    Index column(Index position) const noexcept { return order_[static_cast<std::size_t>(cols() - 1 - position)]; }
+
+    // Unit lower triangular L[k,p] / L[p,p], and L[p,p]².
+    const Columns<double>& unit() const noexcept { return unit_; }
+    const Eigen::VectorXd& pivots() const noexcept { return pivots_; }
+
+private:
+    std::vector<Index> order_;
+    double damping_ = 0;
+    Index dead_columns_ = 0;
+    bool usable_ = false;
+    Columns<double> unit_;
+    Eigen::VectorXd pivots_;
+};
+
+}  // namespace mrgptq

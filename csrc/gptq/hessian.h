@@ -1,0 +1,37 @@
+// The running second moment H = Xᵀ X / tokens of a layer's inputs.
+//
+// Tokens are gathered into panels of 256, counted from the start of the stream; each panel's product is float32 and is added in float64. So a sum of a million tokens keeps seven digits,
+// and its bytes do not depend on how the stream was cut into batches, nor on the number of threads.
+#pragma once
+
+#include <vector>
+
+#include "base/matrix_view.h"
+
+namespace mrgptq {
+
+class Hessian {
+public:
+    explicit Hessian(Index cols);
+
+    // x (any number of tokens, cols), finite.
+    void update(MatrixView<const float> x, int threads);
+
+    // Adds another stream's sum behind this one's. Merging is associative up to float64 rounding; equal merges in equal order give equal bytes.
+    void merge(const Hessian& other, int threads);
+
+    // Writes H, both triangles, (cols, cols). All zero where no token was seen.
+    void matrix(MatrixView<double> out, int threads) const;
+
+    Index cols() const noexcept { return cols_; }
+    Index tokens() const noexcept { return tokens_; }
+
+private:
+    Index cols_;
+    Index tokens_ = 0;
+    std::vector<double> sum_;    // (cols, cols) row-major, lower triangle
+    std::vector<float> panel_;   // (256, cols): the tokens of the panel under way
+    Index panel_tokens_ = 0;
+};
+
+}  // namespace mrgptq

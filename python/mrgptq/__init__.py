@@ -1,0 +1,27 @@
+"""mrgptq: language models in four bits (MXFP4, NVFP4) with MR-GPTQ, on a CPU, from numpy arrays or whole checkpoints."""
+
+from importlib.metadata import version as _version
+
+from . import _core
+from .checkpoint import load, save
+from .checkpoint.stored_tensor import StoredTensor
+from .codecs import nvfp4_tensor_scale, pack, quantize, round_activations, unpack
+from .formats import FORMATS, MX_RULES
+from .gptq import Factor, Hessian
+from .layer import make_factor, quantize_layer
+from .recipe import Recipe
+from .result import Activations, LayerReport, QuantizedMatrix
+from .rotations import Hadamard, Identity
+
+__version__ = _version("mrgptq")
+
+
+def build_info():
+    """What this installation is: version, ISA level in use and those this machine supports, compiler, OpenMP, default number of threads."""
+    return {"version": __version__, **_core.build_info(), "isa_supported": _core.supported_levels()}
+
+
+__all__ = [
+    "FORMATS", "MX_RULES", "Activations", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "QuantizedMatrix", "Recipe", "StoredTensor", "build_info", "load",
+    "make_factor", "nvfp4_tensor_scale", "pack", "quantize", "quantize_layer", "round_activations", "save", "unpack",
+]

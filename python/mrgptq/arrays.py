@@ -1,0 +1,120 @@
+"""The door: every array, name and count that a user hands in is checked here once, and refused in a full sentence."""
+
+import numpy as np
+
+from . import _core
+
+FLOAT_DTYPES = "float32, float64, float16, bfloat16 (ml_dtypes, or uint16 bits with dtype=\"bfloat16\")"
+
+
+def choose(what, value, known):
+    """Return ``value`` if it is one of ``known``, else raise ValueError that lists them."""
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}; known: {', '.join(str(k) for k in known)}")
+    return value
+
+
+def as_threads(threads):
+    """Number of threads for the core: 0 there means OMP_NUM_THREADS, or every core."""
+    if threads is None:
+        return 0
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1:
+        raise ValueError(f"threads is {threads!r}; it must be None or an integer from 1 on")
+    return int(threads)
+
+
+def _widen(array, name, dtype):
+    if dtype is not None:
+        choose("dtype", dtype, ("bfloat16",))
+        bits = np.asarray(array)
+        if bits.dtype != np.uint16:
+            raise TypeError(f'{name} has dtype {bits.dtype}; dtype="bfloat16" takes the bits as uint16')
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    try:
+        values = np.asarray(array)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} ({type(array).__name__}) does not convert to a numpy array: {error}") from error
+    if values.dtype == np.float32:
+        return values if values.dtype.isnative else values.astype(np.float32)
+    if values.dtype.kind == "f" and values.dtype.itemsize in (2, 8) or values.dtype.name == "bfloat16":
+        with np.errstate(over="ignore"):  # what overflows is refused below, with its place
+            return values.astype(np.float32)
+    raise TypeError(f"{name} has dtype {values.dtype}; allowed: {FLOAT_DTYPES}")
+
+
+def as_float32(array, name, *, rank=None, dtype=None, threads=None):
+    """Widen an array to finite float32 with adjacent columns; no copy where it already is that.
+
+    Parameters
+    ----------
+    array : anything numpy takes, of float32, float64, float16 or bfloat16; any strides.
+    rank : the number of axes it must have; None for one or more.
+    dtype : "bfloat16" where ``array`` holds bfloat16 bits as uint16.
+
+    Raises
+    ------
+    TypeError : another dtype. ValueError : wrong rank, empty, or not finite in float32 (with the first such position).
+    """
+    values = _widen(array, name, dtype)
+    if rank is not None and values.ndim != rank:
+        raise ValueError(f"{name} has rank {values.ndim} (shape {values.shape}); expected rank {rank}" + (", (rows, cols)" if rank == 2 else ""))
+    if values.ndim == 0 or values.size == 0:
+        raise ValueError(f"{name} is empty: its shape is {values.shape}")
+    matrix = values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
+    if (matrix.shape[1] > 1 and matrix.strides[1] != 4) or matrix.strides[0] % 4 or not matrix.flags.aligned:
+        matrix = np.ascontiguousarray(matrix)
+    position = _core.first_nonfinite(matrix, as_threads(threads))
+    if position >= 0:
+        where = tuple(int(i) for i in np.unravel_index(position, values.shape))
+        place = f"row {where[0]}, column {where[1]}" if len(where) == 2 else f"index {where}"
+        raise ValueError(f"{name} is {values[where]} at {place}; every value must be finite in float32")
+    return matrix if values.ndim == 2 else matrix.reshape(values.shape)
+
+
+def as_output(out, like, name="out"):
+    """Check an array that results are written into: float32, the shape of ``like``, writeable, adjacent columns."""
+    if not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != like.shape:
+        got = f"{out.dtype} of shape {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise ValueError(f"{name} is {got}; it must be a float32 array of shape {like.shape}")
+    if not out.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+    if out.ndim != 2 and not out.flags.c_contiguous or out.ndim == 2 and (out.strides[1] != 4 or out.strides[0] % 4):
+        raise ValueError(f"{name} has strides {out.strides} bytes; its columns must be adjacent")
+    return out
+
+
+def as_scale(value, name):
+    """A positive finite number as float32."""
+    number = np.float32(value)
+    if not (np.isfinite(number) and number > 0):
+        raise ValueError(f"{name} is {value!r}; it must be a positive finite number in float32")
+    return float(number)
+
+
+def as_symmetric(hessian, cols, name="hessian"):
+    """A fresh float64 copy of a Hessian, exactly symmetric; ``cols`` None takes any size.
+
+    Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|) or has a negative diagonal entry.
+    """
+    values = np.asarray(hessian)
+    if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":
+        raise TypeError(f"{name} has dtype {values.dtype}; allowed: real numbers")
+    if values.ndim != 2 or values.shape[0] != values.shape[1] or values.size == 0:
+        raise ValueError(f"{name} has shape {values.shape}; it must be square, (cols, cols)")
+    if cols is not None and values.shape[0] != cols:
+        raise ValueError(f"{name} has shape {values.shape}; a weight of {cols} columns needs ({cols}, {cols})")
+    matrix = values.astype(np.float64)
+    finite = np.isfinite(matrix)
+    if not finite.all():
+        row, col = (int(i) for i in np.argwhere(~finite)[0])
+        raise ValueError(f"{name} is {matrix[row, col]} at row {row}, column {col}; every entry must be finite")
+    largest = np.abs(matrix).max()
+    apart = np.abs(matrix - matrix.T)
+    if not apart.max() <= 1e-5 * largest:
+        row, col = (int(i) for i in np.unravel_index(int(apart.argmax()), apart.shape))
+        raise ValueError(f"{name} is not symmetric: entries ({row}, {col}) and ({col}, {row}) are {matrix[row, col]:.6g} and {matrix[col, row]:.6g}; allowed is a difference of 1e-5 of the largest entry")
+    diagonal = matrix.diagonal()
+    if not diagonal.min() >= 0:
+        row = int(diagonal.argmin())
+        raise ValueError(f"{name} has the negative diagonal entry {diagonal[row]:.6g} at column {row}; a second moment has none")
+    return (matrix + matrix.T) * 0.5

@@ -1,0 +1,49 @@
+"""How a result shows itself: aligned lines in a terminal, a small table in a notebook."""
+
+import html
+
+
+def format_number(value):
+    """Four significant digits, integers whole, None as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def format_bytes(count):
+    """A size in bytes as a person reads it, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def align(rows, *, numeric=()):
+    """Rows of strings as one text with aligned columns; the columns listed in ``numeric`` stand to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) if i in numeric else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+class Shown:
+    """Base of everything that shows itself: a subclass gives ``_title()`` and ``_rows()``, a list of (name, value)."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        rows = [("  " + name, format_number(value)) for name, value in self._rows()]
+        return self._title() + "\n" + align(rows)
+
+    def _repr_html_(self):
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(format_number(value))}</td></tr>" for name, value in self._rows()
+        )
+        return f"<table><caption style='text-align:left'>{html.escape(self._title())}</caption>{rows}</table>"

@@ -1,0 +1,151 @@
+"""The second moment of a layer's inputs and the factor GPTQ draws from it."""
+
+import time
+
+import numpy as np
+
+from . import _core
+from .arrays import as_float32, as_symmetric, as_threads, choose
+from .rotations import Identity
+
+ORDERS = ("natural", "activation")
+"""The columns' visiting order: left to right, or by descending diagonal of H. Either way nothing is stored: groups and scales stay where they are."""
+
+
+class Hessian:
+    """The running second moment H = X^T X / tokens of a layer's inputs.
+
+    Tokens are gathered into panels of 256, counted from the start of the stream; a panel's product is float32, the sum over panels float64. So the bytes do
+    not depend on how the stream was cut into batches, nor on the number of threads.
+
+    Parameters
+    ----------
+    cols : int, the layer's in_features.
+
+    Examples
+    --------
+    >>> h = Hessian(4)
+    >>> h.update(np.ones((3, 4), dtype=np.float32))
+    >>> h.tokens, float(h.matrix[0, 1])
+    (3, 1.0)
+    """
+
+    __slots__ = ("_sum",)
+
+    def __init__(self, cols):
+        if isinstance(cols, bool) or not isinstance(cols, (int, np.integer)) or cols < 1:
+            raise ValueError(f"cols is {cols!r}; it must be an integer from 1 on")
+        self._sum = _core.HessianSum(int(cols))
+
+    @property
+    def cols(self):
+        """Number of columns."""
+        return self._sum.cols
+
+    @property
+    def tokens(self):
+        """Number of rows of X seen so far."""
+        return self._sum.tokens
+
+    @property
+    def matrix(self):
+        """H as a fresh (cols, cols) float64 array; all zero where no token was seen."""
+        return self._sum.matrix(0)
+
+    def __array__(self, dtype=None, copy=None):
+        if copy is False:
+            raise ValueError("a Hessian is not stored as its matrix; a copy is needed")
+        return self.matrix if dtype is None else self.matrix.astype(dtype, copy=False)
+
+    def update(self, x, *, dtype=None, threads=None):
+        """Add a batch: ``x`` (..., cols), float32 / float16 / bfloat16 / float64, finite; every leading axis counts tokens. An empty batch adds nothing."""
+        if np.size(x) == 0 and np.shape(x)[-1:] == (self.cols,):
+            return
+        values = as_float32(x, "x", dtype=dtype, threads=threads)
+        if values.shape[-1] != self.cols:
+            raise ValueError(f"x has {values.shape[-1]} columns; this Hessian has {self.cols}")
+        self._sum.update(values if values.ndim == 2 else values.reshape(-1, self.cols), as_threads(threads))
+
+    def merge(self, other, *, threads=None):
+        """Add the tokens that another Hessian of as many columns saw; ``other`` is left as it is."""
+        if not isinstance(other, Hessian):
+            raise TypeError(f"other is {type(other).__name__}; only a Hessian knows how many tokens it saw")
+        if other is self:
+            raise ValueError("a Hessian cannot be merged into itself")
+        if other.cols != self.cols:
+            raise ValueError(f"other has {other.cols} columns; this Hessian has {self.cols}")
+        self._sum.merge(other._sum, as_threads(threads))
+
+    def __repr__(self):
+        return f"Hessian({self.cols} columns, {self.tokens} tokens)"
+
+
+class Factor:
+    """A rotated Hessian with its visiting order and Cholesky factor, shared by all layers that read the same inputs.
+
+    Parameters
+    ----------
+    hessian : Hessian or (cols, cols) array, symmetric, finite, diagonal >= 0.
+    rotation : Identity() or Hadamard(k), applied to both sides.
+    order : "activation" (descending diagonal of the rotated H) or "natural".
+    damping : >= 0; λ relative to the mean of the live diagonal. If the factorisation fails it rises tenfold at a time (from 0.01 where it was 0) up to 1.
+
+    Attributes
+    ----------
+    hessian : (cols, cols) float64, rotated.
+    damping : the one used. damping_asked : the one given. dead_columns : int.
+    usable : False where even damping 1 did not help; layers are then rounded plainly and say so.
+    tokens : int, or None for a plain array. seconds : wall time.
+    """
+
+    def __init__(self, hessian, *, rotation=None, order="activation", damping=0.01, threads=None):
+        start = time.perf_counter()
+        self.rotation = Identity() if rotation is None else rotation
+        self.order_name = choose("order", order, ORDERS)
+        self.damping_asked = as_damping(damping)
+        self.tokens = hessian.tokens if isinstance(hessian, Hessian) else None
+        self.hessian = self.rotation.apply_hessian(hessian, threads=threads)
+        self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked)
+        self.seconds = time.perf_counter() - start
+
+    @property
+    def cols(self):
+        """Number of columns."""
+        return self.hessian.shape[0]
+
+    @property
+    def order(self):
+        """(cols,) int64: the columns in the order they are visited."""
+        return self.core.order
+
+    @property
+    def damping(self):
+        """The relative damping that was used."""
+        return self.core.damping
+
+    @property
+    def dead_columns(self):
+        """How many columns no input reached."""
+        return self.core.dead_columns
+
+    @property
+    def usable(self):
+        """Whether a damping was found at which H could be factorised."""
+        return self.core.usable
+
+    def __repr__(self):
+        return f"Factor({self.cols} columns, {self.rotation}, order {self.order_name}, damping {self.damping:g}, {self.dead_columns} dead{'' if self.usable else ', not usable'})"
+
+
+def as_damping(damping):
+    """A finite float >= 0, or ValueError."""
+    value = float(damping)
+    if not (np.isfinite(value) and value >= 0):
+        raise ValueError(f"damping is {damping!r}; it must be a finite number from 0 on")
+    return value
+
+
+def relative_error(error, weight, hessian, *, threads=None):
+    """tr(E H E^T) / tr(W H W^T) in float64; None where the denominator is 0. error, weight (rows, cols) float32, hessian (cols, cols) float64, all in one basis."""
+    energy = _core.quadratic_form(weight, hessian, as_threads(threads))
+    return _core.quadratic_form(error, hessian, as_threads(threads)) / energy if energy > 0 else None

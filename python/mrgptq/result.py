@@ -1,0 +1,145 @@
+"""What a quantisation gives back: the packed matrix and the report of how it went."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .arrays import as_scale, as_threads, choose
+from .display import Shown, format_bytes, format_number
+from .formats import MX_RULES, block_format
+from .rotations import Identity
+
+
+@dataclass(frozen=True, repr=False)
+class LayerReport(Shown):
+    """How the quantisation of one matrix went; nothing that was done instead of what was asked is missing here.
+
+    Attributes
+    ----------
+    method : "gptq" or "rounding", as carried out.
+    relative_error : tr(E H E^T) / tr(W H W^T) with E = W - Ŵ, an energy; None without a Hessian or where tr(W H W^T) is 0.
+    weight_error : the sum of E² over the sum of W²; None for an all-zero W.
+    damping, damping_asked : λ / mean(live diagonal of H) as used and as asked; they differ where the factorisation failed at first. None where nothing was factorised.
+    dead_columns : columns that no input reached (diagonal of H zero); they were rounded plainly. None without a Hessian.
+    fallback : why another method than the one asked was used, None where none was.
+    tokens : how many tokens the Hessian saw, None where it came as a plain array.
+    seconds : wall time of the layer, its share of a common factor not included.
+    """
+
+    method: str
+    format: str
+    rows: int
+    cols: int
+    scales: str
+    weight_error: float | None
+    relative_error: float | None = None
+    damping: float | None = None
+    damping_asked: float | None = None
+    dead_columns: int | None = None
+    fallback: str | None = None
+    tokens: int | None = None
+    seconds: float = 0.0
+
+    def as_dict(self):
+        """Plain values by name, ready for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def _title(self):
+        return f"{self.method}, {self.format}, {self.rows} x {self.cols}"
+
+    def _rows(self):
+        rows = [("scales", self.scales), ("relative error", self.relative_error), ("weight error", self.weight_error)]
+        if self.damping is not None:
+            raised = f" (asked {self.damping_asked:g})" if self.damping != self.damping_asked else ""
+            rows.append(("damping", f"{self.damping:g}{raised}"))
+        rows += [("dead columns", self.dead_columns), ("fallback", self.fallback or "none")]
+        if self.tokens is not None:
+            rows.append(("tokens", self.tokens))
+        return rows + [("seconds", self.seconds)]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How a layer's inputs are rounded before the product (W4A4): groups along the columns, absmax scales.
+
+    Attributes
+    ----------
+    format : "mxfp4" or "nvfp4".
+    mx_rule : how MXFP4 rounds a scale to a power of two.
+    tensor_scale : the NVFP4 divisor 2688 / amax(X), calibrated; None where it is not known yet, and for MXFP4, which has none.
+    """
+
+    format: str
+    mx_rule: str = "even"
+    tensor_scale: float | None = None
+
+    def __post_init__(self):
+        block_format(self.format)
+        choose("mx_rule", self.mx_rule, MX_RULES)
+        if self.tensor_scale is not None:
+            as_scale(self.tensor_scale, "tensor_scale")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class QuantizedMatrix(Shown):
+    """A matrix in a 4-bit block format, in the layout that checkpoints store.
+
+    The value of a code is ``step * e2m1(code)`` with ``step = scale / tensor_scale`` in float32.
+
+    Attributes
+    ----------
+    format : "mxfp4" or "nvfp4".
+    codes : (rows, cols / 2) uint8, the even column in the low nibble.
+    scales : (rows, cols / group_size) uint8, E8M0 (MXFP4) or E4M3 (NVFP4) bits; ``scales.view(ml_dtypes.float8_e4m3fn)`` reads them without a copy.
+    tensor_scale : the divisor: 2688 / amax for NVFP4, 3 for MXFP4 by four-thirds, else 1.
+    rotation : Identity() or Hadamard(k): the basis the codes are in.
+    activations : Activations for W4A4, None for W4A16.
+    recipe : the Recipe it was made by, None from plain ``quantize``.
+    report : LayerReport, None for a matrix that was read from disk.
+    """
+
+    format: str
+    codes: np.ndarray
+    scales: np.ndarray
+    tensor_scale: float
+    rotation: Any = field(default_factory=Identity)
+    activations: Activations | None = None
+    recipe: Any = None
+    report: LayerReport | None = None
+
+    def __post_init__(self):
+        group = block_format(self.format).group_size
+        for name in ("codes", "scales"):
+            array = getattr(self, name)
+            if array.dtype != np.uint8 or array.ndim != 2:
+                raise ValueError(f"{name} is {array.dtype} of shape {array.shape}; it must be a uint8 matrix")
+        if self.scales.shape != (self.codes.shape[0], self.codes.shape[1] * 2 // group) or self.codes.shape[1] * 2 % group:
+            raise ValueError(f"codes {self.codes.shape} and scales {self.scales.shape} do not fit: {self.format} has one scale for {group} columns, two columns a byte of codes")
+        self.rotation.check_columns(self.shape[1], "the matrix")
+
+    @property
+    def shape(self):
+        """(rows, cols) of the matrix."""
+        return (self.codes.shape[0], self.codes.shape[1] * 2)
+
+    @property
+    def nbytes(self):
+        """Bytes on disk: codes, scales and the tensor scale."""
+        return self.codes.nbytes + self.scales.nbytes + (4 if self.tensor_scale != 1 else 0)
+
+    def dequantize(self, *, unrotate=False, threads=None):
+        """The values as (rows, cols) float32, in the rotated basis, or with ``unrotate=True`` in the original one."""
+        codes, scales = (np.ascontiguousarray(a) for a in (self.codes, self.scales))
+        values = _core.dequantize(self.format, codes, scales, self.tensor_scale, as_threads(threads))
+        return self.rotation.apply_inverse(values, out=values, threads=threads) if unrotate and self.rotation != Identity() else values
+
+    def _title(self):
+        return f"QuantizedMatrix {self.format}, {self.shape[0]} x {self.shape[1]}"
+
+    def _rows(self):
+        rows = [("size", f"{format_bytes(self.nbytes)}, {8 * self.nbytes / (self.shape[0] * self.shape[1]):.3f} bits a weight"), ("tensor scale", self.tensor_scale), ("rotation", repr(self.rotation))]
+        if self.activations is not None:
+            rows.append(("activations", f"{self.activations.format}, tensor scale {format_number(self.activations.tensor_scale)}"))
+        return rows + (self.report._rows() if self.report else [])

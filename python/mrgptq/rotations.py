@@ -1,0 +1,121 @@
+"""Rotations: orthogonal maps T on the columns of a matrix, under which x W^T = (x T) (W T)^T. All of them are block-diagonal."""
+
+import numpy as np
+
+from . import _core
+from .arrays import as_float32, as_output, as_symmetric, as_threads
+
+
+class Identity:
+    """The rotation that leaves everything as it is; ``block_size`` is None."""
+
+    block_size = None
+
+    def apply(self, x, out=None, *, dtype=None, threads=None):
+        """A float32 copy of ``x`` (..., cols), in ``out`` where given."""
+        values = as_float32(x, "x", dtype=dtype, threads=threads)
+        if out is None:
+            return values.copy()
+        np.copyto(as_output(out, values), values)
+        return out
+
+    apply_inverse = apply
+
+    def apply_hessian(self, hessian, *, threads=None):
+        """A float64 copy of ``hessian`` (cols, cols)."""
+        return as_symmetric(hessian, None)
+
+    def check_columns(self, cols, name="x"):
+        """Any number of columns will do."""
+
+    def __eq__(self, other):
+        return type(other) is type(self)
+
+    def __hash__(self):
+        return hash(type(self))
+
+    def __repr__(self):
+        return "Identity()"
+
+
+class Hadamard:
+    """Block Hadamard rotation: every ``block_size`` columns are multiplied by the Sylvester matrix divided by sqrt(block_size).
+
+    The matrix is symmetric and its own inverse. Orthogonal to float32 rounding: about 1e-7 sqrt(log2(block_size)) relative.
+
+    Parameters
+    ----------
+    block_size : int, a power of two from 2 on. The paper uses 16 for NVFP4 and 32 for MXFP4.
+
+    Raises
+    ------
+    ValueError : "block_size is 12; it must be a power of two from 2 on".
+
+    References
+    ----------
+    Egiazarian et al. 2025 (arXiv 2509.23202), section 3.
+    """
+
+    __slots__ = ("block_size",)
+
+    def __init__(self, block_size):
+        if isinstance(block_size, bool) or not isinstance(block_size, (int, np.integer)) or block_size < 2 or block_size & (block_size - 1):
+            raise ValueError(f"block_size is {block_size!r}; it must be a power of two from 2 on")
+        self.block_size = int(block_size)
+
+    @property
+    def matrix(self):
+        """One block, (block_size, block_size) float32, orthogonal and symmetric."""
+        return self.apply(np.eye(self.block_size, dtype=np.float32))
+
+    def check_columns(self, cols, name="x"):
+        """Raise ValueError unless the block size divides ``cols``."""
+        if cols % self.block_size:
+            raise ValueError(f"{name} has {cols} columns; a rotation of block size {self.block_size} needs a multiple of it")
+
+    def apply(self, x, out=None, *, dtype=None, threads=None):
+        """x T for weights and activations.
+
+        Parameters
+        ----------
+        x : (..., cols) array, float32 / float16 / bfloat16 / float64, finite; cols a multiple of the block size.
+        out : float32 array of x's shape to write into; ``out=x`` rotates in place.
+
+        Returns
+        -------
+        float32 array of x's shape (``out`` where given). Same bytes for any number of threads and on every machine.
+        """
+        values = as_float32(x, "x", dtype=dtype, threads=threads)
+        self.check_columns(values.shape[-1])
+        if out is None:
+            out = np.empty(values.shape, dtype=np.float32)
+        as_output(out, values)
+        if out is not x and np.may_share_memory(out, values):
+            values = values.copy()  # a shifted overlap would read what was just written
+        cols = values.shape[-1]
+        to = out if out.ndim == 2 else out.reshape(-1, cols)
+        _core.rotate_columns(values if values.ndim == 2 else values.reshape(-1, cols), self.block_size, to, as_threads(threads))
+        return out
+
+    apply_inverse = apply
+
+    def apply_hessian(self, hessian, *, threads=None):
+        """T^T H T, (cols, cols) float64, symmetric: the second moment of the rotated inputs. ``hessian`` is left as it is."""
+        rotated = as_symmetric(hessian, None)
+        self.check_columns(rotated.shape[0], "hessian")
+        _core.rotate_hessian(rotated, self.block_size, as_threads(threads))
+        return rotated
+
+    def __eq__(self, other):
+        return isinstance(other, Hadamard) and other.block_size == self.block_size
+
+    def __hash__(self):
+        return hash(("Hadamard", self.block_size))
+
+    def __repr__(self):
+        return f"Hadamard({self.block_size})"
+
+
+def rotation_of(block_size):
+    """:class:`Hadamard` of that block size, :class:`Identity` for None."""
+    return Identity() if block_size is None else Hadamard(block_size)
