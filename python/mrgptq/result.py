@@ -79,7 +79,7 @@ class Activations:
         block_format(self.format)
         choose("mx_rule", self.mx_rule, MX_RULES)
         if self.tensor_scale is not None:
-            as_scale(self.tensor_scale, "tensor_scale")
+            object.__setattr__(self, "tensor_scale", as_scale(self.tensor_scale, "tensor_scale"))
 
 
 @dataclass(frozen=True, repr=False, eq=False)

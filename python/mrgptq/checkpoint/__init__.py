@@ -1,1 +1,139 @@
-load = save = None
+"""Checkpoints on disk: reads and writes quantised models in the dialects that loaders know."""
+
+import os
+from pathlib import Path
+
+from ..arrays import choose
+from ..result import QuantizedMatrix
+from . import compressed_tensors, fp_quant
+from .card import RECORD_NAME, model_card
+from .reader import CheckpointReader
+from .scheme import Scheme, common_scheme
+from .stored_tensor import StoredTensor
+from .writer import CheckpointWriter
+
+DIALECTS = {dialect.QUANT_METHOD: dialect for dialect in (compressed_tensors, fp_quant)}
+_NUMPY_NAMES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64", "C64"}
+
+
+def dialect_named(name):
+    """The dialect's module; ValueError lists the known names."""
+    return DIALECTS[choose("dialect", name, tuple(DIALECTS))]
+
+
+def save(path, tensors, dialect="compressed-tensors", *, config=None, side_files=(), max_shard_bytes=5_000_000_000, expected_bytes=None):
+    """Write a checkpoint folder: weights, config.json, model card, record of the run. It appears whole or not at all.
+
+    Parameters
+    ----------
+    path : a folder that does not exist yet.
+    tensors : mapping of tensor names to values, or an iterable of such pairs (then they are written as they come). ``"<module>.weight"`` may be a QuantizedMatrix; the
+        rest are arrays (numpy or ml_dtypes) or StoredTensors and are stored as they are.
+    dialect : "compressed-tensors" or "fp_quant".
+    config : the model's config.json as a dict; ``quantization_config`` is added.
+    side_files : paths of small files to copy beside it, such as the tokenizer's.
+    max_shard_bytes : a file is closed before it grows beyond that.
+    expected_bytes : refuse at once if the filesystem has less room.
+
+    Raises
+    ------
+    ValueError : layers of different kinds, or something the dialect cannot store, by name. FileExistsError : ``path`` is there. OSError : no space left, with the file's name.
+    """
+    target = dialect_named(dialect)
+    pairs = tensors.items() if hasattr(tensors, "items") else tensors
+    if hasattr(tensors, "items"):
+        target.check(common_scheme(_quantized(tensors)))
+    kept, quantised = [], {}
+    with CheckpointWriter(path, max_shard_bytes) as writer:
+        if expected_bytes is not None:
+            writer.expect(expected_bytes)
+        for name, value in pairs:
+            if not isinstance(value, QuantizedMatrix):
+                writer.add(name, value)
+                kept.append((name, StoredTensor.of(value).shape))
+                continue
+            module = name.removesuffix(".weight")
+            if module == name:
+                raise ValueError(f"the QuantizedMatrix {name!r} must be called <module>.weight")
+            for part, tensor in target.encode(module, value).items():
+                writer.add(part, tensor)
+            # Only what the record needs is kept: the codes may be large and are on their way to the disk.
+            quantised[module] = (Scheme.of_matrix(value), value.recipe, value.report)
+        scheme = _one_scheme(quantised)
+        target.check(scheme)
+        ignore = _unquantised_linears(kept)
+        recipe = next(iter(quantised.values()))[1]
+        writer.write_json("config.json", {**(config or {}), "quantization_config": target.config(scheme, ignore)})
+        writer.write_json(RECORD_NAME, _record(quantised, recipe, dialect))
+        writer.write_text("README.md", model_card(scheme, dialect, target.loaders(scheme), recipe, Path(path).name))
+        for file in side_files:
+            writer.copy(file)
+
+
+def _quantized(tensors):
+    return {name: value for name, value in tensors.items() if isinstance(value, QuantizedMatrix)}
+
+
+def _one_scheme(quantised):
+    schemes = {scheme: module for module, (scheme, _, _) in reversed(quantised.items())}
+    if len(schemes) > 1:
+        raise ValueError("one checkpoint holds layers of one kind, but " + " and ".join(f"{module} is {scheme.label}" for scheme, module in list(schemes.items())[:2]))
+    if not schemes:
+        raise ValueError("there is no QuantizedMatrix among the tensors; nothing to say in the configuration")
+    return next(iter(schemes))
+
+
+def _unquantised_linears(kept):
+    """Modules that a loader would take for quantised unless it is told: every matrix that was kept, and lm_head, whose weight is not in the file where embeddings are tied."""
+    matrices = [name.removesuffix(".weight") for name, shape in kept if name.endswith(".weight") and len(shape) == 2 and "embed" not in name]
+    return list(dict.fromkeys([*matrices, "lm_head"]))
+
+
+def _record(quantised, recipe, dialect):
+    from .. import __version__
+
+    layers = {module: report.as_dict() for module, (_, _, report) in quantised.items() if report is not None}
+    return {"mrgptq": __version__, "dialect": dialect, "recipe": recipe.as_dict() if recipe is not None else None, "layers": layers}
+
+
+def load(path):
+    """Read a checkpoint folder or file.
+
+    Returns
+    -------
+    dict of tensor names to QuantizedMatrix (under ``"<module>.weight"``), numpy arrays (read-only views of the mapped file), or StoredTensor for the types numpy lacks, such as
+    BF16: ``numpy.asarray`` widens one to float32, and every function of this package takes it as it is.
+
+    Raises
+    ------
+    FileNotFoundError : no such folder, or a missing shard. ValueError : a damaged or foreign file, by file, tensor and reason; an unknown dialect.
+    """
+    reader = CheckpointReader(path)
+    return {name: read() for name, read in tensor_readers(reader).items()}
+
+
+def tensor_readers(reader):
+    """A function for each logical tensor of an open checkpoint, in order, which reads that one; see :func:`load`."""
+    quantization_config = reader.config.get("quantization_config")
+    readers, parts = {}, set()
+    if quantization_config:
+        dialect = dialect_of(quantization_config, reader.path)
+        for module in dialect.modules(reader.names):
+            readers[f"{module}.weight"] = lambda module=module: dialect.decode(reader, module, quantization_config)
+            parts.update(dialect.parts(module))
+    for name in reader.names:
+        if name not in parts:
+            readers[name] = lambda name=name: _plain(reader.tensor(name))
+    return readers
+
+
+def dialect_of(quantization_config, where):
+    """The dialect that a quantization_config is written in; ValueError names its quant_method."""
+    method = quantization_config.get("quant_method")
+    if method not in DIALECTS:
+        raise ValueError(f"{os.fspath(where)} is quantised by {method!r}; known: {', '.join(DIALECTS)}")
+    return DIALECTS[method]
+
+
+def _plain(tensor):
+    return tensor.bits if tensor.dtype in _NUMPY_NAMES else tensor

@@ -1,0 +1,149 @@
+"""The dialect of compressed-tensors: formats ``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``, which transformers, vLLM and SGLang load.
+
+Source: compressed-tensors 0.20, compressors/nvfp4, compressors/mxfp4 and transform.
+"""
+
+import numpy as np
+
+from ..formats import block_format
+from ..result import Activations, QuantizedMatrix
+from ..rotations import rotation_of
+from .fields import stored_matrix, stored_number
+from .stored_tensor import StoredTensor
+
+QUANT_METHOD = "compressed-tensors"
+_LIBRARY_VERSION = "0.20.0"  # whose loader these files were tried with
+_TRANSFORM = "v"  # the input-side rotation's conventional name; its online matrix is stored as <module>.v_input.weight
+_FORMAT_NAMES = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
+
+
+def check(scheme):
+    """Raise ValueError, with the reason, for a scheme that this dialect cannot store."""
+    if scheme.mx_rule == "four-thirds":
+        raise ValueError('compressed-tensors cannot store MXFP4 scales by "four-thirds": it has no tensor-wide divisor for the factor 1/3; use mx_rule "even" or the dialect fp_quant')
+    if scheme.activations == "mxfp4" and scheme.activation_mx_rule != "even":
+        raise ValueError(f'compressed-tensors rounds MXFP4 activations by "even"; the recipe asks for "{scheme.activation_mx_rule}", which it cannot say')
+
+
+def encode(module, matrix):
+    """A QuantizedMatrix as the tensors that are stored for ``module``."""
+    tensors = {f"{module}.weight_packed": StoredTensor.from_bits("U8", matrix.codes)}
+    if matrix.format == "nvfp4":
+        tensors[f"{module}.weight_scale"] = StoredTensor.from_bits("F8_E4M3", matrix.scales)
+        tensors[f"{module}.weight_global_scale"] = StoredTensor.of(np.array([matrix.tensor_scale], dtype=np.float32))
+        if matrix.activations:
+            if matrix.activations.tensor_scale is None:
+                raise ValueError(f"{module} is W4A4 NVFP4, but its activations have no tensor_scale: calibrate it first, loaders need it")
+            tensors[f"{module}.input_global_scale"] = StoredTensor.of(np.array([matrix.activations.tensor_scale], dtype=np.float32))
+    else:
+        tensors[f"{module}.weight_scale"] = StoredTensor.from_bits("U8", matrix.scales)  # as U8: the loader casts F8_E8M0 by value, to zeros
+    if matrix.rotation.block_size:
+        tensors[f"{module}.{_TRANSFORM}_input.weight"] = _online_matrix(matrix.rotation.block_size)
+    return tensors
+
+
+def _online_matrix(k):
+    """The unnormalised ±1 Sylvester matrix in bfloat16, where it is exact: whoever applies it divides by sqrt(k) once."""
+    matrix = np.ones((1, 1), dtype=np.float32)
+    while len(matrix) < k:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return StoredTensor.from_bits("BF16", (matrix.view(np.uint32) >> 16).astype(np.uint16))
+
+
+def config(scheme, ignore):
+    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
+    weights = {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group" if scheme.format == "nvfp4" else "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "memoryless_minmax",
+        "observer_kwargs": {},
+        "scale_dtype": "torch.float8_e4m3fn" if scheme.format == "nvfp4" else "torch.uint8",
+        "zp_dtype": None,
+    }
+    dynamic = {"nvfp4": {"dynamic": "local", "observer": "static_minmax"}, "mxfp4": {"dynamic": True, "observer": None}}[scheme.format]
+    group = {
+        "targets": ["Linear"],
+        "format": _FORMAT_NAMES[scheme.format],
+        "weights": weights,
+        "input_activations": weights | dynamic if scheme.activations else None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": _FORMAT_NAMES[scheme.format],
+        "quantization_status": "compressed",
+        "version": _LIBRARY_VERSION,
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": _transform_config(scheme.rotation, ignore) if scheme.rotation else {},
+        "ignore": ignore,
+        "config_groups": {"group_0": group},
+    }
+
+
+def _transform_config(k, ignore):
+    apply = [{"targets": ["Linear"], "location": location, "inverse": inverse, "ignore": ignore} for location, inverse in (("input", False), ("weight_input", True))]
+    return {"config_groups": {_TRANSFORM: {"type": "hadamard", "randomize": False, "requires_grad": False, "head_dim": k, "precision": "torch.bfloat16", "apply": apply}}}
+
+
+def modules(names):
+    """The quantised modules among a checkpoint's tensor names."""
+    return [name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")]
+
+
+def parts(module):
+    """Names of all tensors that ``module`` may have in this dialect."""
+    return [f"{module}.{part}" for part in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", f"{_TRANSFORM}_input.weight")]
+
+
+def decode(reader, module, quantization_config):
+    """The QuantizedMatrix of ``module``; ValueError names the tensor or the key that is missing or different."""
+    where = f"{reader.path}: {module}"
+    group = _group_of(quantization_config, where)
+    size = group["weights"].get("group_size")
+    format = next((name for name in _FORMAT_NAMES if block_format(name).group_size == size and group["weights"].get("num_bits") == 4 and group["weights"].get("type") == "float"), None)
+    if format is None:
+        raise ValueError(f"{where} has weights of {group['weights'].get('num_bits')} bits, type {group['weights'].get('type')!r}, group size {size}; known: nvfp4 (4, float, 16) and mxfp4 (4, float, 32)")
+    scale_dtype = "F8_E4M3" if format == "nvfp4" else "U8"
+    codes, scales = (stored_matrix(reader, f"{module}.{part}", dtype) for part, dtype in (("weight_packed", "U8"), ("weight_scale", scale_dtype)))
+    divisor = stored_number(reader, f"{module}.weight_global_scale") if format == "nvfp4" else 1.0
+    activations = None
+    if group.get("input_activations"):
+        activations = Activations(format, "even", stored_number(reader, f"{module}.input_global_scale") if format == "nvfp4" else None)
+    return QuantizedMatrix(format, codes, scales, divisor, rotation_of(_rotation(quantization_config, where)), activations)
+
+
+def _group_of(quantization_config, where):
+    groups = list((quantization_config.get("config_groups") or {}).values())
+    if len(groups) != 1:
+        raise ValueError(f"{where}: quantization_config has {len(groups)} config_groups; this reader knows checkpoints with one")
+    return groups[0]
+
+
+def _rotation(quantization_config, where):
+    """Block size of the rotation, None without; anything but a plain Hadamard on the input side is refused."""
+    groups = list(((quantization_config.get("transform_config") or {}).get("config_groups") or {}).values())
+    if not groups:
+        return None
+    locations = sorted(apply.get("location", "") for group in groups for apply in group.get("apply", ()))
+    if len(groups) > 1 or groups[0].get("type") != "hadamard" or groups[0].get("randomize") or not groups[0].get("head_dim") or locations != ["input", "weight_input"]:
+        raise ValueError(f"{where}: transform_config is not one plain Hadamard of a given head_dim on the input side; other transforms are not read")
+    return groups[0]["head_dim"]
+
+
+def loaders(scheme):
+    """What reads such a checkpoint, and what reads it wrongly, in sentences."""
+    if not scheme.rotation:
+        return "Loads in transformers (with compressed-tensors), vLLM and SGLang."
+    return (
+        f"The weights are rotated by Hadamard {scheme.rotation}: whoever runs them must rotate each layer's input too. vLLM applies the rotation (tensor parallel size 1, no biases). "
+        "transformers ignores it without a warning and answers nonsense, unless compressed_tensors.transform.apply_transform_config is called on the loaded model with the "
+        'transform_config of config.json reduced to its "input" locations. `mrgptq evaluate` applies it. Use --rotation 0 for a checkpoint that every loader reads.'
+    )

@@ -1,0 +1,60 @@
+"""What the quantised layers of one checkpoint have in common, as its configuration has to say it."""
+
+from dataclasses import dataclass
+
+from ..arrays import choose
+from ..formats import block_format
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Format, rotation block size (None: none) and activation format (None: W4A16) of a checkpoint's layers, and the MX rules of both."""
+
+    format: str
+    rotation: int | None
+    activations: str | None
+    mx_rule: str
+    activation_mx_rule: str
+
+    @classmethod
+    def of_recipe(cls, recipe):
+        """What the layers made by a Recipe will be."""
+        return cls(recipe.format, recipe.rotation, recipe.activations, "four-thirds" if recipe.format == "mxfp4" and recipe.resolved_mx_rule == "four-thirds" else "even", recipe.mx_rule)
+
+    @classmethod
+    def of_matrix(cls, matrix):
+        """What a QuantizedMatrix is. The rule its weights were scaled by shows only in the divisor: any power of two may come from any rule."""
+        activations = matrix.activations
+        four_thirds = matrix.format == "mxfp4" and matrix.tensor_scale == 3
+        return cls(
+            matrix.format,
+            matrix.rotation.block_size,
+            activations.format if activations else None,
+            "four-thirds" if four_thirds else "even",
+            activations.mx_rule if activations else "even",
+        )
+
+    @property
+    def label(self):
+        """As people call it: "NVFP4 W4A4, Hadamard 16"."""
+        return f"{self.format.upper()} W4A{4 if self.activations else 16}" + (f", Hadamard {self.rotation}" if self.rotation else "")
+
+    @property
+    def group_size(self):
+        """Columns that share a scale."""
+        return block_format(self.format).group_size
+
+
+def common_scheme(matrices):
+    """The Scheme that all of a mapping's QuantizedMatrix share; ValueError names the first that differs."""
+    first_name, scheme = None, None
+    for name, matrix in matrices.items():
+        own = Scheme.of_matrix(matrix)
+        if scheme is None:
+            first_name, scheme = name, own
+        elif own != scheme:
+            raise ValueError(f"{name} is {own.label}, but {first_name} is {scheme.label}; one checkpoint holds layers of one kind")
+    if scheme is None:
+        raise ValueError("there is no QuantizedMatrix among the tensors; nothing to say in the configuration")
+    choose("format", scheme.format, ("nvfp4", "mxfp4"))
+    return scheme

@@ -1,0 +1,253 @@
+"""The command line: ``mrgptq quantize``, ``evaluate``, ``inspect``. Progress and warnings go to stderr, results to stdout."""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from . import __version__
+from .checkpoint import DIALECTS, dialect_named, load
+from .checkpoint.card import RECORD_NAME, error_table
+from .checkpoint.scheme import Scheme, common_scheme
+from .codecs import resolve_scales
+from .display import align, format_bytes
+from .formats import FORMATS, decode_e4m3
+from .jobs import make_plan, quantize_checkpoint, with_rotation
+from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS
+from .recipe import NAMES, Recipe
+from .result import QuantizedMatrix
+
+_DESCRIPTION = """\
+Quantise language models to 4-bit floats (NVFP4, MXFP4) with MR-GPTQ, on a CPU.
+
+  mrgptq quantize MODEL OUT --calibration text.txt      write a quantised checkpoint
+  mrgptq evaluate OUT --text test.txt --reference MODEL perplexity, beside the original's
+  mrgptq inspect OUT                                    errors, bits and scales of every layer
+
+MODEL and OUT are folders in Hugging Face layout (config.json, safetensors, tokenizer).
+`mrgptq COMMAND --help` explains each. Exit status: 0 done, 1 refused (with the reason), 2 wrong usage."""
+
+_QUANTIZE = """\
+Quantise the linear layers of MODEL and write a checkpoint to OUT, which must not exist yet.
+
+recipes
+  rtn      round to nearest; no calibration text needed (except for W4A4 NVFP4)
+  gptq     GPTQ with static activation order, absmax scales
+  mr-gptq  GPTQ after block Hadamard rotations, searched scales: the paper's method. The inputs
+           must be rotated too when the model runs, which not every loader does: transformers
+           ignores the rotation and answers nonsense. --rotation 0 gives a checkpoint for all.
+
+examples
+  mrgptq quantize llama llama-nvfp4 --calibration wiki.txt
+  mrgptq quantize llama llama-mxfp4 --format mxfp4 --activations mxfp4 --calibration wiki.txt
+  mrgptq quantize llama llama-rtn --recipe rtn --dry-run"""
+
+
+def build_parser():
+    """The argument parser."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("mrgptq", description=_DESCRIPTION, formatter_class=formatter)
+    parser.add_argument("--version", action="version", version=f"mrgptq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    quantize = commands.add_parser("quantize", help="write a quantised checkpoint", description=_QUANTIZE, formatter_class=formatter)
+    quantize.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
+    quantize.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
+    quantize.add_argument("--format", choices=tuple(FORMATS), default="nvfp4", help="4-bit format (default: nvfp4)")
+    quantize.add_argument("--recipe", choices=NAMES, default="mr-gptq", help="method (default: mr-gptq)")
+    quantize.add_argument("--activations", choices=("none", *FORMATS), default="none", help="round each layer's inputs too: W4A4, in the same format (default: none, W4A16)")
+    quantize.add_argument("--calibration", metavar="TEXT", type=Path, help="text file that the model is calibrated on, UTF-8, like what it will read")
+    quantize.add_argument("--tokens", type=_positive, default=65536, help="calibration tokens (default: 65536)")
+    quantize.add_argument("--sequence", type=_positive, default=512, help="tokens in a window (default: 512)")
+    quantize.add_argument("--dialect", choices=tuple(DIALECTS), default="compressed-tensors", help="layout on disk (default: compressed-tensors)")
+    quantize.add_argument("--targets", metavar="REGEX", default=DEFAULT_TARGETS, help="modules to quantise (default: linear layers inside numbered blocks, without routers)")
+    quantize.add_argument("--ignore", metavar="REGEX", default=DEFAULT_IGNORE, help=f"modules to leave as they are (default: {DEFAULT_IGNORE})")
+    quantize.add_argument("--rotation", metavar="N", type=int, help="block size of the Hadamard rotation, 0 for none (default: the recipe's)")
+    quantize.add_argument("--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size a file of the checkpoint may reach (default: 5e9)")
+    quantize.add_argument("--dry-run", action="store_true", help="print the plan, sizes and expected memory, then stop")
+    _add_common(quantize)
+    quantize.set_defaults(run=_quantize)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="perplexity on a text",
+        formatter_class=formatter,
+        description="Perplexity of a quantised checkpoint on a text, computed as its loaders would: rotations applied, W4A4 inputs rounded.\n\n  mrgptq evaluate OUT --text test.txt --reference MODEL",
+    )
+    evaluate.add_argument("model", metavar="OUT", type=Path, help="quantised checkpoint, or a plain model")
+    evaluate.add_argument("--text", metavar="TEXT", type=Path, required=True, help="text file, UTF-8, other than the calibration's")
+    evaluate.add_argument("--reference", metavar="MODEL", type=Path, help="unquantised model to set beside it")
+    evaluate.add_argument("--windows", type=_positive, default=256, help="windows to score, at most (default: 256)")
+    evaluate.add_argument("--sequence", type=_positive, default=512, help="tokens in a window (default: 512)")
+    _add_common(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    inspect = commands.add_parser("inspect", help="what a quantised checkpoint holds", description="Errors, bits, fallbacks and the histogram of scales of a quantised checkpoint.", formatter_class=formatter)
+    inspect.add_argument("model", metavar="OUT", type=Path, help="quantised checkpoint")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_common(parser):
+    parser.add_argument("--device", default="cpu", help="torch device of the forward passes (default: cpu); the quantisation itself runs on the CPU")
+    parser.add_argument("--threads", type=_positive, help="threads (default: OMP_NUM_THREADS, or all cores); results do not depend on it")
+
+
+def _positive(text):
+    value = int(float(text)) if "e" in text.lower() else int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+class _Progress:
+    """A bar on stderr for each stage; plain lines where tqdm is not installed."""
+
+    def __init__(self):
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            tqdm = None
+        self._tqdm, self._bar, self._stage = tqdm, None, None
+
+    def __call__(self, stage, done, total):
+        if self._tqdm is None:
+            print(f"{stage} {done}/{total}", file=sys.stderr)
+            return
+        if stage != self._stage:
+            self.close()
+            self._stage, self._bar = stage, self._tqdm(total=total, desc=stage, file=sys.stderr, dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
+
+    def close(self):
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _read_text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _recipe(args):
+    activations = None if args.activations == "none" else args.activations
+    return with_rotation(Recipe.named(args.recipe, args.format, args.dialect, activations), args.rotation)
+
+
+def _quantize(args):
+    recipe = _recipe(args)
+    text = _read_text(args.calibration) if args.calibration else None
+    plan = make_plan(
+        args.model, args.out, recipe, dialect=args.dialect, tokens=args.tokens, sequence=args.sequence, calibrated=text is not None, targets=args.targets, ignore=args.ignore, max_shard_bytes=args.max_shard_bytes
+    )
+    if args.dry_run:
+        print(plan, recipe, plan.layer_table(), sep="\n\n")
+        return
+    print(plan, file=sys.stderr)
+    progress = _Progress()
+    try:
+        reports = quantize_checkpoint(plan, text, device=args.device, threads=args.threads, progress=progress, max_shard_bytes=args.max_shard_bytes)
+    finally:
+        progress.close()
+    errors = [report.relative_error for report in reports.values() if report.relative_error is not None]
+    fallbacks = sum(report.fallback is not None for report in reports.values())
+    print(f"{plan.out}: {len(reports)} layers, {Scheme.of_recipe(recipe).label}, {recipe_line(recipe)}")
+    if errors:
+        print(f"mean relative layer error {sum(errors) / len(errors):.3e}, largest {max(errors):.3e}; {fallbacks} fallbacks")
+    print(dialect_named(args.dialect).loaders(Scheme.of_recipe(recipe)))
+
+
+def recipe_line(recipe):
+    """A recipe's solver and scales in a few words."""
+    search, rule = resolve_scales(recipe.format, recipe.scales, recipe.mx_rule)
+    return f"{recipe.solver} with {search} scales" + (f" by the MX rule {rule}" if recipe.format == "mxfp4" else "")
+
+
+def _evaluate(args):
+    try:
+        import torch
+
+        from . import hf
+    except ImportError as error:
+        raise ImportError(f"evaluate runs the model with torch and transformers, which are not installed ({error.name}): pip install 'mrgptq[hf]'") from error
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    inputs, targets = hf.token_windows(hf.load_tokenizer(args.model), _read_text(args.text), args.windows, args.sequence, targets=True)
+    rows = [("model", "perplexity")]
+    progress = _Progress()
+    for path in filter(None, (args.reference, args.model)):
+        quantised = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") if (path / "config.json").is_file() else None
+        model = (hf.load_quantized if quantised else hf.load_model)(path, device=args.device)
+        done = 0
+
+        def advance(count, path=path):
+            nonlocal done
+            done += count
+            progress(f"evaluate {path.name}", done, len(inputs))
+
+        rows.append((str(path), f"{hf.perplexity(model, inputs, targets, progress=advance):.4f}"))
+    progress.close()
+    print(align(rows, numeric=(1,)))
+    print(f"{targets.numel()} tokens in {len(inputs)} windows of {inputs.shape[1]}")
+
+
+def _inspect(args):
+    tensors = load(args.model)
+    matrices = {name.removesuffix(".weight"): value for name, value in tensors.items() if isinstance(value, QuantizedMatrix)}
+    scheme = common_scheme(matrices)
+    quantised_bytes = sum(matrix.nbytes for matrix in matrices.values())
+    kept_bytes = sum(value.nbytes for value in tensors.values() if not isinstance(value, QuantizedMatrix))
+    weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices.values())
+    print(f"{args.model}: {scheme.label}, {len(matrices)} layers")
+    print(f"quantised {weights:,} weights in {format_bytes(quantised_bytes)}, {8 * quantised_bytes / weights:.3f} bits each; {format_bytes(kept_bytes)} kept as they were")
+    record = args.model / RECORD_NAME
+    if record.is_file():
+        stored = json.loads(record.read_text(encoding="utf-8"))
+        if stored.get("recipe"):
+            print(f"\n{Recipe.from_dict(stored['recipe'])}")
+        print(f"\n{error_table(stored['layers'])}")
+    else:
+        print(f"\nno {RECORD_NAME}: written by another tool, its errors are not known")
+    print(f"\n{scale_histogram(matrices.values(), scheme.format)}")
+
+
+def scale_histogram(matrices, format):
+    """How often each power of two occurs among the stored scales, as lines with bars; E4M3 scales are counted by their exponent."""
+    exponents = []
+    for matrix in matrices:
+        stored = np.bincount(matrix.scales.reshape(-1), minlength=256)
+        used = np.flatnonzero(stored)
+        powers = used - 127 if format == "mxfp4" else np.floor(np.log2(decode_e4m3(used))).astype(int)
+        exponents.append(np.bincount(powers + 200, weights=stored[used], minlength=400))
+    counts = np.sum(exponents, axis=0)
+    present = np.flatnonzero(counts)
+    rows = [("scale", "groups", "share")]
+    for i in range(present[0], present[-1] + 1):
+        share = counts[i] / counts.sum()
+        rows.append((f"2^{i - 200}", f"{int(counts[i])}", f"{100 * share:5.1f} %  {'#' * round(40 * share)}"))
+    return align(rows, numeric=(0, 1))
+
+
+def main(arguments=None):
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        print(f"mrgptq: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mrgptq: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

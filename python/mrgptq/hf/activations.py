@@ -1,0 +1,38 @@
+"""Rounds the inputs of linear layers as 4-bit kernels do: rotate, round to the grid, turn back."""
+
+import numpy as np
+import torch
+
+from ..codecs import round_activations
+
+
+def to_numpy(x):
+    """A tensor as (array, dtype argument): bfloat16 as its bits, everything else as float32; no copy where it lies on the CPU."""
+    x = x.detach().cpu()
+    if x.dtype == torch.bfloat16:
+        return x.contiguous().view(torch.int16).numpy().view(np.uint16), "bfloat16"
+    return x.to(torch.float32).numpy(), None
+
+
+def rounded(x, activations, rotation):
+    """``x`` (..., cols) as the layer sees it: x T rounded to the grid, times T^-1; a tensor of x's dtype and device. The tensor scale, where unknown, comes from amax(x T)."""
+    values, dtype = to_numpy(x)
+    if rotation.block_size:
+        values, dtype = rotation.apply(values, dtype=dtype), None
+    values = round_activations(values, activations.format, mx_rule=activations.mx_rule, tensor_scale=activations.tensor_scale, dtype=dtype)
+    if rotation.block_size:
+        rotation.apply_inverse(values, out=values)
+    return torch.from_numpy(values).to(device=x.device, dtype=x.dtype)
+
+
+def round_inputs(modules, activations, rotation):
+    """Hook linear modules that share their input so that they compute with the rounded one. Returns the handles; ``handle.remove()`` undoes it."""
+    last = (None, None)  # q, k and v read one tensor: it is rounded once
+
+    def hook(module, args):
+        nonlocal last
+        if last[0] is not args[0]:
+            last = (args[0], rounded(args[0], activations, rotation))
+        return (last[1], *args[1:])
+
+    return [module.register_forward_pre_hook(hook) for module in modules]

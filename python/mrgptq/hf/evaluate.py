@@ -1,0 +1,34 @@
+"""Perplexity of a model on a text."""
+
+import math
+
+import torch
+
+_LOGITS = 2**26
+"""Logits held at a time, 256 MB in float32."""
+
+
+@torch.no_grad()
+def perplexity(model, inputs, targets, *, progress=None):
+    """exp of the mean negative log-likelihood of every target.
+
+    Parameters
+    ----------
+    model : a causal language model of transformers.
+    inputs, targets : (windows, sequence) int64, ``targets`` shifted by one token; see ``token_windows(..., targets=True)``. Windows do not see each other.
+    progress : called with the number of windows done after each batch.
+
+    Returns
+    -------
+    float : perplexity per token of the model's own tokenizer. Logits are reduced in float32, the sum over tokens in float64.
+    """
+    device = next(model.parameters()).device
+    batch = max(1, _LOGITS // (inputs.shape[1] * model.config.get_text_config().vocab_size))
+    total = 0.0
+    for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
+        logits = model(input_ids=x.to(device), use_cache=False).logits.float()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.to(device).flatten(), reduction="none")
+        total += float(losses.double().sum())
+        if progress:
+            progress(len(x))
+    return math.exp(total / targets.numel())

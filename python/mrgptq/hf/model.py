@@ -1,0 +1,112 @@
+"""A transformers model and its text: loading, token windows, the decoder's blocks."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..arrays import as_float32
+from ..checkpoint import tensor_readers
+from ..checkpoint.reader import CheckpointReader
+from ..result import QuantizedMatrix
+from .activations import round_inputs
+
+
+def load_model(folder, *, device="cpu"):
+    """The causal language model in ``folder`` in float32, evaluation mode. No code of the checkpoint's own is run, nothing is downloaded.
+
+    Raises FileNotFoundError where ``folder`` has no config.json, ValueError where it is quantised (see :func:`load_quantized`).
+    """
+    config = _config(folder)
+    if config.get("quantization_config"):
+        raise ValueError(f"{folder} is quantised already, by {config['quantization_config'].get('quant_method')!r}")
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval().to(device)
+
+
+def _config(folder):
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: there is no config.json in it; download the model first, for example with `hf download`")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_quantized(folder, *, device="cpu"):
+    """A checkpoint that mrgptq or another writer of its dialects made, as a float32 model that computes what its loader would: weights dequantised and turned back into the
+    original basis, inputs of W4A4 layers rotated, rounded and turned back. Slower than the original; for evaluation."""
+    config = _config(folder)
+    reader = CheckpointReader(folder)
+    config.pop("quantization_config", None)
+    plain = AutoConfig.for_model(**config)
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32).eval()
+    state, layers = {}, {}
+    for name, read in tensor_readers(reader).items():
+        value = read()
+        if isinstance(value, QuantizedMatrix):
+            layers[name.removesuffix(".weight")] = value
+            value = value.dequantize(unrotate=True)
+        state[name] = torch.from_numpy(np.array(as_float32(value, name) if np.asarray(value).dtype.kind == "f" else value))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if plain.tie_word_embeddings else set()
+    missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise ValueError(f"{folder} does not fit its config.json: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    model.tie_weights()
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        if layer.activations:
+            round_inputs([modules[name]], layer.activations, layer.rotation)
+    return model.to(device)
+
+
+def load_tokenizer(folder):
+    """The tokenizer in ``folder``."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+
+
+def token_windows(tokenizer, text, windows, sequence, *, targets=False):
+    """Cut a text into windows of tokens that follow each other, without a BOS token.
+
+    Parameters
+    ----------
+    text : str. windows : how many, at most. sequence : tokens in each.
+    targets : leave one token after the last window, for predicting the next token of every position.
+
+    Returns
+    -------
+    (n, sequence) int64 tensor, or with ``targets`` a pair of them, the second shifted by one; n is smaller than ``windows`` where the text is short.
+
+    Raises
+    ------
+    ValueError : the text is too short for a single window.
+    """
+    needed = windows * sequence + bool(targets)
+    characters = 8 * needed
+    while True:  # a long text is tokenised only as far as needed; the last word of a cut may differ, hence the margin
+        ids = tokenizer(text[:characters], add_special_tokens=False)["input_ids"]
+        if len(ids) >= needed + 16 or characters >= len(text):
+            break
+        characters *= 2
+    count = min(windows, (len(ids) - bool(targets)) // sequence)
+    if count < 1:
+        raise ValueError(f"the text has {len(ids)} tokens; one window needs {sequence + bool(targets)}")
+    ids = torch.tensor(ids[: count * sequence + 1], dtype=torch.int64)
+    inputs = ids[: count * sequence].reshape(count, sequence)
+    return (inputs, ids[1 : count * sequence + 1].reshape(count, sequence)) if targets else inputs
+
+
+def decoder_blocks(model):
+    """(prefix, ModuleList) of the decoder's blocks: the longest list of numbered modules that the model has.
+
+    Raises ValueError for a model without one.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) and not re.search(r"\.\d+(\.|$)", name)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of decoder blocks; calibration works block by block")
+    return max(lists, key=lambda item: len(item[1]))

@@ -1,0 +1,190 @@
+"""A whole-checkpoint run: plans it, quantises layer by layer, writes the result as it comes."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import Scheme, dialect_named, save
+from .checkpoint.reader import CheckpointReader
+from .codecs import check_groups, tensor_scale_for
+from .display import Shown, align, format_bytes
+from .formats import block_format
+from .layer import quantize_layer
+from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modules
+from .rotations import rotation_of
+
+_log = logging.getLogger("mrgptq")
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """What a run will do, before it does it; made by :func:`make_plan`.
+
+    Attributes
+    ----------
+    model, out : pathlib.Path. recipe : Recipe. dialect : str.
+    shapes : {module name: (rows, cols)} of the layers that will be quantised, in order.
+    tokens, sequence : calibration tokens and window length; 0 for a run without calibration.
+    bytes_in, bytes_out : sizes of the weights on disk. memory_bytes : expected peak, without what the imported libraries take themselves.
+    """
+
+    model: Path
+    out: Path
+    recipe: object
+    dialect: str
+    shapes: dict
+    tokens: int
+    sequence: int
+    bytes_in: int
+    bytes_out: int
+    memory_bytes: int
+
+    @property
+    def calibrated(self):
+        """Whether the run passes text through the model."""
+        return self.tokens > 0
+
+    def layer_table(self):
+        """The layers as aligned text: name, shape, bytes in and out."""
+        header = ("layer", "rows", "cols", "on disk")
+        rows = [(name, str(r), str(c), format_bytes(_matrix_bytes(self.recipe.format, r, c))) for name, (r, c) in self.shapes.items()]
+        return align([header, *rows], numeric=(1, 2, 3))
+
+    def _title(self):
+        return f"{self.model} -> {self.out}"
+
+    def _rows(self):
+        weights = sum(r * c for r, c in self.shapes.values())
+        return [
+            ("layers to quantise", f"{len(self.shapes)}, {weights:,} weights"),
+            ("scheme", Scheme.of_recipe(self.recipe).label),
+            ("dialect", self.dialect),
+            ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" if self.calibrated else "none"),
+            ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}"),
+            ("expected memory", f"{format_bytes(self.memory_bytes)} and what the libraries take"),
+        ]
+
+
+def _matrix_bytes(format, rows, cols):
+    return rows * (cols // 2 + cols // block_format(format).group_size)
+
+
+def needs_calibration(recipe):
+    """Why a recipe cannot do without a calibration text, or None where it can."""
+    if recipe.solver == "gptq":
+        return 'the solver "gptq" works under the inputs that a calibration text gives each layer'
+    if recipe.activations == "nvfp4":
+        return "W4A4 NVFP4 stores a scale for each layer's inputs, which only a calibration text can give"
+    return None
+
+
+def make_plan(model, out, recipe, *, dialect="compressed-tensors", tokens=65536, sequence=512, calibrated=True, targets=DEFAULT_TARGETS, ignore=DEFAULT_IGNORE, max_shard_bytes=5_000_000_000):
+    """Check a run at the door and say what it will do; reads headers only.
+
+    Raises
+    ------
+    ValueError : a layer whose columns the group or the rotation does not divide, a recipe the dialect cannot store, a missing calibration, by name.
+    FileExistsError : ``out`` exists. FileNotFoundError : ``model`` does not.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; it is never overwritten: name another folder or remove it first")
+    reason = needs_calibration(recipe)
+    if reason and not calibrated:
+        raise ValueError(f"the recipe needs a calibration text: {reason}")
+    dialect_named(dialect).check(Scheme.of_recipe(recipe))
+    reader = CheckpointReader(model)
+    if reader.config.get("quantization_config"):
+        raise ValueError(f"{model} is quantised already, by {reader.config['quantization_config'].get('quant_method')!r}; quantise the original")
+    tensors = {name: reader.shape(name) for name in reader.names}
+    shapes = {name: tensors[f"{name}.weight"] for name in select_modules(tensors, targets, ignore)}
+    for name, (_, cols) in shapes.items():
+        check_groups(cols, recipe.format, f"{name}.weight")
+        rotation_of(recipe.rotation).check_columns(cols, f"{name}.weight")
+    calibrated = bool(reason)  # a text that the recipe does not need is not read
+    bytes_in = sum(reader.nbytes(name) for name in reader.names)
+    kept = bytes_in - sum(reader.nbytes(f"{name}.weight") for name in shapes)
+    bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
+    memory = _expected_memory(reader, shapes, min(bytes_out, max_shard_bytes), tokens if calibrated else 0)
+    return Plan(Path(model), out, recipe, dialect, shapes, tokens if calibrated else 0, sequence, bytes_in, bytes_out, memory)
+
+
+def _expected_memory(reader, shapes, shard_bytes, tokens):
+    """Peak bytes: the shard under way, a layer's working copies, and with calibration the float32 model, the tokens' hidden states and one block's Hessians."""
+    widest = max(cols for _, cols in shapes.values())
+    layer = max(rows * cols for rows, cols in shapes.values()) * 4 * 4
+    if not tokens:
+        return shard_bytes + layer
+    parameters = sum(int(np.prod(reader.shape(name))) for name in reader.names) * 4
+    hidden = tokens * reader.config.get("hidden_size", min(cols for _, cols in shapes.values())) * 4
+    blocks = {}
+    for group in fused_groups(shapes):
+        key = group[0].split(".layers.")[-1].split(".")[0]
+        blocks[key] = blocks.get(key, 0) + shapes[group[0]][1] ** 2 * 8
+    return shard_bytes + layer + parameters + hidden + max(blocks.values()) + widest**2 * 8 * 5
+
+
+def quantize_checkpoint(plan, calibration=None, *, device="cpu", threads=None, progress=None, max_shard_bytes=5_000_000_000):
+    """Carry out a plan.
+
+    Parameters
+    ----------
+    plan : Plan. calibration : the text, str, where the plan is calibrated.
+    progress : called as progress(stage, done, total).
+
+    Returns
+    -------
+    dict of module names to LayerReport.
+    """
+    reader = CheckpointReader(plan.model)
+    reports = {}
+    layers = _calibrated(plan, calibration, device, threads) if plan.calibrated else _data_free(plan, reader, threads)
+
+    def tensors():
+        quantised = {f"{name}.weight" for name in plan.shapes}
+        for name in reader.names:
+            if name not in quantised:
+                yield name, reader.tensor(name)
+        for name, matrix in layers:
+            reports[name] = matrix.report
+            if matrix.report.fallback:
+                _log.warning("%s: %s", name, matrix.report.fallback)
+            elif matrix.report.damping != matrix.report.damping_asked:
+                _log.warning("%s: damping raised from %g to %g", name, matrix.report.damping_asked, matrix.report.damping)
+            if progress:
+                progress("quantise", len(reports), len(plan.shapes))
+            yield f"{name}.weight", matrix
+
+    save(plan.out, tensors(), plan.dialect, config=reader.config, side_files=reader.side_files(), max_shard_bytes=max_shard_bytes, expected_bytes=plan.bytes_out)
+    return reports
+
+
+def _data_free(plan, reader, threads):
+    """Layers of a recipe that needs no text: read, rounded and given away one group at a time."""
+    rotation = rotation_of(plan.recipe.rotation)
+    for group in fused_groups(plan.shapes):
+        weights = {name: reader.tensor(f"{name}.weight") for name in group}
+        tensor_scale = None
+        if plan.recipe.format == "nvfp4":
+            tensor_scale = min(tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), None, threads=threads) for weight in weights.values())
+        for name, weight in weights.items():
+            yield name, quantize_layer(weight, None, plan.recipe, tensor_scale=tensor_scale, threads=threads)
+
+
+def _calibrated(plan, text, device, threads):
+    try:
+        from . import hf
+    except ImportError as error:
+        raise ImportError(f"calibration runs the model with torch and transformers, which are not installed ({error.name}): pip install 'mrgptq[hf]'") from error
+    inputs = hf.token_windows(hf.load_tokenizer(plan.model), text, max(1, plan.tokens // plan.sequence), plan.sequence)
+    if inputs.numel() < plan.tokens // plan.sequence * plan.sequence:
+        _log.warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), plan.tokens)
+    model = hf.load_model(plan.model, device=device)
+    yield from hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), threads=threads)
+
+
+def with_rotation(recipe, block_size):
+    """The recipe with another rotation: a block size, 0 for none, None for its own."""
+    return recipe if block_size is None else replace(recipe, rotation=block_size or None)
