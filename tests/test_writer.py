@@ -55,6 +55,7 @@ def test_shards_hold_at_most_the_limit_unless_one_tensor_exceeds_it(tmp_path):
     assert list(held) == [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
     assert list(held.values()) == [{"a", "b"}, {"c"}, {"huge"}, {"empty", "d"}, {"e"}]
     assert index["metadata"] == {"total_size": 452}
+    assert list(index["weight_map"]) == sorted(sizes)
     assert sorted(os.listdir(tmp_path / "out")) == [*held, INDEX]
     assert CheckpointReader(tmp_path / "out").total_bytes == 452
 
@@ -227,4 +228,8 @@ def test_a_writer_needs_a_limit_and_a_block(tmp_path):
     for use in (lambda: writer.add("a", np.ones(1)), lambda: writer.write_text("notes.txt", "")):
         with pytest.raises(RuntimeError, match="out is used outside its with block"):
             use()
-    assert os.listdir(tmp_path) == []
+    with writer:
+        writer.add("a", np.ones(1))
+    with pytest.raises(RuntimeError, match="out is used outside its with block"):
+        writer.add("b", np.ones(1))
+    assert list(safetensors.torch.load_file(tmp_path / "out/model.safetensors")) == ["a"]

@@ -16,7 +16,7 @@ from .rotations import Hadamard, Identity
 __version__ = _version("mrgptq")
 
 
-def build_info():
+def build_info() -> dict[str, object]:
     """What this installation is: version, ISA level in use and those this machine supports, compiler, OpenMP, default number of threads."""
     return {"version": __version__, **_core.build_info(), "isa_supported": _core.supported_levels()}
 

@@ -6,15 +6,16 @@
 import importlib
 import importlib.util
 import os
+from types import ModuleType
 
 from . import _cpu
 
 
-def _built(level):
+def _built(level: str) -> bool:
     return importlib.util.find_spec(f"{__package__}._core_{level}") is not None
 
 
-def _load():
+def _load() -> ModuleType:
     known = ("v2", "v3", "v4", "generic")
     supported = _cpu.supported_levels()
     asked = os.environ.get("MRGPTQ_ISA")
@@ -36,6 +37,6 @@ _module = _load()
 globals().update({name: value for name, value in vars(_module).items() if not name.startswith("_")})
 
 
-def supported_levels():
+def supported_levels() -> list[str]:
     """The levels this machine runs, lowest first."""
     return list(_cpu.supported_levels())

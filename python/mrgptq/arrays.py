@@ -1,20 +1,25 @@
 """The door: every array, name and count that a user hands in is checked here once, and refused in a full sentence."""
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 
+_T = TypeVar("_T")
 FLOAT_DTYPES = "float32, float64, float16, bfloat16 (ml_dtypes, or uint16 bits with dtype=\"bfloat16\")"
 
 
-def choose(what, value, known):
+def choose(what: str, value: _T, known: Sequence[object]) -> _T:
     """Return ``value`` if it is one of ``known``, else raise ValueError that lists them."""
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; known: {', '.join(str(k) for k in known)}")
     return value
 
 
-def as_threads(threads):
+def as_threads(threads: int | None) -> int:
     """Number of threads for the core: 0 there means OMP_NUM_THREADS, or every core."""
     if threads is None:
         return 0
@@ -23,7 +28,7 @@ def as_threads(threads):
     return int(threads)
 
 
-def _widen(array, name, dtype):
+def _widen(array: ArrayLike, name: str, dtype: str | None) -> NDArray[np.float32]:
     if dtype is not None:
         choose("dtype", dtype, ("bfloat16",))
         bits = np.asarray(array)
@@ -42,7 +47,7 @@ def _widen(array, name, dtype):
     raise TypeError(f"{name} has dtype {values.dtype}; allowed: {FLOAT_DTYPES}")
 
 
-def as_float32(array, name, *, rank=None, dtype=None, threads=None):
+def as_float32(array: ArrayLike, name: str, *, rank: int | None = None, dtype: str | None = None, threads: int | None = None) -> NDArray[np.float32]:
     """Widen an array to finite float32 with adjacent columns; no copy where it already is that.
 
     Parameters
@@ -71,7 +76,7 @@ def as_float32(array, name, *, rank=None, dtype=None, threads=None):
     return matrix if values.ndim == 2 else matrix.reshape(values.shape)
 
 
-def as_output(out, like, name="out"):
+def as_output(out: NDArray[np.float32], like: NDArray[Any], name: str = "out") -> NDArray[np.float32]:
     """Check an array that results are written into: float32, the shape of ``like``, writeable, adjacent columns."""
     if not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != like.shape:
         got = f"{out.dtype} of shape {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
@@ -83,7 +88,7 @@ def as_output(out, like, name="out"):
     return out
 
 
-def as_scale(value, name):
+def as_scale(value: float, name: str) -> float:
     """A positive finite number as float32."""
     number = np.float32(value)
     if not (np.isfinite(number) and number > 0):
@@ -91,7 +96,7 @@ def as_scale(value, name):
     return float(number)
 
 
-def as_symmetric(hessian, cols, name="hessian"):
+def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian") -> NDArray[np.float64]:
     """A fresh float64 copy of a Hessian, exactly symmetric; ``cols`` None takes any size.
 
     Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|) or has a negative diagonal entry.

@@ -4,7 +4,9 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +48,7 @@ examples
   mrgptq quantize llama llama-rtn --recipe rtn --dry-run"""
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The argument parser."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("mrgptq", description=_DESCRIPTION, formatter_class=formatter)
@@ -91,12 +93,12 @@ def build_parser():
     return parser
 
 
-def _add_common(parser):
+def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device of the forward passes (default: cpu); the quantisation itself runs on the CPU")
     parser.add_argument("--threads", type=_positive, help="threads (default: OMP_NUM_THREADS, or all cores); results do not depend on it")
 
 
-def _positive(text):
+def _positive(text: str) -> int:
     value = int(float(text)) if "e" in text.lower() else int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -106,14 +108,16 @@ def _positive(text):
 class _Progress:
     """A bar on stderr for each stage; plain lines where tqdm is not installed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         try:
             from tqdm import tqdm
         except ImportError:
             tqdm = None
-        self._tqdm, self._bar, self._stage = tqdm, None, None
+        self._tqdm: Any = tqdm
+        self._bar: Any = None
+        self._stage: str | None = None
 
-    def __call__(self, stage, done, total):
+    def __call__(self, stage: str, done: int, total: int) -> None:
         if self._tqdm is None:
             print(f"{stage} {done}/{total}", file=sys.stderr)
             return
@@ -122,25 +126,25 @@ class _Progress:
             self._stage, self._bar = stage, self._tqdm(total=total, desc=stage, file=sys.stderr, dynamic_ncols=True)
         self._bar.update(done - self._bar.n)
 
-    def close(self):
+    def close(self) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
 
 
-def _read_text(path):
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def _recipe(args):
+def _recipe(args: argparse.Namespace) -> Recipe:
     activations = None if args.activations == "none" else args.activations
     return with_rotation(Recipe.named(args.recipe, args.format, args.dialect, activations), args.rotation)
 
 
-def _quantize(args):
+def _quantize(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     text = _read_text(args.calibration) if args.calibration else None
     plan = make_plan(
@@ -163,13 +167,13 @@ def _quantize(args):
     print(dialect_named(args.dialect).loaders(Scheme.of_recipe(recipe)))
 
 
-def recipe_line(recipe):
+def recipe_line(recipe: Recipe) -> str:
     """A recipe's solver and scales in a few words."""
     search, rule = resolve_scales(recipe.format, recipe.scales, recipe.mx_rule)
     return f"{recipe.solver} with {search} scales" + (f" by the MX rule {rule}" if recipe.format == "mxfp4" else "")
 
 
-def _evaluate(args):
+def _evaluate(args: argparse.Namespace) -> None:
     try:
         import torch
 
@@ -186,7 +190,7 @@ def _evaluate(args):
         model = (hf.load_quantized if quantised else hf.load_model)(path, device=args.device)
         done = 0
 
-        def advance(count, path=path):
+        def advance(count: int, path: Path = path) -> None:
             nonlocal done
             done += count
             progress(f"evaluate {path.name}", done, len(inputs))
@@ -197,7 +201,7 @@ def _evaluate(args):
     print(f"{targets.numel()} tokens in {len(inputs)} windows of {inputs.shape[1]}")
 
 
-def _inspect(args):
+def _inspect(args: argparse.Namespace) -> None:
     tensors = load(args.model)
     matrices = {name.removesuffix(".weight"): value for name, value in tensors.items() if isinstance(value, QuantizedMatrix)}
     scheme = common_scheme(matrices)
@@ -217,7 +221,7 @@ def _inspect(args):
     print(f"\n{scale_histogram(matrices.values(), scheme.format)}")
 
 
-def scale_histogram(matrices, format):
+def scale_histogram(matrices: Iterable[QuantizedMatrix], format: str) -> str:
     """How often each power of two occurs among the stored scales, as lines with bars; E4M3 scales are counted by their exponent."""
     exponents = []
     for matrix in matrices:
@@ -234,7 +238,7 @@ def scale_histogram(matrices, format):
     return align(rows, numeric=(0, 1))
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)

@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_output, as_scale, as_threads, choose
@@ -13,7 +14,7 @@ SCALE_SEARCHES = ("absmax", "fpquant_mse")
 """Which magnitude maps to 6: the group's largest, or one shrunk by up to 0.8 to lessen the sum of |error|^2.4 (FP-Quant's ``--w_observer mse``)."""
 
 
-def resolve_scales(format, scales, mx_rule):
+def resolve_scales(format: str, scales: str | None, mx_rule: str) -> tuple[str, str]:
     """A scale rule as the core takes it: (search, mx_rule).
 
     ``scales`` None is "absmax"; a name from ``MX_RULES`` is "absmax" by that rule. For MXFP4 ``mx_rule`` rounds whatever the search found.
@@ -24,12 +25,12 @@ def resolve_scales(format, scales, mx_rule):
     return ("absmax", scales) if scales in MX_RULES else (scales, mx_rule)
 
 
-def nvfp4_tensor_scale(amax):
+def nvfp4_tensor_scale(amax: float) -> float:
     """The NVFP4 divisor 2688 / amax as a float32 number; 1 for amax 0 and where the quotient overflows."""
     return float(_core.nvfp4_tensor_scale(float(np.float32(amax))))
 
 
-def tensor_scale_for(format, x, mx_rule, tensor_scale=None, *, threads=None):
+def tensor_scale_for(format: str, x: NDArray[np.float32], mx_rule: str = "even", tensor_scale: float | None = None, *, threads: int | None = None) -> float:
     """The divisor of a matrix: the one given, else 2688 / amax(x) (NVFP4), or what the MX rule fixes (3 for four-thirds, 1 otherwise)."""
     if format == "mxfp4":
         fixed = float(_core.mx_tensor_scale(mx_rule))
@@ -41,21 +42,30 @@ def tensor_scale_for(format, x, mx_rule, tensor_scale=None, *, threads=None):
     return nvfp4_tensor_scale(_core.amax(x, as_threads(threads)))
 
 
-def check_groups(cols, format, name="weight"):
+def check_groups(cols: int, format: str, name: str = "weight") -> None:
     """Raise ValueError unless the format's group size divides ``cols``."""
     group = block_format(format).group_size
     if cols % group:
         raise ValueError(f"{name} has {cols} columns; {format} needs a multiple of {group}")
 
 
-def weight_error(weight, rounded):
+def weight_error(weight: NDArray[np.float32], rounded: NDArray[np.float32]) -> float | None:
     """Σ (w - ŵ)² / Σ w² in float64 over two (rows, cols) float32 matrices; None where all of W is zero."""
     energy = float(np.einsum("ij,ij->", weight, weight, dtype=np.float64))
     error = weight - rounded
     return float(np.einsum("ij,ij->", error, error, dtype=np.float64)) / energy if energy else None
 
 
-def quantize(weight, format="nvfp4", *, scales=None, mx_rule="even", tensor_scale=None, dtype=None, threads=None):
+def quantize(
+    weight: ArrayLike,
+    format: str = "nvfp4",
+    *,
+    scales: str | None = None,
+    mx_rule: str = "even",
+    tensor_scale: float | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+) -> QuantizedMatrix:
     """Round a matrix onto a block-scaled 4-bit grid.
 
     Each row is cut into groups of consecutive columns (16 in NVFP4, 32 in MXFP4). A group keeps one scale, a column its 4-bit code, and the value read
@@ -94,16 +104,25 @@ def quantize(weight, format="nvfp4", *, scales=None, mx_rule="even", tensor_scal
     found = _core.find_scales(format, search, rule, values, divisor, as_threads(threads))
     codes = _core.encode(format, values, found, divisor, as_threads(threads))
     error = weight_error(values, _core.dequantize(format, codes, found, divisor, as_threads(threads)))
-    report = LayerReport("rounding", format, *values.shape, scales_name(format, search, rule), error, seconds=time.perf_counter() - start)
+    report = LayerReport("rounding", format, values.shape[0], values.shape[1], scales_name(format, search, rule), error, seconds=time.perf_counter() - start)
     return QuantizedMatrix(format, codes, found, divisor, report=report)
 
 
-def scales_name(format, search, rule):
+def scales_name(format: str, search: str, rule: str) -> str:
     """A resolved scale rule as a person says it: "fpquant_mse, even"."""
     return search if format == "nvfp4" else f"{search}, {rule}"
 
 
-def round_activations(x, format, *, mx_rule="even", tensor_scale=None, dtype=None, out=None, threads=None):
+def round_activations(
+    x: ArrayLike,
+    format: str,
+    *,
+    mx_rule: str = "even",
+    tensor_scale: float | None = None,
+    dtype: str | None = None,
+    out: NDArray[np.float32] | None = None,
+    threads: int | None = None,
+) -> NDArray[np.float32]:
     """The values that a layer with 4-bit inputs computes with: ``x`` rounded to the grid of ``format`` by absmax scales.
 
     Parameters
@@ -129,14 +148,14 @@ def round_activations(x, format, *, mx_rule="even", tensor_scale=None, dtype=Non
     return out
 
 
-def _bytes(array, name):
+def _bytes(array: ArrayLike, name: str) -> NDArray[np.uint8]:
     values = np.asarray(array)
     if values.dtype != np.uint8 or values.ndim != 2:
         raise ValueError(f"{name} is {values.dtype} of shape {values.shape}; it must be a uint8 matrix")
     return np.ascontiguousarray(values)
 
 
-def pack(codes):
+def pack(codes: ArrayLike) -> NDArray[np.uint8]:
     """(rows, cols) codes 0 … 15 to (rows, cols / 2) uint8, the even column in the low nibble."""
     values = _bytes(codes, "codes")
     if values.shape[1] % 2:
@@ -146,6 +165,6 @@ def pack(codes):
     return _core.pack(values)
 
 
-def unpack(packed):
+def unpack(packed: ArrayLike) -> NDArray[np.uint8]:
     """(rows, cols / 2) uint8 to (rows, cols) codes 0 … 15, the inverse of :func:`pack`."""
     return _core.unpack(_bytes(packed, "packed"))

@@ -1,9 +1,10 @@
 """How a result shows itself: aligned lines in a terminal, a small table in a notebook."""
 
 import html
+from collections.abc import Collection, Sequence
 
 
-def format_number(value):
+def format_number(value: object) -> str:
     """Four significant digits, integers whole, None as a dash."""
     if value is None:
         return "–"
@@ -14,7 +15,7 @@ def format_number(value):
     return str(value)
 
 
-def format_bytes(count):
+def format_bytes(count: float) -> str:
     """A size in bytes as a person reads it, decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -23,7 +24,7 @@ def format_bytes(count):
     return f"{count:.4g} TB"
 
 
-def align(rows, *, numeric=()):
+def align(rows: Sequence[Sequence[str]], *, numeric: Collection[int] = ()) -> str:
     """Rows of strings as one text with aligned columns; the columns listed in ``numeric`` stand to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -38,11 +39,17 @@ class Shown:
 
     __slots__ = ()
 
-    def __repr__(self):
+    def _title(self) -> str:
+        raise TypeError(f"{type(self).__name__} does not say what it is called")
+
+    def _rows(self) -> list[tuple[str, object]]:
+        raise TypeError(f"{type(self).__name__} does not say what it holds")
+
+    def __repr__(self) -> str:
         rows = [("  " + name, format_number(value)) for name, value in self._rows()]
         return self._title() + "\n" + align(rows)
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(format_number(value))}</td></tr>" for name, value in self._rows()
         )

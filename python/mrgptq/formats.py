@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import choose
@@ -20,7 +21,7 @@ class BlockFormat:
     scale_dtype: str
 
     @property
-    def bits_per_weight(self):
+    def bits_per_weight(self) -> float:
         """Bits a weight takes on disk: its code and its share of the group's scale; a tensor scale adds 32 bits a tensor."""
         return 4 + 8 / self.group_size
 
@@ -31,39 +32,39 @@ FORMATS = {
 }
 
 
-def block_format(name):
+def block_format(name: str) -> BlockFormat:
     """The :class:`BlockFormat` of that name; ValueError lists the known ones."""
     return FORMATS[choose("format", name, tuple(FORMATS))]
 
 
-def _floats(x):
+def _floats(x: ArrayLike) -> NDArray[np.float32]:
     values = np.asarray(x, dtype=np.float32)
     if np.isnan(values).any():
         raise ValueError("x holds NaN, which no code stands for")
     return values
 
 
-def encode_e2m1(x):
+def encode_e2m1(x: ArrayLike) -> NDArray[np.uint8]:
     """Codes 0 … 15 (uint8) of the nearest E2M1 values, ties to the even code, beyond ±6 saturated; what rounds to zero gets code 0. x: floats without NaN, any shape."""
     return _core.encode_e2m1(_floats(x))
 
 
-def decode_e2m1(codes):
+def decode_e2m1(codes: ArrayLike) -> NDArray[np.float32]:
     """E2M1 codes (uint8, the low four bits count) as float32."""
     return _core.decode_e2m1(np.asarray(codes, dtype=np.uint8))
 
 
-def encode_e4m3(x):
+def encode_e4m3(x: ArrayLike) -> NDArray[np.uint8]:
     """Bits (uint8) of the nearest E4M3 values ("fn" kind), ties to even, beyond ±448 saturated. x: floats without NaN, any shape."""
     return _core.encode_e4m3(_floats(x))
 
 
-def decode_e4m3(bits):
+def decode_e4m3(bits: ArrayLike) -> NDArray[np.float32]:
     """E4M3 bits (uint8) as float32; 0x7F and 0xFF are NaN."""
     return _core.decode_e4m3(np.asarray(bits, dtype=np.uint8))
 
 
-def encode_e8m0(x):
+def encode_e8m0(x: ArrayLike) -> NDArray[np.uint8]:
     """Bytes of the powers of two at or below x, clamped to 2^-127 … 2^127. x: positive floats, any shape."""
     values = _floats(x)
     if not (values > 0).all():
@@ -71,6 +72,6 @@ def encode_e8m0(x):
     return _core.encode_e8m0(values)
 
 
-def decode_e8m0(bits):
+def decode_e8m0(bits: ArrayLike) -> NDArray[np.float32]:
     """E8M0 bytes as float32 powers of two, 2^(byte - 127); 255 is NaN."""
     return _core.decode_e8m0(np.asarray(bits, dtype=np.uint8))

@@ -1,12 +1,14 @@
 """The second moment of a layer's inputs and the factor GPTQ draws from it."""
 
 import time
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_symmetric, as_threads, choose
-from .rotations import Identity
+from .rotations import Identity, Rotation
 
 ORDERS = ("natural", "activation")
 """The columns' visiting order: left to right, or by descending diagonal of H. Either way nothing is stored: groups and scales stay where they are."""
@@ -32,32 +34,32 @@ class Hessian:
 
     __slots__ = ("_sum",)
 
-    def __init__(self, cols):
+    def __init__(self, cols: int) -> None:
         if isinstance(cols, bool) or not isinstance(cols, (int, np.integer)) or cols < 1:
             raise ValueError(f"cols is {cols!r}; it must be an integer from 1 on")
         self._sum = _core.HessianSum(int(cols))
 
     @property
-    def cols(self):
+    def cols(self) -> int:
         """Number of columns."""
         return self._sum.cols
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Number of rows of X seen so far."""
         return self._sum.tokens
 
     @property
-    def matrix(self):
+    def matrix(self) -> NDArray[np.float64]:
         """H as a fresh (cols, cols) float64 array; all zero where no token was seen."""
         return self._sum.matrix(0)
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError("a Hessian is not stored as its matrix; a copy is needed")
         return self.matrix if dtype is None else self.matrix.astype(dtype, copy=False)
 
-    def update(self, x, *, dtype=None, threads=None):
+    def update(self, x: ArrayLike, *, dtype: str | None = None, threads: int | None = None) -> None:
         """Add a batch: ``x`` (..., cols), float32 / float16 / bfloat16 / float64, finite; every leading axis counts tokens. An empty batch adds nothing."""
         if np.size(x) == 0 and np.shape(x)[-1:] == (self.cols,):
             return
@@ -66,7 +68,7 @@ class Hessian:
             raise ValueError(f"x has {values.shape[-1]} columns; this Hessian has {self.cols}")
         self._sum.update(values if values.ndim == 2 else values.reshape(-1, self.cols), as_threads(threads))
 
-    def merge(self, other, *, threads=None):
+    def merge(self, other: "Hessian", *, threads: int | None = None) -> None:
         """Add the tokens that another Hessian of as many columns saw; ``other`` is left as it is."""
         if not isinstance(other, Hessian):
             raise TypeError(f"other is {type(other).__name__}; only a Hessian knows how many tokens it saw")
@@ -76,7 +78,7 @@ class Hessian:
             raise ValueError(f"other has {other.cols} columns; this Hessian has {self.cols}")
         self._sum.merge(other._sum, as_threads(threads))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Hessian({self.cols} columns, {self.tokens} tokens)"
 
 
@@ -98,7 +100,7 @@ class Factor:
     tokens : int, or None for a plain array. seconds : wall time.
     """
 
-    def __init__(self, hessian, *, rotation=None, order="activation", damping=0.01, threads=None):
+    def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, threads: int | None = None) -> None:
         start = time.perf_counter()
         self.rotation = Identity() if rotation is None else rotation
         self.order_name = choose("order", order, ORDERS)
@@ -109,35 +111,35 @@ class Factor:
         self.seconds = time.perf_counter() - start
 
     @property
-    def cols(self):
+    def cols(self) -> int:
         """Number of columns."""
         return self.hessian.shape[0]
 
     @property
-    def order(self):
+    def order(self) -> NDArray[np.int64]:
         """(cols,) int64: the columns in the order they are visited."""
         return self.core.order
 
     @property
-    def damping(self):
+    def damping(self) -> float:
         """The relative damping that was used."""
         return self.core.damping
 
     @property
-    def dead_columns(self):
+    def dead_columns(self) -> int:
         """How many columns no input reached."""
         return self.core.dead_columns
 
     @property
-    def usable(self):
+    def usable(self) -> bool:
         """Whether a damping was found at which H could be factorised."""
         return self.core.usable
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Factor({self.cols} columns, {self.rotation}, order {self.order_name}, damping {self.damping:g}, {self.dead_columns} dead{'' if self.usable else ', not usable'})"
 
 
-def as_damping(damping):
+def as_damping(damping: float) -> float:
     """A finite float >= 0, or ValueError."""
     value = float(damping)
     if not (np.isfinite(value) and value >= 0):
@@ -145,7 +147,7 @@ def as_damping(damping):
     return value
 
 
-def relative_error(error, weight, hessian, *, threads=None):
+def relative_error(error: NDArray[np.float32], weight: NDArray[np.float32], hessian: NDArray[np.float64], *, threads: int | None = None) -> float | None:
     """tr(E H E^T) / tr(W H W^T) in float64; None where the denominator is 0. error, weight (rows, cols) float32, hessian (cols, cols) float64, all in one basis."""
     energy = _core.quadratic_form(weight, hessian, as_threads(threads))
     return _core.quadratic_form(error, hessian, as_threads(threads)) / energy if energy > 0 else None

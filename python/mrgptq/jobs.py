@@ -1,6 +1,8 @@
 """A whole-checkpoint run: plans it, quantises layer by layer, writes the result as it comes."""
 
 import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,11 +10,14 @@ import numpy as np
 
 from .checkpoint import Scheme, dialect_named, save
 from .checkpoint.reader import CheckpointReader
+from .checkpoint.stored_tensor import StoredTensor
 from .codecs import check_groups, tensor_scale_for
 from .display import Shown, align, format_bytes
 from .formats import block_format
 from .layer import quantize_layer
 from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modules
+from .recipe import Recipe
+from .result import LayerReport, QuantizedMatrix, layer_report
 from .rotations import rotation_of
 
 _log = logging.getLogger("mrgptq")
@@ -32,9 +37,9 @@ class Plan(Shown):
 
     model: Path
     out: Path
-    recipe: object
+    recipe: Recipe
     dialect: str
-    shapes: dict
+    shapes: dict[str, tuple[int, int]]
     tokens: int
     sequence: int
     bytes_in: int
@@ -42,20 +47,20 @@ class Plan(Shown):
     memory_bytes: int
 
     @property
-    def calibrated(self):
+    def calibrated(self) -> bool:
         """Whether the run passes text through the model."""
         return self.tokens > 0
 
-    def layer_table(self):
+    def layer_table(self) -> str:
         """The layers as aligned text: name, shape, bytes in and out."""
         header = ("layer", "rows", "cols", "on disk")
         rows = [(name, str(r), str(c), format_bytes(_matrix_bytes(self.recipe.format, r, c))) for name, (r, c) in self.shapes.items()]
         return align([header, *rows], numeric=(1, 2, 3))
 
-    def _title(self):
+    def _title(self) -> str:
         return f"{self.model} -> {self.out}"
 
-    def _rows(self):
+    def _rows(self) -> list[tuple[str, object]]:
         weights = sum(r * c for r, c in self.shapes.values())
         return [
             ("layers to quantise", f"{len(self.shapes)}, {weights:,} weights"),
@@ -67,11 +72,11 @@ class Plan(Shown):
         ]
 
 
-def _matrix_bytes(format, rows, cols):
+def _matrix_bytes(format: str, rows: int, cols: int) -> int:
     return rows * (cols // 2 + cols // block_format(format).group_size)
 
 
-def needs_calibration(recipe):
+def needs_calibration(recipe: Recipe) -> str | None:
     """Why a recipe cannot do without a calibration text, or None where it can."""
     if recipe.solver == "gptq":
         return 'the solver "gptq" works under the inputs that a calibration text gives each layer'
@@ -80,7 +85,19 @@ def needs_calibration(recipe):
     return None
 
 
-def make_plan(model, out, recipe, *, dialect="compressed-tensors", tokens=65536, sequence=512, calibrated=True, targets=DEFAULT_TARGETS, ignore=DEFAULT_IGNORE, max_shard_bytes=5_000_000_000):
+def make_plan(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    dialect: str = "compressed-tensors",
+    tokens: int = 65536,
+    sequence: int = 512,
+    calibrated: bool = True,
+    targets: str = DEFAULT_TARGETS,
+    ignore: str = DEFAULT_IGNORE,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Plan:
     """Check a run at the door and say what it will do; reads headers only.
 
     Raises
@@ -99,7 +116,7 @@ def make_plan(model, out, recipe, *, dialect="compressed-tensors", tokens=65536,
     if reader.config.get("quantization_config"):
         raise ValueError(f"{model} is quantised already, by {reader.config['quantization_config'].get('quant_method')!r}; quantise the original")
     tensors = {name: reader.shape(name) for name in reader.names}
-    shapes = {name: tensors[f"{name}.weight"] for name in select_modules(tensors, targets, ignore)}
+    shapes = {name: (tensors[f"{name}.weight"][0], tensors[f"{name}.weight"][1]) for name in select_modules(tensors, targets, ignore)}
     for name, (_, cols) in shapes.items():
         check_groups(cols, recipe.format, f"{name}.weight")
         rotation_of(recipe.rotation).check_columns(cols, f"{name}.weight")
@@ -111,7 +128,7 @@ def make_plan(model, out, recipe, *, dialect="compressed-tensors", tokens=65536,
     return Plan(Path(model), out, recipe, dialect, shapes, tokens if calibrated else 0, sequence, bytes_in, bytes_out, memory)
 
 
-def _expected_memory(reader, shapes, shard_bytes, tokens):
+def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int) -> int:
     """Peak bytes: the shard under way, a layer's working copies, and with calibration the float32 model, the tokens' hidden states and one block's Hessians."""
     widest = max(cols for _, cols in shapes.values())
     layer = max(rows * cols for rows, cols in shapes.values()) * 4 * 4
@@ -119,14 +136,22 @@ def _expected_memory(reader, shapes, shard_bytes, tokens):
         return shard_bytes + layer
     parameters = sum(int(np.prod(reader.shape(name))) for name in reader.names) * 4
     hidden = tokens * reader.config.get("hidden_size", min(cols for _, cols in shapes.values())) * 4
-    blocks = {}
+    blocks: dict[str, int] = {}
     for group in fused_groups(shapes):
         key = group[0].split(".layers.")[-1].split(".")[0]
         blocks[key] = blocks.get(key, 0) + shapes[group[0]][1] ** 2 * 8
     return shard_bytes + layer + parameters + hidden + max(blocks.values()) + widest**2 * 8 * 5
 
 
-def quantize_checkpoint(plan, calibration=None, *, device="cpu", threads=None, progress=None, max_shard_bytes=5_000_000_000):
+def quantize_checkpoint(
+    plan: Plan,
+    calibration: str | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> dict[str, LayerReport]:
     """Carry out a plan.
 
     Parameters
@@ -139,20 +164,22 @@ def quantize_checkpoint(plan, calibration=None, *, device="cpu", threads=None, p
     dict of module names to LayerReport.
     """
     reader = CheckpointReader(plan.model)
-    reports = {}
-    layers = _calibrated(plan, calibration, device, threads) if plan.calibrated else _data_free(plan, reader, threads)
+    reports: dict[str, LayerReport] = {}
+    if plan.calibrated and calibration is None:
+        raise ValueError("calibration is None, but the plan calibrates: pass the text")
+    layers = _calibrated(plan, calibration or "", device, threads) if plan.calibrated else _data_free(plan, reader, threads)
 
-    def tensors():
+    def tensors() -> Iterator[tuple[str, StoredTensor | QuantizedMatrix]]:
         quantised = {f"{name}.weight" for name in plan.shapes}
         for name in reader.names:
             if name not in quantised:
                 yield name, reader.tensor(name)
         for name, matrix in layers:
-            reports[name] = matrix.report
-            if matrix.report.fallback:
-                _log.warning("%s: %s", name, matrix.report.fallback)
-            elif matrix.report.damping != matrix.report.damping_asked:
-                _log.warning("%s: damping raised from %g to %g", name, matrix.report.damping_asked, matrix.report.damping)
+            reports[name] = report = layer_report(matrix)
+            if report.fallback:
+                _log.warning("%s: %s", name, report.fallback)
+            elif report.damping != report.damping_asked:
+                _log.warning("%s: damping raised from %g to %g", name, report.damping_asked, report.damping)
             if progress:
                 progress("quantise", len(reports), len(plan.shapes))
             yield f"{name}.weight", matrix
@@ -161,19 +188,19 @@ def quantize_checkpoint(plan, calibration=None, *, device="cpu", threads=None, p
     return reports
 
 
-def _data_free(plan, reader, threads):
+def _data_free(plan: Plan, reader: CheckpointReader, threads: int | None) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Layers of a recipe that needs no text: read, rounded and given away one group at a time."""
     rotation = rotation_of(plan.recipe.rotation)
     for group in fused_groups(plan.shapes):
         weights = {name: reader.tensor(f"{name}.weight") for name in group}
         tensor_scale = None
         if plan.recipe.format == "nvfp4":
-            tensor_scale = min(tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), None, threads=threads) for weight in weights.values())
+            tensor_scale = min(tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), threads=threads) for weight in weights.values())
         for name, weight in weights.items():
             yield name, quantize_layer(weight, None, plan.recipe, tensor_scale=tensor_scale, threads=threads)
 
 
-def _calibrated(plan, text, device, threads):
+def _calibrated(plan: Plan, text: str, device: str, threads: int | None) -> Iterator[tuple[str, QuantizedMatrix]]:
     try:
         from . import hf
     except ImportError as error:
@@ -185,6 +212,6 @@ def _calibrated(plan, text, device, threads):
     yield from hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), threads=threads)
 
 
-def with_rotation(recipe, block_size):
+def with_rotation(recipe: Recipe, block_size: int | None) -> Recipe:
     """The recipe with another rotation: a block size, 0 for none, None for its own."""
     return recipe if block_size is None else replace(recipe, rotation=block_size or None)

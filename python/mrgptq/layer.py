@@ -2,22 +2,24 @@
 
 import time
 
+from numpy.typing import ArrayLike
+
 from . import _core
 from .arrays import as_float32, as_threads
 from .codecs import check_groups, resolve_scales, scales_name, tensor_scale_for, weight_error
 from .gptq import Factor, Hessian, relative_error
-from .recipe import as_recipe
+from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import rotation_of
 
 
-def make_factor(hessian, recipe, *, format=None, threads=None):
+def make_factor(hessian: ArrayLike, recipe: Recipe | str, *, format: str | None = None, threads: int | None = None) -> Factor:
     """The :class:`Factor` that layers with one input share under a recipe: pass it to ``quantize_layer(..., factor=)``."""
     recipe = as_recipe(recipe, format)
     return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, threads=threads)
 
 
-def _check_factor(factor, recipe, cols):
+def _check_factor(factor: Factor, recipe: Recipe, cols: int) -> None:
     asked = (cols, rotation_of(recipe.rotation), recipe.order, recipe.damping)
     made = (factor.cols, factor.rotation, factor.order_name, factor.damping_asked)
     for what, want, got in zip(("columns", "rotation", "order", "damping"), asked, made, strict=True):
@@ -25,7 +27,17 @@ def _check_factor(factor, recipe, cols):
             raise ValueError(f"factor was made with {what} {got}; the layer and its recipe need {want}")
 
 
-def quantize_layer(weight, hessian, recipe="mr-gptq", *, format=None, tensor_scale=None, factor=None, dtype=None, threads=None):
+def quantize_layer(
+    weight: ArrayLike,
+    hessian: ArrayLike | None,
+    recipe: Recipe | str = "mr-gptq",
+    *,
+    format: str | None = None,
+    tensor_scale: float | None = None,
+    factor: Factor | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+) -> QuantizedMatrix:
     """Quantise one linear layer's weight under its inputs' second moment.
 
     Parameters
@@ -68,43 +80,43 @@ def quantize_layer(weight, hessian, recipe="mr-gptq", *, format=None, tensor_sca
     rotation = rotation_of(recipe.rotation)
     rotation.check_columns(cols, "weight")
 
-    solving = recipe.solver == "gptq"
-    if factor is None and solving:
-        if hessian is None:
-            raise ValueError('hessian is None; only a recipe with the solver "rtn" does without')
-        factor = make_factor(_checked_size(hessian, cols), recipe, threads=threads)
-    if factor is not None:
+    second_moment, tokens = None, None
+    if recipe.solver == "gptq":
+        if factor is None:
+            if hessian is None:
+                raise ValueError('hessian is None; only a recipe with the solver "rtn" does without')
+            factor = make_factor(_checked_size(hessian, cols), recipe, threads=threads)
         _check_factor(factor, recipe, cols)
         second_moment, tokens = factor.hessian, factor.tokens
+    elif factor is not None:
+        raise ValueError(f'factor is given, but the solver "{recipe.solver}" uses none; pass the hessian alone')
     elif hessian is not None:
         second_moment, tokens = rotation.apply_hessian(_checked_size(hessian, cols), threads=threads), getattr(hessian, "tokens", None)
-    else:
-        second_moment, tokens = None, None
 
     rotated = values if recipe.rotation is None else rotation.apply(values, threads=threads)
     search, rule = resolve_scales(recipe.format, recipe.scales, recipe.mx_rule)
     divisor = tensor_scale_for(recipe.format, rotated, rule, tensor_scale, threads=threads)
     scales = _core.find_scales(recipe.format, search, rule, rotated, divisor, as_threads(threads))
-    fallback = None
-    if solving and not factor.usable:
-        solving, fallback = False, f"rounded plainly: the Hessian could not be factorised, not even with damping {factor.damping:g}"
-    if solving:
+    method, fallback = "rounding", None
+    if factor is not None and factor.usable:
+        method = "gptq"
         codes, _ = _core.solve(recipe.format, rotated, scales, divisor, factor.core, recipe.precision, as_threads(threads))
     else:
+        if factor is not None:
+            fallback = f"rounded plainly: the Hessian could not be factorised, not even with damping {factor.damping:g}"
         codes = _core.encode(recipe.format, rotated, scales, divisor, as_threads(threads))
 
     rounded = _core.dequantize(recipe.format, codes, scales, divisor, as_threads(threads))
-    factorised = factor is not None and recipe.solver == "gptq"
     report = LayerReport(
-        method="gptq" if solving else "rounding",
+        method=method,
         format=recipe.format,
         rows=values.shape[0],
         cols=cols,
         scales=scales_name(recipe.format, search, rule),
         weight_error=weight_error(rotated, rounded),
         relative_error=None if second_moment is None else relative_error(rotated - rounded, rotated, second_moment, threads=threads),
-        damping=factor.damping if factorised else None,
-        damping_asked=recipe.damping if factorised else None,
+        damping=factor.damping if factor else None,
+        damping_asked=recipe.damping if factor else None,
         dead_columns=None if second_moment is None else int((second_moment.diagonal() == 0).sum()),
         fallback=fallback,
         tokens=tokens,
@@ -114,7 +126,7 @@ def quantize_layer(weight, hessian, recipe="mr-gptq", *, format=None, tensor_sca
     return QuantizedMatrix(recipe.format, codes, scales, divisor, rotation, activations, recipe, report)
 
 
-def _checked_size(hessian, cols):
+def _checked_size(hessian: ArrayLike, cols: int) -> ArrayLike:
     """Refuse a Hessian of another size before it is copied; what else may be wrong with it is found where it is."""
     shape = (hessian.cols, hessian.cols) if isinstance(hessian, Hessian) else getattr(hessian, "shape", None)
     if shape is not None and len(shape) == 2 and shape[0] == shape[1] and shape[0] != cols:

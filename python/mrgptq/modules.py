@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint are linear layers to quantise, and which of them a runtime fuses into one."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 
 FUSED_SUFFIXES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers of one parent that read the same input and that vLLM and TensorRT-LLM load as one matrix with one NVFP4 tensor scale."""
@@ -11,7 +12,7 @@ DEFAULT_TARGETS = r"\.\d+\.(?!.*(router|mlp\.gate$|norm|embed))"
 DEFAULT_IGNORE = "lm_head"
 
 
-def as_pattern(pattern, name):
+def as_pattern(pattern: str, name: str) -> re.Pattern[str]:
     """A compiled regular expression, or ValueError that says what is wrong with it."""
     try:
         return re.compile(pattern)
@@ -19,7 +20,7 @@ def as_pattern(pattern, name):
         raise ValueError(f"{name} is {pattern!r}, which is not a regular expression: {error}") from None
 
 
-def select_modules(shapes, targets=DEFAULT_TARGETS, ignore=DEFAULT_IGNORE):
+def select_modules(shapes: Mapping[str, Sequence[int]], targets: str = DEFAULT_TARGETS, ignore: str = DEFAULT_IGNORE) -> list[str]:
     """Names of the modules to quantise, in the checkpoint's order.
 
     Parameters
@@ -39,10 +40,11 @@ def select_modules(shapes, targets=DEFAULT_TARGETS, ignore=DEFAULT_IGNORE):
     return chosen
 
 
-def fused_groups(names):
+def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
     """The modules as tuples that share an input and a tensor scale, singletons included, in the order of their first member."""
+    names = list(names)
     known = set(names)
-    group_of = {}
+    group_of: dict[str, tuple[str, ...]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
         for suffixes in FUSED_SUFFIXES:

@@ -1,7 +1,9 @@
 """A quantisation method as a value: it prints, compares, becomes JSON and travels into the checkpoint."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from .arrays import choose
 from .codecs import resolve_scales, scales_name
@@ -49,7 +51,7 @@ class Recipe(Shown):
     activation_rule: str = "absmax"
     precision: str = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         block_format(self.format)
         rotation_of(self.rotation)
         resolve_scales(self.format, self.scales, self.mx_rule)
@@ -62,7 +64,7 @@ class Recipe(Shown):
         choose("precision", self.precision, PRECISIONS)
 
     @classmethod
-    def named(cls, name, format="nvfp4", dialect="compressed-tensors", activations=None):
+    def named(cls, name: str, format: str = "nvfp4", dialect: str = "compressed-tensors", activations: str | None = None) -> "Recipe":
         """A recipe by name, with what the dialect asks for.
 
         Parameters
@@ -81,20 +83,20 @@ class Recipe(Shown):
         return replace_checked(base, rotation=block_format(format).group_size, scales="fpquant_mse")
 
     @property
-    def resolved_mx_rule(self):
+    def resolved_mx_rule(self) -> str:
         """The MX rule that rounds the weights' scales, "even" where the format has none."""
         return resolve_scales(self.format, self.scales, self.mx_rule)[1]
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """Plain values by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def to_json(self):
+    def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(self.as_dict())
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`as_dict`; unknown fields are refused by name."""
         known = [f.name for f in fields(cls)]
         for name in values:
@@ -102,15 +104,15 @@ class Recipe(Shown):
         return cls(**values)
 
     @classmethod
-    def from_json(cls, text):
+    def from_json(cls, text: str) -> Self:
         """The inverse of :meth:`to_json`."""
         return cls.from_dict(json.loads(text))
 
-    def _title(self):
+    def _title(self) -> str:
         return f"Recipe for {self.format}, W4A{4 if self.activations else 16}"
 
-    def _rows(self):
-        rows = [("rotation", "none" if self.rotation is None else f"Hadamard {self.rotation}"), ("scales", scales_name(self.format, *resolve_scales(self.format, self.scales, self.mx_rule))), ("solver", self.solver)]
+    def _rows(self) -> list[tuple[str, object]]:
+        rows: list[tuple[str, object]] = [("rotation", "none" if self.rotation is None else f"Hadamard {self.rotation}"), ("scales", scales_name(self.format, *resolve_scales(self.format, self.scales, self.mx_rule))), ("solver", self.solver)]
         if self.solver == "gptq":
             rows += [("order", self.order), ("damping", self.damping), ("precision", self.precision)]
         if self.activations:
@@ -118,12 +120,12 @@ class Recipe(Shown):
         return rows
 
 
-def replace_checked(recipe, **changes):
+def replace_checked(recipe: Recipe, **changes: Any) -> Recipe:
     """``dataclasses.replace``, but an unknown field is refused with the known ones listed."""
     return Recipe.from_dict(recipe.as_dict() | changes)
 
 
-def as_recipe(recipe, format=None):
+def as_recipe(recipe: Recipe | str, format: str | None = None) -> Recipe:
     """A Recipe from a Recipe or from a name with ``format``."""
     if isinstance(recipe, Recipe):
         if format is not None and format != recipe.format:

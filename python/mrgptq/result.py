@@ -4,12 +4,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import _core
 from .arrays import as_scale, as_threads, choose
 from .display import Shown, format_bytes, format_number
 from .formats import MX_RULES, block_format
-from .rotations import Identity
+from .rotations import Identity, Rotation
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,15 +43,15 @@ class LayerReport(Shown):
     tokens: int | None = None
     seconds: float = 0.0
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """Plain values by name, ready for JSON."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def _title(self):
+    def _title(self) -> str:
         return f"{self.method}, {self.format}, {self.rows} x {self.cols}"
 
-    def _rows(self):
-        rows = [("scales", self.scales), ("relative error", self.relative_error), ("weight error", self.weight_error)]
+    def _rows(self) -> list[tuple[str, object]]:
+        rows: list[tuple[str, object]] = [("scales", self.scales), ("relative error", self.relative_error), ("weight error", self.weight_error)]
         if self.damping is not None:
             raised = f" (asked {self.damping_asked:g})" if self.damping != self.damping_asked else ""
             rows.append(("damping", f"{self.damping:g}{raised}"))
@@ -75,7 +76,7 @@ class Activations:
     mx_rule: str = "even"
     tensor_scale: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         block_format(self.format)
         choose("mx_rule", self.mx_rule, MX_RULES)
         if self.tensor_scale is not None:
@@ -101,15 +102,15 @@ class QuantizedMatrix(Shown):
     """
 
     format: str
-    codes: np.ndarray
-    scales: np.ndarray
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.uint8]
     tensor_scale: float
-    rotation: Any = field(default_factory=Identity)
+    rotation: Rotation = field(default_factory=Identity)
     activations: Activations | None = None
     recipe: Any = None
     report: LayerReport | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         group = block_format(self.format).group_size
         for name in ("codes", "scales"):
             array = getattr(self, name)
@@ -120,26 +121,33 @@ class QuantizedMatrix(Shown):
         self.rotation.check_columns(self.shape[1], "the matrix")
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int]:
         """(rows, cols) of the matrix."""
         return (self.codes.shape[0], self.codes.shape[1] * 2)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes on disk: codes, scales and the tensor scale."""
         return self.codes.nbytes + self.scales.nbytes + (4 if self.tensor_scale != 1 else 0)
 
-    def dequantize(self, *, unrotate=False, threads=None):
+    def dequantize(self, *, unrotate: bool = False, threads: int | None = None) -> NDArray[np.float32]:
         """The values as (rows, cols) float32, in the rotated basis, or with ``unrotate=True`` in the original one."""
         codes, scales = (np.ascontiguousarray(a) for a in (self.codes, self.scales))
         values = _core.dequantize(self.format, codes, scales, self.tensor_scale, as_threads(threads))
         return self.rotation.apply_inverse(values, out=values, threads=threads) if unrotate and self.rotation != Identity() else values
 
-    def _title(self):
+    def _title(self) -> str:
         return f"QuantizedMatrix {self.format}, {self.shape[0]} x {self.shape[1]}"
 
-    def _rows(self):
-        rows = [("size", f"{format_bytes(self.nbytes)}, {8 * self.nbytes / (self.shape[0] * self.shape[1]):.3f} bits a weight"), ("tensor scale", self.tensor_scale), ("rotation", repr(self.rotation))]
+    def _rows(self) -> list[tuple[str, object]]:
+        rows: list[tuple[str, object]] = [("size", f"{format_bytes(self.nbytes)}, {8 * self.nbytes / (self.shape[0] * self.shape[1]):.3f} bits a weight"), ("tensor scale", self.tensor_scale), ("rotation", repr(self.rotation))]
         if self.activations is not None:
             rows.append(("activations", f"{self.activations.format}, tensor scale {format_number(self.activations.tensor_scale)}"))
         return rows + (self.report._rows() if self.report else [])
+
+
+def layer_report(matrix: QuantizedMatrix) -> LayerReport:
+    """The report of a matrix that was just quantised; ValueError for one read from disk, which has none."""
+    if matrix.report is None:
+        raise ValueError("the matrix was read from disk and has no report")
+    return matrix.report

@@ -1,6 +1,7 @@
 """Rotations: orthogonal maps T on the columns of a matrix, under which x W^T = (x T) (W T)^T. All of them are block-diagonal."""
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_output, as_symmetric, as_threads
@@ -9,9 +10,9 @@ from .arrays import as_float32, as_output, as_symmetric, as_threads
 class Identity:
     """The rotation that leaves everything as it is; ``block_size`` is None."""
 
-    block_size = None
+    block_size: int | None = None
 
-    def apply(self, x, out=None, *, dtype=None, threads=None):
+    def apply(self, x: ArrayLike, out: NDArray[np.float32] | None = None, *, dtype: str | None = None, threads: int | None = None) -> NDArray[np.float32]:
         """A float32 copy of ``x`` (..., cols), in ``out`` where given."""
         values = as_float32(x, "x", dtype=dtype, threads=threads)
         if out is None:
@@ -21,20 +22,20 @@ class Identity:
 
     apply_inverse = apply
 
-    def apply_hessian(self, hessian, *, threads=None):
+    def apply_hessian(self, hessian: ArrayLike, *, threads: int | None = None) -> NDArray[np.float64]:
         """A float64 copy of ``hessian`` (cols, cols)."""
         return as_symmetric(hessian, None)
 
-    def check_columns(self, cols, name="x"):
+    def check_columns(self, cols: int, name: str = "x") -> None:
         """Any number of columns will do."""
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(other) is type(self)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(type(self))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "Identity()"
 
 
@@ -58,22 +59,22 @@ class Hadamard:
 
     __slots__ = ("block_size",)
 
-    def __init__(self, block_size):
+    def __init__(self, block_size: int) -> None:
         if isinstance(block_size, bool) or not isinstance(block_size, (int, np.integer)) or block_size < 2 or block_size & (block_size - 1):
             raise ValueError(f"block_size is {block_size!r}; it must be a power of two from 2 on")
         self.block_size = int(block_size)
 
     @property
-    def matrix(self):
+    def matrix(self) -> NDArray[np.float32]:
         """One block, (block_size, block_size) float32, orthogonal and symmetric."""
         return self.apply(np.eye(self.block_size, dtype=np.float32))
 
-    def check_columns(self, cols, name="x"):
+    def check_columns(self, cols: int, name: str = "x") -> None:
         """Raise ValueError unless the block size divides ``cols``."""
         if cols % self.block_size:
             raise ValueError(f"{name} has {cols} columns; a rotation of block size {self.block_size} needs a multiple of it")
 
-    def apply(self, x, out=None, *, dtype=None, threads=None):
+    def apply(self, x: ArrayLike, out: NDArray[np.float32] | None = None, *, dtype: str | None = None, threads: int | None = None) -> NDArray[np.float32]:
         """x T for weights and activations.
 
         Parameters
@@ -99,23 +100,26 @@ class Hadamard:
 
     apply_inverse = apply
 
-    def apply_hessian(self, hessian, *, threads=None):
+    def apply_hessian(self, hessian: ArrayLike, *, threads: int | None = None) -> NDArray[np.float64]:
         """T^T H T, (cols, cols) float64, symmetric: the second moment of the rotated inputs. ``hessian`` is left as it is."""
         rotated = as_symmetric(hessian, None)
         self.check_columns(rotated.shape[0], "hessian")
         _core.rotate_hessian(rotated, self.block_size, as_threads(threads))
         return rotated
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Hadamard) and other.block_size == self.block_size
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(("Hadamard", self.block_size))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Hadamard({self.block_size})"
 
 
-def rotation_of(block_size):
+Rotation = Identity | Hadamard
+
+
+def rotation_of(block_size: int | None) -> Rotation:
     """:class:`Hadamard` of that block size, :class:`Identity` for None."""
     return Identity() if block_size is None else Hadamard(block_size)

@@ -1,10 +1,17 @@
 """Checkpoints on disk: reads and writes quantised models in the dialects that loaders know."""
 
 import os
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from numpy.typing import NDArray
 
 from ..arrays import choose
-from ..result import QuantizedMatrix
+from ..recipe import Recipe
+from ..result import LayerReport, QuantizedMatrix
 from . import compressed_tensors, fp_quant
 from .card import RECORD_NAME, model_card
 from .reader import CheckpointReader
@@ -13,15 +20,25 @@ from .stored_tensor import StoredTensor
 from .writer import CheckpointWriter
 
 DIALECTS = {dialect.QUANT_METHOD: dialect for dialect in (compressed_tensors, fp_quant)}
+_Quantised = dict[str, tuple[Scheme, Recipe | None, LayerReport | None]]
 _NUMPY_NAMES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64", "C64"}
 
 
-def dialect_named(name):
+def dialect_named(name: str) -> ModuleType:
     """The dialect's module; ValueError lists the known names."""
     return DIALECTS[choose("dialect", name, tuple(DIALECTS))]
 
 
-def save(path, tensors, dialect="compressed-tensors", *, config=None, side_files=(), max_shard_bytes=5_000_000_000, expected_bytes=None):
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    dialect: str = "compressed-tensors",
+    *,
+    config: Mapping[str, Any] | None = None,
+    side_files: Iterable[str | os.PathLike[str]] = (),
+    max_shard_bytes: int = 5_000_000_000,
+    expected_bytes: int | None = None,
+) -> None:
     """Write a checkpoint folder: weights, config.json, model card, record of the run. It appears whole or not at all.
 
     Parameters
@@ -40,10 +57,11 @@ def save(path, tensors, dialect="compressed-tensors", *, config=None, side_files
     ValueError : layers of different kinds, or something the dialect cannot store, by name. FileExistsError : ``path`` is there. OSError : no space left, with the file's name.
     """
     target = dialect_named(dialect)
-    pairs = tensors.items() if hasattr(tensors, "items") else tensors
-    if hasattr(tensors, "items"):
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    if isinstance(tensors, Mapping):
         target.check(common_scheme(_quantized(tensors)))
-    kept, quantised = [], {}
+    kept: list[tuple[str, tuple[int, ...]]] = []
+    quantised: _Quantised = {}
     with CheckpointWriter(path, max_shard_bytes) as writer:
         if expected_bytes is not None:
             writer.expect(expected_bytes)
@@ -70,11 +88,11 @@ def save(path, tensors, dialect="compressed-tensors", *, config=None, side_files
             writer.copy(file)
 
 
-def _quantized(tensors):
+def _quantized(tensors: Mapping[str, Any]) -> dict[str, QuantizedMatrix]:
     return {name: value for name, value in tensors.items() if isinstance(value, QuantizedMatrix)}
 
 
-def _one_scheme(quantised):
+def _one_scheme(quantised: _Quantised) -> Scheme:
     schemes = {scheme: module for module, (scheme, _, _) in reversed(quantised.items())}
     if len(schemes) > 1:
         raise ValueError("one checkpoint holds layers of one kind, but " + " and ".join(f"{module} is {scheme.label}" for scheme, module in list(schemes.items())[:2]))
@@ -83,20 +101,18 @@ def _one_scheme(quantised):
     return next(iter(schemes))
 
 
-def _unquantised_linears(kept):
+def _unquantised_linears(kept: list[tuple[str, tuple[int, ...]]]) -> list[str]:
     """Modules that a loader would take for quantised unless it is told: every matrix that was kept, and lm_head, whose weight is not in the file where embeddings are tied."""
     matrices = [name.removesuffix(".weight") for name, shape in kept if name.endswith(".weight") and len(shape) == 2 and "embed" not in name]
     return list(dict.fromkeys([*matrices, "lm_head"]))
 
 
-def _record(quantised, recipe, dialect):
-    from .. import __version__
-
+def _record(quantised: _Quantised, recipe: Recipe | None, dialect: str) -> dict[str, Any]:
     layers = {module: report.as_dict() for module, (_, _, report) in quantised.items() if report is not None}
-    return {"mrgptq": __version__, "dialect": dialect, "recipe": recipe.as_dict() if recipe is not None else None, "layers": layers}
+    return {"mrgptq": version("mrgptq"), "dialect": dialect, "recipe": recipe.as_dict() if recipe is not None else None, "layers": layers}
 
 
-def load(path):
+def load(path: str | os.PathLike[str]) -> dict[str, QuantizedMatrix | NDArray[Any] | StoredTensor]:
     """Read a checkpoint folder or file.
 
     Returns
@@ -112,10 +128,11 @@ def load(path):
     return {name: read() for name, read in tensor_readers(reader).items()}
 
 
-def tensor_readers(reader):
+def tensor_readers(reader: CheckpointReader) -> dict[str, Callable[[], QuantizedMatrix | NDArray[Any] | StoredTensor]]:
     """A function for each logical tensor of an open checkpoint, in order, which reads that one; see :func:`load`."""
     quantization_config = reader.config.get("quantization_config")
-    readers, parts = {}, set()
+    readers: dict[str, Callable[[], QuantizedMatrix | NDArray[Any] | StoredTensor]] = {}
+    parts: set[str] = set()
     if quantization_config:
         dialect = dialect_of(quantization_config, reader.path)
         for module in dialect.modules(reader.names):
@@ -127,7 +144,7 @@ def tensor_readers(reader):
     return readers
 
 
-def dialect_of(quantization_config, where):
+def dialect_of(quantization_config: Mapping[str, Any], where: str | os.PathLike[str]) -> ModuleType:
     """The dialect that a quantization_config is written in; ValueError names its quant_method."""
     method = quantization_config.get("quant_method")
     if method not in DIALECTS:
@@ -135,5 +152,5 @@ def dialect_of(quantization_config, where):
     return DIALECTS[method]
 
 
-def _plain(tensor):
+def _plain(tensor: StoredTensor) -> NDArray[Any] | StoredTensor:
     return tensor.bits if tensor.dtype in _NUMPY_NAMES else tensor

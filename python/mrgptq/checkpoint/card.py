@@ -1,11 +1,15 @@
 """The model card and the record of the run that lie beside the weights."""
 
+from collections.abc import Mapping
+
 from ..display import align, format_number
+from ..recipe import Recipe
+from .scheme import Scheme
 
 RECORD_NAME = "mrgptq.json"
 
 
-def model_card(scheme, dialect, loaders, recipe, name):
+def model_card(scheme: Scheme, dialect: str, loaders: str, recipe: Recipe | None, name: str) -> str:
     """README.md of a quantised checkpoint, markdown. ``recipe`` may be None."""
     lines = [
         f"# {name}, {scheme.label}",
@@ -40,7 +44,7 @@ def model_card(scheme, dialect, loaders, recipe, name):
     return "\n".join(lines)
 
 
-def error_table(layers):
+def error_table(layers: Mapping[str, Mapping[str, object]]) -> str:
     """The layers of a record ({module: report fields}) as aligned text, one line a layer."""
     header = ("layer", "method", "rows", "cols", "rel. error", "weight error", "damping", "dead", "fallback")
     fields = ("method", "rows", "cols", "relative_error", "weight_error", "damping", "dead_columns", "fallback")

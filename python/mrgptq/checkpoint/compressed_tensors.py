@@ -3,12 +3,17 @@
 Source: compressed-tensors 0.20, compressors/nvfp4, compressors/mxfp4 and transform.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import numpy as np
 
 from ..formats import block_format
 from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
 from .fields import stored_matrix, stored_number
+from .reader import CheckpointReader
+from .scheme import Scheme
 from .stored_tensor import StoredTensor
 
 QUANT_METHOD = "compressed-tensors"
@@ -17,7 +22,7 @@ _TRANSFORM = "v"  # the input-side rotation's conventional name; its online matr
 _FORMAT_NAMES = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
 
 
-def check(scheme):
+def check(scheme: Scheme) -> None:
     """Raise ValueError, with the reason, for a scheme that this dialect cannot store."""
     if scheme.mx_rule == "four-thirds":
         raise ValueError('compressed-tensors cannot store MXFP4 scales by "four-thirds": it has no tensor-wide divisor for the factor 1/3; use mx_rule "even" or the dialect fp_quant')
@@ -25,7 +30,7 @@ def check(scheme):
         raise ValueError(f'compressed-tensors rounds MXFP4 activations by "even"; the recipe asks for "{scheme.activation_mx_rule}", which it cannot say')
 
 
-def encode(module, matrix):
+def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
     """A QuantizedMatrix as the tensors that are stored for ``module``."""
     tensors = {f"{module}.weight_packed": StoredTensor.from_bits("U8", matrix.codes)}
     if matrix.format == "nvfp4":
@@ -42,7 +47,7 @@ def encode(module, matrix):
     return tensors
 
 
-def _online_matrix(k):
+def _online_matrix(k: int) -> StoredTensor:
     """The unnormalised ±1 Sylvester matrix in bfloat16, where it is exact: whoever applies it divides by sqrt(k) once."""
     matrix = np.ones((1, 1), dtype=np.float32)
     while len(matrix) < k:
@@ -50,9 +55,9 @@ def _online_matrix(k):
     return StoredTensor.from_bits("BF16", (matrix.view(np.uint32) >> 16).astype(np.uint16))
 
 
-def config(scheme, ignore):
+def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
-    weights = {
+    weights: dict[str, object] = {
         "num_bits": 4,
         "type": "float",
         "symmetric": True,
@@ -66,7 +71,7 @@ def config(scheme, ignore):
         "scale_dtype": "torch.float8_e4m3fn" if scheme.format == "nvfp4" else "torch.uint8",
         "zp_dtype": None,
     }
-    dynamic = {"nvfp4": {"dynamic": "local", "observer": "static_minmax"}, "mxfp4": {"dynamic": True, "observer": None}}[scheme.format]
+    dynamic: dict[str, object] = {"nvfp4": {"dynamic": "local", "observer": "static_minmax"}, "mxfp4": {"dynamic": True, "observer": None}}[scheme.format]
     group = {
         "targets": ["Linear"],
         "format": _FORMAT_NAMES[scheme.format],
@@ -88,22 +93,22 @@ def config(scheme, ignore):
     }
 
 
-def _transform_config(k, ignore):
+def _transform_config(k: int, ignore: list[str]) -> dict[str, Any]:
     apply = [{"targets": ["Linear"], "location": location, "inverse": inverse, "ignore": ignore} for location, inverse in (("input", False), ("weight_input", True))]
     return {"config_groups": {_TRANSFORM: {"type": "hadamard", "randomize": False, "requires_grad": False, "head_dim": k, "precision": "torch.bfloat16", "apply": apply}}}
 
 
-def modules(names):
+def modules(names: Iterable[str]) -> list[str]:
     """The quantised modules among a checkpoint's tensor names."""
     return [name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")]
 
 
-def parts(module):
+def parts(module: str) -> list[str]:
     """Names of all tensors that ``module`` may have in this dialect."""
     return [f"{module}.{part}" for part in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", f"{_TRANSFORM}_input.weight")]
 
 
-def decode(reader, module, quantization_config):
+def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[str, Any]) -> QuantizedMatrix:
     """The QuantizedMatrix of ``module``; ValueError names the tensor or the key that is missing or different."""
     where = f"{reader.path}: {module}"
     group = _group_of(quantization_config, where)
@@ -120,14 +125,14 @@ def decode(reader, module, quantization_config):
     return QuantizedMatrix(format, codes, scales, divisor, rotation_of(_rotation(quantization_config, where)), activations)
 
 
-def _group_of(quantization_config, where):
+def _group_of(quantization_config: Mapping[str, Any], where: str) -> dict[str, Any]:
     groups = list((quantization_config.get("config_groups") or {}).values())
     if len(groups) != 1:
         raise ValueError(f"{where}: quantization_config has {len(groups)} config_groups; this reader knows checkpoints with one")
     return groups[0]
 
 
-def _rotation(quantization_config, where):
+def _rotation(quantization_config: Mapping[str, Any], where: str) -> int | None:
     """Block size of the rotation, None without; anything but a plain Hadamard on the input side is refused."""
     groups = list(((quantization_config.get("transform_config") or {}).get("config_groups") or {}).values())
     if not groups:
@@ -138,7 +143,7 @@ def _rotation(quantization_config, where):
     return groups[0]["head_dim"]
 
 
-def loaders(scheme):
+def loaders(scheme: Scheme) -> str:
     """What reads such a checkpoint, and what reads it wrongly, in sentences."""
     if not scheme.rotation:
         return "Loads in transformers (with compressed-tensors), vLLM and SGLang."

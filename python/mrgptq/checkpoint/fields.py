@@ -1,9 +1,12 @@
 """Single tensors of a quantised layer, refused where they are not of the form that every dialect needs."""
 
 import numpy as np
+from numpy.typing import NDArray
+
+from .reader import CheckpointReader
 
 
-def stored_matrix(reader, name, dtype):
+def stored_matrix(reader: CheckpointReader, name: str, dtype: str) -> NDArray[np.uint8]:
     """Bits of the matrix ``name``; ValueError unless it has the safetensors dtype and two axes."""
     tensor = reader.tensor(name)
     if tensor.dtype != dtype or len(tensor.shape) != 2:
@@ -11,7 +14,7 @@ def stored_matrix(reader, name, dtype):
     return tensor.bits
 
 
-def stored_number(reader, name):
+def stored_number(reader: CheckpointReader, name: str) -> float:
     """The one positive finite number in ``name``, as a float."""
     values = np.asarray(reader.tensor(name), dtype=np.float32).reshape(-1)
     if values.size != 1 or not (np.isfinite(values[0]) and values[0] > 0):

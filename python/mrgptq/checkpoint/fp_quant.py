@@ -3,11 +3,17 @@
 Source: FP-Quant's model_quant.py and transformers' integrations/fp_quant.py.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ..result import Activations, QuantizedMatrix
-from ..rotations import Identity, rotation_of
+from ..rotations import Identity, Rotation, rotation_of
 from .fields import stored_matrix, stored_number
+from .reader import CheckpointReader
+from .scheme import Scheme
 from .stored_tensor import StoredTensor
 
 QUANT_METHOD = "fp_quant"
@@ -15,7 +21,7 @@ _BLOCK_SIZES = {"nvfp4": (16, 32, 64, 128), "mxfp4": (32, 64, 128)}
 _PARTS = ("qweight", "scales", "weight_global_scale", "act_global_scale", "forward_hadamard_matrix", "backward_hadamard_matrix")
 
 
-def check(scheme):
+def check(scheme: Scheme) -> None:
     """Raise ValueError, with the reason, for a scheme that this dialect cannot store."""
     if scheme.activations is None:
         raise ValueError(f"fp_quant checkpoints are W4A4: their loaders always round the activations; the recipe says W4A16, so ask for activations {scheme.format!r}")
@@ -25,12 +31,12 @@ def check(scheme):
         raise ValueError(f'fp_quant scales MXFP4 weights and activations by "four-thirds"; the recipe has "{scheme.mx_rule}" and "{scheme.activation_mx_rule}"')
 
 
-def _block_size(format, rotation):
+def _block_size(format: str, rotation: int | None) -> int:
     """Size of the stored matrices; an unrotated layer stores the smallest identity that kernels take."""
     return rotation or _BLOCK_SIZES[format][0]
 
 
-def _online_matrix(format, rotation):
+def _online_matrix(format: str, rotation: int | None) -> StoredTensor:
     """The normalised rotation, rounded to bfloat16 as its writers do."""
     k = _block_size(format, rotation)
     matrix = rotation_of(rotation).apply(np.eye(k, dtype=np.float32))
@@ -38,11 +44,11 @@ def _online_matrix(format, rotation):
     return StoredTensor.from_bits("BF16", ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16))
 
 
-def encode(module, matrix):
+def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
     """A QuantizedMatrix as the tensors that are stored for ``module``."""
-    if matrix.format == "nvfp4" and matrix.activations.tensor_scale is None:
+    activation_scale = 3.0 if matrix.format == "mxfp4" or matrix.activations is None else matrix.activations.tensor_scale
+    if activation_scale is None:
         raise ValueError(f"{module} is W4A4 NVFP4, but its activations have no tensor_scale: calibrate it first, loaders need it")
-    activation_scale = matrix.activations.tensor_scale if matrix.format == "nvfp4" else 3.0
     online = _online_matrix(matrix.format, matrix.rotation.block_size)
     tensors = (
         StoredTensor.from_bits("U8", matrix.codes),
@@ -55,7 +61,7 @@ def encode(module, matrix):
     return {f"{module}.{part}": tensor for part, tensor in zip(_PARTS, tensors, strict=True)}
 
 
-def config(scheme, ignore):
+def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
     return {
         "quant_method": QUANT_METHOD,
@@ -70,17 +76,17 @@ def config(scheme, ignore):
     }
 
 
-def modules(names):
+def modules(names: Iterable[str]) -> list[str]:
     """The quantised modules among a checkpoint's tensor names."""
     return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
 
 
-def parts(module):
+def parts(module: str) -> list[str]:
     """Names of all tensors that ``module`` may have in this dialect."""
     return [f"{module}.{part}" for part in _PARTS]
 
 
-def decode(reader, module, quantization_config):
+def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[str, Any]) -> QuantizedMatrix:
     """The QuantizedMatrix of ``module``; ValueError names the tensor or the key that is missing or different."""
     where = f"{reader.path}: {module}"
     format = quantization_config.get("forward_dtype")
@@ -93,7 +99,7 @@ def decode(reader, module, quantization_config):
     return QuantizedMatrix(format, codes, scales, divisor, _rotation(online, where), activations)
 
 
-def _rotation(matrix, where):
+def _rotation(matrix: NDArray[np.float32], where: str) -> Rotation:
     """Identity or Hadamard, whichever the stored matrix is up to its rounding to bfloat16 (half of 2^-8 relative)."""
     known = (Identity(), rotation_of(len(matrix))) if matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] else ()
     for rotation in known:
@@ -102,6 +108,6 @@ def _rotation(matrix, where):
     raise ValueError(f"{where}: forward_hadamard_matrix is neither the identity nor a Sylvester-Hadamard matrix; other rotations are not read")
 
 
-def loaders(scheme):
+def loaders(scheme: Scheme) -> str:
     """What reads such a checkpoint, in sentences."""
     return "Loads in transformers with fp_quant and QuTLASS on a GPU, and in vLLM on Blackwell; both apply the rotation and round the activations. Nothing runs it on a CPU but `mrgptq evaluate`."

@@ -1,9 +1,13 @@
 """What the quantised layers of one checkpoint have in common, as its configuration has to say it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from ..arrays import choose
 from ..formats import block_format
+from ..recipe import Recipe
+from ..result import QuantizedMatrix
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,12 @@ class Scheme:
     activation_mx_rule: str
 
     @classmethod
-    def of_recipe(cls, recipe):
+    def of_recipe(cls, recipe: Recipe) -> Self:
         """What the layers made by a Recipe will be."""
         return cls(recipe.format, recipe.rotation, recipe.activations, "four-thirds" if recipe.format == "mxfp4" and recipe.resolved_mx_rule == "four-thirds" else "even", recipe.mx_rule)
 
     @classmethod
-    def of_matrix(cls, matrix):
+    def of_matrix(cls, matrix: QuantizedMatrix) -> Self:
         """What a QuantizedMatrix is. The rule its weights were scaled by shows only in the divisor: any power of two may come from any rule."""
         activations = matrix.activations
         four_thirds = matrix.format == "mxfp4" and matrix.tensor_scale == 3
@@ -35,17 +39,17 @@ class Scheme:
         )
 
     @property
-    def label(self):
+    def label(self) -> str:
         """As people call it: "NVFP4 W4A4, Hadamard 16"."""
         return f"{self.format.upper()} W4A{4 if self.activations else 16}" + (f", Hadamard {self.rotation}" if self.rotation else "")
 
     @property
-    def group_size(self):
+    def group_size(self) -> int:
         """Columns that share a scale."""
         return block_format(self.format).group_size
 
 
-def common_scheme(matrices):
+def common_scheme(matrices: Mapping[str, QuantizedMatrix]) -> Scheme:
     """The Scheme that all of a mapping's QuantizedMatrix share; ValueError names the first that differs."""
     first_name, scheme = None, None
     for name, matrix in matrices.items():

@@ -16,11 +16,11 @@ from .stored_tensor import StoredTensor
 
 
 class CheckpointWriter:
-    """Write a checkpoint folder that appears whole or not at all.
+    """Write a checkpoint folder that appears whole or not at all::
 
-    >>> with CheckpointWriter("out") as writer:            # doctest: +SKIP
-    ...     writer.add("lm_head.weight", weight)
-    ...     writer.write_json("config.json", config)
+        with CheckpointWriter("out") as writer:
+            writer.add("lm_head.weight", weight)
+            writer.write_json("config.json", config)
 
     Everything goes to a hidden folder ``.out.partial-*`` beside ``out``, which is synced and renamed when the block ends, and removed when
     it raises. One shard becomes ``model.safetensors``; more become ``model-00001-of-0000N.safetensors`` and an index.

@@ -1,12 +1,19 @@
 """Rounds the inputs of linear layers as 4-bit kernels do: rotate, round to the grid, turn back."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.utils.hooks import RemovableHandle
 
 from ..codecs import round_activations
+from ..result import Activations
+from ..rotations import Rotation
 
 
-def to_numpy(x):
+def to_numpy(x: torch.Tensor) -> tuple[NDArray[Any], str | None]:
     """A tensor as (array, dtype argument): bfloat16 as its bits, everything else as float32; no copy where it lies on the CPU."""
     x = x.detach().cpu()
     if x.dtype == torch.bfloat16:
@@ -14,7 +21,7 @@ def to_numpy(x):
     return x.to(torch.float32).numpy(), None
 
 
-def rounded(x, activations, rotation):
+def rounded(x: torch.Tensor, activations: Activations, rotation: Rotation) -> torch.Tensor:
     """``x`` (..., cols) as the layer sees it: x T rounded to the grid, times T^-1; a tensor of x's dtype and device. The tensor scale, where unknown, comes from amax(x T)."""
     values, dtype = to_numpy(x)
     if rotation.block_size:
@@ -25,11 +32,11 @@ def rounded(x, activations, rotation):
     return torch.from_numpy(values).to(device=x.device, dtype=x.dtype)
 
 
-def round_inputs(modules, activations, rotation):
+def round_inputs(modules: Iterable[torch.nn.Module], activations: Activations, rotation: Rotation) -> list[RemovableHandle]:
     """Hook linear modules that share their input so that they compute with the rounded one. Returns the handles; ``handle.remove()`` undoes it."""
-    last = (None, None)  # q, k and v read one tensor: it is rounded once
+    last: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # q, k and v read one tensor: it is rounded once
 
-    def hook(module, args):
+    def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal last
         if last[0] is not args[0]:
             last = (args[0], rounded(args[0], activations, rotation))

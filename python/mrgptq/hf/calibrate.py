@@ -1,20 +1,26 @@
 """Calibration block by block: each block is quantised under the inputs it gets from the quantised blocks before it."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..codecs import nvfp4_tensor_scale, tensor_scale_for
 from ..gptq import Hessian
 from ..layer import make_factor, quantize_layer
 from ..modules import fused_groups
-from ..result import Activations
+from ..recipe import Recipe
+from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
 from .activations import round_inputs, to_numpy
 from .model import decoder_blocks
 
+_Group = tuple[str, ...]  # modules that share an input
+_Kwargs = dict[int, dict[str, Any]]  # what a block is called with, by batch size
 BATCH = 8
 """Windows in one forward pass of a block."""
 
@@ -24,7 +30,9 @@ class _FirstBlockReached(Exception):
 
 
 @torch.no_grad()
-def calibrate(model, inputs, recipe, modules, *, threads=None, progress=None):
+def calibrate(
+    model: Any, inputs: torch.Tensor, recipe: Recipe, modules: Sequence[str], *, threads: int | None = None, progress: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise a decoder's linear layers in order, and the model with them.
 
     The Hessian of a layer is taken from its inputs before they are rounded. At W4A4 the layers of a block compute with rounded inputs meanwhile, its weights being the original
@@ -61,9 +69,10 @@ def calibrate(model, inputs, recipe, modules, *, threads=None, progress=None):
             _run(block, hidden, block_kwargs[index], keep=True)
 
 
-def _linears_by_block(model, prefix, blocks, modules):
+def _linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.ModuleList, modules: Sequence[str]) -> dict[int, list[str]]:
     """{block index: module names}, each checked to be a linear layer there."""
-    by_block, known = {}, dict(model.named_modules())
+    by_block: dict[int, list[str]] = {}
+    known = dict(model.named_modules())
     for name in modules:
         start, _, rest = name.removeprefix(prefix + ".").partition(".")
         if name.startswith(prefix + ".") and start.isdigit() and int(start) < len(blocks) and rest and isinstance(known.get(name), torch.nn.Linear):
@@ -73,7 +82,7 @@ def _linears_by_block(model, prefix, blocks, modules):
     return by_block
 
 
-def _enter(model, blocks, inputs):
+def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor) -> tuple[list[torch.Tensor], list[_Kwargs]]:
     """Run the model up to its first block: the hidden states as batches, and for each block the keyword arguments it is called with, by batch size.
 
     Masks and position embeddings may differ from block to block (sliding windows), so one whole pass for each batch size collects them.
@@ -81,17 +90,17 @@ def _enter(model, blocks, inputs):
     decoder = model.base_model  # without the head, whose logits would take more room than everything else
     batches = list(inputs.split(BATCH))
     device = next(model.parameters()).device
-    block_kwargs = [{} for _ in blocks]
-    hidden = []
-    size = None
+    block_kwargs: list[_Kwargs] = [{} for _ in blocks]
+    hidden: list[torch.Tensor] = []
+    size = 0
 
-    def note_kwargs(index):
-        def hook(module, args, kwargs):
+    def note_kwargs(index: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             block_kwargs[index][size] = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "past_key_values", "use_cache")}
 
         return hook
 
-    def stop(module, args, kwargs):
+    def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden.append(args[0] if args else kwargs["hidden_states"])
         raise _FirstBlockReached
 
@@ -108,7 +117,7 @@ def _enter(model, blocks, inputs):
     return hidden, block_kwargs
 
 
-def _run(block, hidden, kwargs, *, keep):
+def _run(block: torch.nn.Module, hidden: list[torch.Tensor], kwargs: _Kwargs, *, keep: bool) -> None:
     """Pass every batch through a block; with ``keep`` its outputs take the place of the inputs."""
     for i, batch in enumerate(hidden):
         output = block(batch, use_cache=False, past_key_values=None, **kwargs[len(batch)])
@@ -116,15 +125,17 @@ def _run(block, hidden, kwargs, *, keep):
             hidden[i] = output[0] if isinstance(output, tuple) else output
 
 
-def _observe(block, groups, named, hidden, kwargs, recipe, threads):
+def _observe(
+    block: torch.nn.Module, groups: list[_Group], named: dict[str, Any], hidden: list[torch.Tensor], kwargs: _Kwargs, recipe: Recipe, threads: int | None
+) -> tuple[dict[_Group, Hessian], dict[_Group, Activations]]:
     """One pass of a block: {group: Hessian} of the inputs before rounding, and at W4A4 {group: Activations} with the calibrated tensor scale."""
     rotation = rotation_of(recipe.rotation)
     hessians = {group: Hessian(named[group[0]].in_features) for group in groups}
     largest = dict.fromkeys(groups, 0.0)
-    handles = []
+    handles: list[RemovableHandle] = []
 
-    def watch(group):
-        def hook(module, args):
+    def watch(group: _Group) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             values, dtype = to_numpy(args[0])
             hessians[group].update(values, dtype=dtype, threads=threads)
             if recipe.activations == "nvfp4":
@@ -141,17 +152,19 @@ def _observe(block, groups, named, hidden, kwargs, recipe, threads):
         _run(block, hidden, kwargs, keep=False)
     if not recipe.activations:
         return hessians, {}
-    scales = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
+    scales: dict[_Group, float | None] = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
     return hessians, {group: Activations(recipe.activations, recipe.mx_rule, scales[group]) for group in groups}
 
 
-def _quantize_group(group, named, hessian, activations, recipe, threads, progress):
+def _quantize_group(
+    group: _Group, named: dict[str, Any], hessian: Hessian, activations: Activations | None, recipe: Recipe, threads: int | None, progress: Callable[[str], None] | None
+) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise the layers of one group under one Hessian, factor and tensor scale, and put their values into the model."""
     rotation = rotation_of(recipe.rotation)
     weights = {name: to_numpy(named[name].weight)[0] for name in group}
     tensor_scale = None
     if recipe.format == "nvfp4":
-        tensor_scale = min(tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), None, threads=threads) for weight in weights.values())
+        tensor_scale = min(tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), threads=threads) for weight in weights.values())
     factor = make_factor(hessian, recipe, threads=threads) if recipe.solver == "gptq" else None
     for name, weight in weights.items():
         matrix = quantize_layer(weight, hessian, recipe, tensor_scale=tensor_scale, factor=factor, threads=threads)
@@ -164,7 +177,7 @@ def _quantize_group(group, named, hessian, activations, recipe, threads, progres
 
 
 @contextmanager
-def _removing(handles):
+def _removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:

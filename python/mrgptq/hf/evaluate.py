@@ -1,6 +1,8 @@
 """Perplexity of a model on a text."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -9,7 +11,7 @@ _LOGITS = 2**26
 
 
 @torch.no_grad()
-def perplexity(model, inputs, targets, *, progress=None):
+def perplexity(model: Any, inputs: torch.Tensor, targets: torch.Tensor, *, progress: Callable[[int], None] | None = None) -> float:
     """exp of the mean negative log-likelihood of every target.
 
     Parameters

@@ -1,12 +1,14 @@
 """A transformers model and its text: loading, token windows, the decoder's blocks."""
 
 import json
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..arrays import as_float32
 from ..checkpoint import tensor_readers
@@ -15,7 +17,7 @@ from ..result import QuantizedMatrix
 from .activations import round_inputs
 
 
-def load_model(folder, *, device="cpu"):
+def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTrainedModel:
     """The causal language model in ``folder`` in float32, evaluation mode. No code of the checkpoint's own is run, nothing is downloaded.
 
     Raises FileNotFoundError where ``folder`` has no config.json, ValueError where it is quantised (see :func:`load_quantized`).
@@ -26,14 +28,14 @@ def load_model(folder, *, device="cpu"):
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval().to(device)
 
 
-def _config(folder):
+def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: there is no config.json in it; download the model first, for example with `hf download`")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_quantized(folder, *, device="cpu"):
+def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTrainedModel:
     """A checkpoint that mrgptq or another writer of its dialects made, as a float32 model that computes what its loader would: weights dequantised and turned back into the
     original basis, inputs of W4A4 layers rotated, rounded and turned back. Slower than the original; for evaluation."""
     config = _config(folder)
@@ -62,7 +64,7 @@ def load_quantized(folder, *, device="cpu"):
     return model.to(device)
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """The tokenizer in ``folder``."""
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -70,7 +72,7 @@ def load_tokenizer(folder):
         raise FileNotFoundError(f"{folder} has no tokenizer that transformers can load: {error}") from error
 
 
-def token_windows(tokenizer, text, windows, sequence, *, targets=False):
+def token_windows(tokenizer: Any, text: str, windows: int, sequence: int, *, targets: bool = False) -> Any:
     """Cut a text into windows of tokens that follow each other, without a BOS token.
 
     Parameters
@@ -101,7 +103,7 @@ def token_windows(tokenizer, text, windows, sequence, *, targets=False):
     return (inputs, ids[1 : count * sequence + 1].reshape(count, sequence)) if targets else inputs
 
 
-def decoder_blocks(model):
+def decoder_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     """(prefix, ModuleList) of the decoder's blocks: the longest list of numbered modules that the model has.
 
     Raises ValueError for a model without one.

@@ -1,11 +1,16 @@
 """How much accuracy a model keeps under each recipe: layer error and perplexity, W4A16 and W4A4."""
 
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from .. import hf
 from ..checkpoint.reader import CheckpointReader
 from ..display import align
 from ..modules import select_modules
+from ..recipe import Recipe
+from ..result import layer_report
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,18 @@ class AccuracyRow:
     perplexity: float
 
 
-def measure(folder, calibration, text, recipes, *, windows=128, test_windows=256, sequence=512, threads=None, progress=None):
+def measure(
+    folder: str | os.PathLike[str],
+    calibration: str,
+    text: str,
+    recipes: Iterable[tuple[str, Recipe]],
+    *,
+    windows: int = 128,
+    test_windows: int = 256,
+    sequence: int = 512,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[AccuracyRow]:
     """Quantise a model by each recipe, in memory, and measure it.
 
     Parameters
@@ -47,26 +63,28 @@ def measure(folder, calibration, text, recipes, *, windows=128, test_windows=256
         if progress:
             progress(f"{label}, {recipe.format}, W4A{4 if recipe.activations else 16}")
         model = hf.load_model(folder)
-        errors = [matrix.report.relative_error for _, matrix in hf.calibrate(model, inputs, recipe, modules, threads=threads)]
-        mean = sum(errors) / len(errors)
+        errors = [layer_report(matrix).relative_error for _, matrix in hf.calibrate(model, inputs, recipe, modules, threads=threads)]
+        known = [error for error in errors if error is not None]
+        mean = sum(known) / len(known) if known else None
         yield AccuracyRow(label, recipe.format, recipe.activations, recipe.rotation, recipe.resolved_mx_rule if recipe.format == "mxfp4" else None, mean, hf.perplexity(model, *test))
 
 
-def table(rows):
+def table(rows: Sequence[AccuracyRow]) -> str:
     """Rows of W4A16 and W4A4 side by side, as aligned text: method, format, mean relative layer error, both perplexities."""
     original = next(row for row in rows if row.format is None)
     lines = [("method", "format", "rotation", "layer error", "W4A16 ppl", "W4A4 ppl"), ("original", "–", "–", "–", f"{original.perplexity:.3f}", f"{original.perplexity:.3f}")]
-    cells = {}
+    cells: dict[tuple[Any, ...], dict[bool, AccuracyRow]] = {}
     for row in rows:
         if row.format:
             cells.setdefault((row.recipe, row.format, row.rotation, row.mx_rule), {})[bool(row.activations)] = row
     for (recipe, format, rotation, mx_rule), pair in cells.items():
-        error = f"{next(iter(pair.values())).relative_error:.2e}"
+        mean = next(iter(pair.values())).relative_error
+        error = "–" if mean is None else f"{mean:.2e}"
         name = format.upper() + (f" {mx_rule}" if mx_rule else "")
         lines.append((recipe, name, f"Hadamard {rotation}" if rotation else "–", error, *(f"{pair[a].perplexity:.3f}" if a in pair else "–" for a in (False, True))))
     return align(lines, numeric=(3, 4, 5))
 
 
-def as_json(rows):
+def as_json(rows: Sequence[AccuracyRow]) -> list[dict[str, Any]]:
     """Rows as plain dicts."""
     return [asdict(row) for row in rows]

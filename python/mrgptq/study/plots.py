@@ -1,12 +1,17 @@
 """Pictures of measurements; the only file that imports matplotlib."""
 
+import os
+from collections.abc import Sequence
+
 import matplotlib
+
+from .accuracy import AccuracyRow
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend must be chosen first
 
 
-def accuracy_chart(rows, path, *, title):
+def accuracy_chart(rows: Sequence[AccuracyRow], path: str | os.PathLike[str], *, title: str) -> None:
     """Perplexity of every row as points over the original's line, one panel for W4A16 and one for W4A4; the file's ending decides its type (.png, .svg, .pdf).
 
     rows : AccuracyRows. Read in black and white by the markers' shapes.
