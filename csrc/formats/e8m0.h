@@ -19,9 +19,9 @@ constexpr float decode(std::uint8_t bits) noexcept {
 }
 
 // The byte of 2^exponent, clamped to what the format holds.
-constexpr std::uint8_t from_exponent(int exponent) noexcept { return static_cast<std::uint8_t>(std::clamp(exponent + bias, 0, 254)); }
+constexpr std::uint8_t from_exponent(int exponent) noexcept { return static_cast<std::uint8_t>(std::clamp(exponent, -bias, 127) + bias); }
 
-// The byte of the power of two at or below `x` > 0: of a power of two, its own.
+// The byte of the power of two at or below `x` > 0: of a power of two, its own. Infinity, whose ilogb is INT_MAX, gets the largest.
 inline std::uint8_t encode(float x) noexcept { return from_exponent(std::ilogb(x)); }
 
 static_assert(decode(127) == 1.0f && decode(0) == 0x1p-127f && decode(254) == 0x1p127f && from_exponent(-200) == 0 && from_exponent(200) == 254);

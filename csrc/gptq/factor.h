@@ -18,7 +18,10 @@ Order order_named(std::string_view name);
 
 class Factor {
 public:
-    // h (cols, cols): symmetric, finite, no negative diagonal (both triangles are read as one). `damping` >= 0 is relative to the mean of the live diagonal.
+    // h (cols, cols): symmetric, finite (both triangles are read as one). `damping` >= 0 is relative to the mean of the live diagonal.
+    //
+    // The diagonal may be negative by rounding: a rotation of inputs whose columns sum to zero (after a LayerNorm) has a column that is zero but for cancellation. Damping mends that, or the
+    // factorisation fails and the ladder below is climbed.
     //
     // A column whose diagonal is zero is dead: no input ever reached it, so it is cut out of H and its weights are rounded plainly. If the factorisation fails, damping rises tenfold
     // (from 0.01 where it was 0) up to 1; if all fail, usable() is false and the caller rounds plainly.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdint>
 #include <string>
 
 #include "base/check.h"
@@ -42,7 +43,12 @@ void rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<floa
             float* row = out.row(r);
             if (row != x.row(r)) std::copy_n(x.row(r), x.cols, row);
             for (Index c = 0; c < x.cols; c += block_size) butterflies(row + c, block_size);
-            for (Index c = 0; c < x.cols; ++c) row[c] *= factor;
+            std::uint32_t worst = 0;
+            for (Index c = 0; c < x.cols; ++c) {
+                row[c] *= factor;
+                worst = std::max(worst, std::bit_cast<std::uint32_t>(row[c]) & 0x7F800000u);
+            }
+            if (worst == 0x7F800000u) check(false, "row " + std::to_string(r) + " overflows float32 when it is rotated by blocks of " + std::to_string(block_size));
         }
     });
 }

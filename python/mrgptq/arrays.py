@@ -1,5 +1,6 @@
 """The door: every array, name and count that a user hands in is checked here once, and refused in a full sentence."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -25,14 +26,14 @@ def as_threads(threads: int | None) -> int:
         return 0
     if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1:
         raise ValueError(f"threads is {threads!r}; it must be None or an integer from 1 on")
-    return int(threads)
+    return min(int(threads), 1024)  # no result depends on it, and libgomp ends the process when it cannot start a team
 
 
 def _widen(array: ArrayLike, name: str, dtype: str | None) -> NDArray[np.float32]:
     if dtype is not None:
         choose("dtype", dtype, ("bfloat16",))
         bits = np.asarray(array)
-        if bits.dtype != np.uint16:
+        if bits.dtype.newbyteorder("=") != np.uint16:
             raise TypeError(f'{name} has dtype {bits.dtype}; dtype="bfloat16" takes the bits as uint16')
         return (bits.astype(np.uint32) << 16).view(np.float32)
     try:
@@ -40,8 +41,8 @@ def _widen(array: ArrayLike, name: str, dtype: str | None) -> NDArray[np.float32
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} ({type(array).__name__}) does not convert to a numpy array: {error}") from error
     if values.dtype == np.float32:
-        return values if values.dtype.isnative else values.astype(np.float32)
-    if values.dtype.kind == "f" and values.dtype.itemsize in (2, 8) or values.dtype.name == "bfloat16":
+        return values
+    if values.dtype.kind == "f" and values.dtype.itemsize in (2, 4, 8) or values.dtype.name == "bfloat16":
         with np.errstate(over="ignore"):  # what overflows is refused below, with its place
             return values.astype(np.float32)
     raise TypeError(f"{name} has dtype {values.dtype}; allowed: {FLOAT_DTYPES}")
@@ -67,7 +68,7 @@ def as_float32(array: ArrayLike, name: str, *, rank: int | None = None, dtype: s
         raise ValueError(f"{name} is empty: its shape is {values.shape}")
     matrix = values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
     if (matrix.shape[1] > 1 and matrix.strides[1] != 4) or matrix.strides[0] % 4 or not matrix.flags.aligned:
-        matrix = np.ascontiguousarray(matrix)
+        matrix = matrix.copy()  # ascontiguousarray would leave an unaligned array where it is
     position = _core.first_nonfinite(matrix, as_threads(threads))
     if position >= 0:
         where = tuple(int(i) for i in np.unravel_index(position, values.shape))
@@ -85,12 +86,22 @@ def as_output(out: NDArray[np.float32], like: NDArray[Any], name: str = "out") -
         raise ValueError(f"{name} is read-only")
     if out.ndim != 2 and not out.flags.c_contiguous or out.ndim == 2 and (out.strides[1] != 4 or out.strides[0] % 4):
         raise ValueError(f"{name} has strides {out.strides} bytes; its columns must be adjacent")
+    if not out.flags.aligned:
+        raise ValueError(f"{name} is not aligned to its 4-byte elements")
     return out
+
+
+def as_number(value: float, name: str) -> float:
+    """A real number as float; TypeError for whatever else float() would make one of (text, True, arrays)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; it must be a real number")
+    return float(value)
 
 
 def as_scale(value: float, name: str) -> float:
     """A positive finite number as float32."""
-    number = np.float32(value)
+    with np.errstate(over="ignore"):  # what overflows is infinite, and refused as that
+        number = np.float32(as_number(value, name))
     if not (np.isfinite(number) and number > 0):
         raise ValueError(f"{name} is {value!r}; it must be a positive finite number in float32")
     return float(number)
@@ -101,7 +112,10 @@ def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian") ->
 
     Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|) or has a negative diagonal entry.
     """
-    values = np.asarray(hessian)
+    try:
+        values = np.asarray(hessian)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} ({type(hessian).__name__}) does not convert to a numpy array: {error}") from error
     if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":
         raise TypeError(f"{name} has dtype {values.dtype}; allowed: real numbers")
     if values.ndim != 2 or values.shape[0] != values.shape[1] or values.size == 0:

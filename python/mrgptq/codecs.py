@@ -27,7 +27,10 @@ def resolve_scales(format: str, scales: str | None, mx_rule: str) -> tuple[str, 
 
 def nvfp4_tensor_scale(amax: float) -> float:
     """The NVFP4 divisor 2688 / amax as a float32 number; 1 for amax 0 and where the quotient overflows."""
-    return float(_core.nvfp4_tensor_scale(float(np.float32(amax))))
+    largest = np.float32(amax)
+    if not (np.isfinite(largest) and largest >= 0):
+        raise ValueError(f"amax is {amax!r}; it must be a finite number in float32, 0 or more")
+    return float(_core.nvfp4_tensor_scale(float(largest)))
 
 
 def tensor_scale_for(format: str, x: NDArray[np.float32], mx_rule: str = "even", tensor_scale: float | None = None, *, threads: int | None = None) -> float:
@@ -38,7 +41,12 @@ def tensor_scale_for(format: str, x: NDArray[np.float32], mx_rule: str = "even",
             raise ValueError(f"tensor_scale is {tensor_scale!r}; mxfp4 by the rule {mx_rule!r} has {fixed:g}")
         return fixed
     if tensor_scale is not None:
-        return as_scale(tensor_scale, "tensor_scale")
+        divisor = as_scale(tensor_scale, "tensor_scale")
+        with np.errstate(over="ignore"):
+            largest = np.float32(6) * (np.float32(448) / np.float32(divisor))
+        if not np.isfinite(largest):  # no amax in float32 calls for so small a divisor
+            raise ValueError(f"tensor_scale is {tensor_scale!r}; 6 * 448 / tensor_scale, the largest value it could stand for, overflows float32")
+        return divisor
     return nvfp4_tensor_scale(_core.amax(x, as_threads(threads)))
 
 
@@ -143,7 +151,10 @@ def round_activations(
     check_groups(values.shape[-1], format, "x")
     matrix = values.reshape(-1, values.shape[-1])
     divisor = tensor_scale_for(format, matrix, mx_rule, tensor_scale, threads=threads)
+    in_place = out is x
     out = as_output(np.empty(values.shape, dtype=np.float32) if out is None else out, values)
+    if not in_place and np.may_share_memory(out, matrix):
+        matrix = matrix.copy()  # a shifted overlap would read what was just written
     _core.round_to_grid(format, "absmax", mx_rule, bfloat16, matrix, divisor, out.reshape(-1, out.shape[-1]), as_threads(threads))
     return out
 

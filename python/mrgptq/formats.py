@@ -38,30 +38,31 @@ def block_format(name: str) -> BlockFormat:
 
 
 def _floats(x: ArrayLike) -> NDArray[np.float32]:
-    values = np.asarray(x, dtype=np.float32)
+    with np.errstate(over="ignore"):  # infinity saturates like what it stands for
+        values = np.asarray(x, dtype=np.float32)
     if np.isnan(values).any():
         raise ValueError("x holds NaN, which no code stands for")
     return values
 
 
 def encode_e2m1(x: ArrayLike) -> NDArray[np.uint8]:
-    """Codes 0 … 15 (uint8) of the nearest E2M1 values, ties to the even code, beyond ±6 saturated; what rounds to zero gets code 0. x: floats without NaN, any shape."""
-    return _core.encode_e2m1(_floats(x))
+    """Codes 0 … 15 (uint8) of the nearest E2M1 values, ties to the even code, beyond ±6 saturated; what rounds to zero gets code 0. x: floats without NaN, any shape, rounded to float32 first."""
+    return np.asarray(_core.encode_e2m1(_floats(x)), dtype=np.uint8)
 
 
 def decode_e2m1(codes: ArrayLike) -> NDArray[np.float32]:
     """E2M1 codes (uint8, the low four bits count) as float32."""
-    return _core.decode_e2m1(np.asarray(codes, dtype=np.uint8))
+    return np.asarray(_core.decode_e2m1(np.asarray(codes, dtype=np.uint8)), dtype=np.float32)
 
 
 def encode_e4m3(x: ArrayLike) -> NDArray[np.uint8]:
-    """Bits (uint8) of the nearest E4M3 values ("fn" kind), ties to even, beyond ±448 saturated. x: floats without NaN, any shape."""
-    return _core.encode_e4m3(_floats(x))
+    """Bits (uint8) of the nearest E4M3 values ("fn" kind), ties to even, beyond ±448 saturated. x: floats without NaN, any shape, rounded to float32 first."""
+    return np.asarray(_core.encode_e4m3(_floats(x)), dtype=np.uint8)
 
 
 def decode_e4m3(bits: ArrayLike) -> NDArray[np.float32]:
     """E4M3 bits (uint8) as float32; 0x7F and 0xFF are NaN."""
-    return _core.decode_e4m3(np.asarray(bits, dtype=np.uint8))
+    return np.asarray(_core.decode_e4m3(np.asarray(bits, dtype=np.uint8)), dtype=np.float32)
 
 
 def encode_e8m0(x: ArrayLike) -> NDArray[np.uint8]:
@@ -69,9 +70,9 @@ def encode_e8m0(x: ArrayLike) -> NDArray[np.uint8]:
     values = _floats(x)
     if not (values > 0).all():
         raise ValueError("x holds a number that is not positive; E8M0 has neither zero nor sign")
-    return _core.encode_e8m0(values)
+    return np.asarray(_core.encode_e8m0(values), dtype=np.uint8)
 
 
 def decode_e8m0(bits: ArrayLike) -> NDArray[np.float32]:
     """E8M0 bytes as float32 powers of two, 2^(byte - 127); 255 is NaN."""
-    return _core.decode_e8m0(np.asarray(bits, dtype=np.uint8))
+    return np.asarray(_core.decode_e8m0(np.asarray(bits, dtype=np.uint8)), dtype=np.float32)

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_symmetric, as_threads, choose
-from .rotations import Identity, Rotation
+from .arrays import as_float32, as_number, as_symmetric, as_threads, choose
+from .rotations import Hadamard, Identity, Rotation
 
 ORDERS = ("natural", "activation")
 """The columns' visiting order: left to right, or by descending diagonal of H. Either way nothing is stored: groups and scales stay where they are."""
@@ -103,6 +103,8 @@ class Factor:
     def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, threads: int | None = None) -> None:
         start = time.perf_counter()
         self.rotation = Identity() if rotation is None else rotation
+        if not isinstance(self.rotation, (Identity, Hadamard)):
+            raise TypeError(f"rotation is {rotation!r}; it must be None, Identity() or Hadamard(block_size)")
         self.order_name = choose("order", order, ORDERS)
         self.damping_asked = as_damping(damping)
         self.tokens = hessian.tokens if isinstance(hessian, Hessian) else None
@@ -140,8 +142,8 @@ class Factor:
 
 
 def as_damping(damping: float) -> float:
-    """A finite float >= 0, or ValueError."""
-    value = float(damping)
+    """A finite float >= 0, or ValueError; TypeError for what is not a number."""
+    value = as_number(damping, "damping")
     if not (np.isfinite(value) and value >= 0):
         raise ValueError(f"damping is {damping!r}; it must be a finite number from 0 on")
     return value

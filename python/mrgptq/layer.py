@@ -5,7 +5,7 @@ import time
 from numpy.typing import ArrayLike
 
 from . import _core
-from .arrays import as_float32, as_threads
+from .arrays import as_float32, as_symmetric, as_threads
 from .codecs import check_groups, resolve_scales, scales_name, tensor_scale_for, weight_error
 from .gptq import Factor, Hessian, relative_error
 from .recipe import Recipe, as_recipe
@@ -20,6 +20,8 @@ def make_factor(hessian: ArrayLike, recipe: Recipe | str, *, format: str | None 
 
 
 def _check_factor(factor: Factor, recipe: Recipe, cols: int) -> None:
+    if not isinstance(factor, Factor):
+        raise TypeError(f"factor is {type(factor).__name__}; it must be what make_factor returned")
     asked = (cols, rotation_of(recipe.rotation), recipe.order, recipe.damping)
     made = (factor.cols, factor.rotation, factor.order_name, factor.damping_asked)
     for what, want, got in zip(("columns", "rotation", "order", "damping"), asked, made, strict=True):
@@ -129,6 +131,9 @@ def quantize_layer(
 def _checked_size(hessian: ArrayLike, cols: int) -> ArrayLike:
     """Refuse a Hessian of another size before it is copied; what else may be wrong with it is found where it is."""
     shape = (hessian.cols, hessian.cols) if isinstance(hessian, Hessian) else getattr(hessian, "shape", None)
-    if shape is not None and len(shape) == 2 and shape[0] == shape[1] and shape[0] != cols:
+    if shape is None:
+        hessian = as_symmetric(hessian, None)  # nested lists
+        shape = hessian.shape
+    if len(shape) == 2 and shape[0] == shape[1] and shape[0] != cols:
         raise ValueError(f"hessian has shape {tuple(shape)}; a weight of {cols} columns needs ({cols}, {cols})")
     return hessian

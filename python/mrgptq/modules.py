@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 FUSED_SUFFIXES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers of one parent that read the same input and that vLLM and TensorRT-LLM load as one matrix with one NVFP4 tensor scale."""
 
-DEFAULT_TARGETS = r"\.\d+\.(?!.*(router|mlp\.gate$|norm|embed))"
+DEFAULT_TARGETS = r"\.\d+\.(?!.*(router|gate$|norm|embed))"
 """Every linear layer inside a numbered block, but not the routers of experts, which are small and decide much."""
 
 DEFAULT_IGNORE = "lm_head"

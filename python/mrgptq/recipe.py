@@ -15,6 +15,7 @@ from .rotations import rotation_of
 SOLVERS = ("rtn", "gptq")
 PRECISIONS = ("float32", "float64")
 NAMES = ("rtn", "gptq", "mr-gptq")
+DIALECTS = ("compressed-tensors", "fp_quant")
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,11 +54,11 @@ class Recipe(Shown):
 
     def __post_init__(self) -> None:
         block_format(self.format)
-        rotation_of(self.rotation)
+        object.__setattr__(self, "rotation", rotation_of(self.rotation).block_size)  # a plain int, so that a NumPy one becomes JSON too
         resolve_scales(self.format, self.scales, self.mx_rule)
         choose("order", self.order, ORDERS)
         choose("solver", self.solver, SOLVERS)
-        as_damping(self.damping)
+        object.__setattr__(self, "damping", as_damping(self.damping))
         choose("rounds", self.rounds, (0,))
         choose(f"activations for {self.format}", self.activations, (None, self.format))
         choose("activation_rule", self.activation_rule, ("absmax",))
@@ -74,6 +75,7 @@ class Recipe(Shown):
         dialect : "fp_quant" stores MXFP4 by four-thirds, "compressed-tensors" by even.
         """
         choose("recipe", name, NAMES)
+        choose("dialect", dialect, DIALECTS)
         mx_rule = "four-thirds" if dialect == "fp_quant" and format == "mxfp4" else "even"
         base = cls(format=format, scales="absmax", mx_rule=mx_rule, activations=activations)
         if name == "rtn":

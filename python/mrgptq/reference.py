@@ -51,8 +51,8 @@ def encode_e4m3(x):
 
 def decode_e8m0(bits):
     """float32 powers of two of E8M0 bytes."""
-    value = np.ldexp(1.0, np.asarray(bits, dtype=np.int64) - 127).astype(np.float32)
-    return np.where(np.asarray(bits) == 255, np.float32(np.nan), value)
+    bits = np.asarray(bits, dtype=np.int64)
+    return np.where(bits == 255, np.nan, np.ldexp(1.0, np.minimum(bits, 254) - 127)).astype(np.float32)
 
 
 # ---- Scales of groups

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -136,11 +137,11 @@ def tensor_readers(reader: CheckpointReader) -> dict[str, Callable[[], Quantized
     if quantization_config:
         dialect = dialect_of(quantization_config, reader.path)
         for module in dialect.modules(reader.names):
-            readers[f"{module}.weight"] = lambda module=module: dialect.decode(reader, module, quantization_config)
+            readers[f"{module}.weight"] = partial(dialect.decode, reader, module, quantization_config)
             parts.update(dialect.parts(module))
     for name in reader.names:
         if name not in parts:
-            readers[name] = lambda name=name: _plain(reader.tensor(name))
+            readers[name] = partial(_plain, reader, name)
     return readers
 
 
@@ -152,5 +153,6 @@ def dialect_of(quantization_config: Mapping[str, Any], where: str | os.PathLike[
     return DIALECTS[method]
 
 
-def _plain(tensor: StoredTensor) -> NDArray[Any] | StoredTensor:
+def _plain(reader: CheckpointReader, name: str) -> NDArray[Any] | StoredTensor:
+    tensor = reader.tensor(name)
     return tensor.bits if tensor.dtype in _NUMPY_NAMES else tensor

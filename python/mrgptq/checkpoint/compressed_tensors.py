@@ -71,7 +71,7 @@ def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         "scale_dtype": "torch.float8_e4m3fn" if scheme.format == "nvfp4" else "torch.uint8",
         "zp_dtype": None,
     }
-    dynamic: dict[str, object] = {"nvfp4": {"dynamic": "local", "observer": "static_minmax"}, "mxfp4": {"dynamic": True, "observer": None}}[scheme.format]
+    dynamic: dict[str, object] = {"dynamic": "local", "observer": "static_minmax"} if scheme.format == "nvfp4" else {"dynamic": True, "observer": None}
     group = {
         "targets": ["Linear"],
         "format": _FORMAT_NAMES[scheme.format],

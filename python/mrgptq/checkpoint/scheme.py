@@ -41,7 +41,14 @@ class Scheme:
     @property
     def label(self) -> str:
         """As people call it: "NVFP4 W4A4, Hadamard 16"."""
-        return f"{self.format.upper()} W4A{4 if self.activations else 16}" + (f", Hadamard {self.rotation}" if self.rotation else "")
+        parts = [f"{self.format.upper()} W4A{4 if self.activations else 16}"]
+        if self.rotation:
+            parts.append(f"Hadamard {self.rotation}")
+        if self.mx_rule != "even":
+            parts.append(self.mx_rule)
+        if self.activations == "mxfp4" and self.activation_mx_rule != self.mx_rule:
+            parts.append(f"activations by {self.activation_mx_rule}")
+        return ", ".join(parts)
 
     @property
     def group_size(self) -> int:

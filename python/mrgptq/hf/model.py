@@ -3,12 +3,15 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from ..arrays import as_float32
 from ..checkpoint import tensor_readers
@@ -25,7 +28,20 @@ def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTra
     config = _config(folder)
     if config.get("quantization_config"):
         raise ValueError(f"{folder} is quantised already, by {config['quantization_config'].get('quant_method')!r}")
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval().to(device)
+    with _without_bars():
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval().to(device)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Loading takes seconds and shows no bar of its own between ours; the user's setting is put back."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -42,8 +58,7 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu") -> Pr
     reader = CheckpointReader(folder)
     config.pop("quantization_config", None)
     plain = AutoConfig.for_model(**config)
-    with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32).eval()
     state, layers = {}, {}
     for name, read in tensor_readers(reader).items():
         value = read()

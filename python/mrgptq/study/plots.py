@@ -18,17 +18,18 @@ def accuracy_chart(rows: Sequence[AccuracyRow], path: str | os.PathLike[str], *,
     """
     original = next(row for row in rows if row.format is None)
     methods = list(dict.fromkeys(row.recipe for row in rows if row.format))
-    styles = {"nvfp4": ("o", "#1b6ca8"), "mxfp4": ("s", "#c8553d")}
+    # marker, colour, and where the numbers stand: NVFP4 is the lower curve, so its numbers go below
+    styles = {"nvfp4": ("o", "#1b6ca8", -15), "mxfp4": ("s", "#c8553d", 8)}
     figure, panels = pyplot.subplots(1, 2, figsize=(8.4, 3.8), sharey=True, layout="constrained")
     for panel, activations in zip(panels, (False, True), strict=True):
-        for format, (marker, colour) in styles.items():
+        for format, (marker, colour, offset) in styles.items():
             cells = {row.recipe: row.perplexity for row in rows if row.format == format and bool(row.activations) == activations}
             present = [method for method in methods if method in cells]
             if not present:
                 continue
             panel.plot([methods.index(m) for m in present], [cells[m] for m in present], marker=marker, color=colour, linewidth=1.2, markersize=7, label=format.upper())
             for method in present:
-                panel.annotate(f"{cells[method]:.2f}", (methods.index(method), cells[method]), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8, color=colour)
+                panel.annotate(f"{cells[method]:.2f}", (methods.index(method), cells[method]), textcoords="offset points", xytext=(0, offset), ha="center", fontsize=8, color=colour)
         panel.axhline(original.perplexity, color="black", linestyle="--", linewidth=1)
         panel.annotate(f"original {original.perplexity:.2f}", (len(methods) - 1, original.perplexity), textcoords="offset points", xytext=(14, -12), ha="right", fontsize=8)
         panel.set_xticks(range(len(methods)), [m.upper() if m != "mr-gptq" else "MR-GPTQ" for m in methods])

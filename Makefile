@@ -1,0 +1,41 @@
+# make demo   quantise examples/models/leaf and show what each method keeps of it
+# make test   GoogleTest and pytest
+#
+# Both set everything up in .venv first. TORCH_INDEX names another index for torch where the usual one would serve a build for CUDA:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+
+BUILD := build/make
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Build requirements live in the environment too, so that a second build is incremental.
+INSTALL := $(PIP) --no-build-isolation --config-settings=build-dir=$(BUILD)
+BUILD_NEEDS := scikit-build-core pybind11 cmeel-eigen cmake ninja
+SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc python -name '*.h' -o -name '*.cc' -o -name '*.py' -o -name '*.pyi')
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: demo test
+demo: $(VENV)/.demo
+	$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/.test
+	ctest --test-dir $(BUILD) --output-on-failure
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/.demo: $(VENV)/.made $(SOURCES)
+	$(INSTALL) '.[hf,plot]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.made $(SOURCES) $(wildcard tests/cpp/*.cc)
+	sh .ci/system-packages googletest
+	$(INSTALL) --config-settings=cmake.define.MRGPTQ_TESTS=ON '.[hf,plot,dev]'
+	touch $@
+
+$(VENV)/.made: constraints.txt
+	PYTHON=$(PYTHON) sh .ci/system-packages compiler python
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) $(BUILD_NEEDS)
+	touch $@
