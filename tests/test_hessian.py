@@ -52,8 +52,8 @@ def test_every_input_of_leaf_is_within_the_bound(leaf):
 
 
 def test_a_long_stream_keeps_its_digits():
-    """4096 panels of a constant: float32 all the way would stop growing at 2^24; sums over panels are float64, so the answer is exact."""
-    x = np.full((PANEL, 2), 4097.0, dtype=np.float32)  # 4097² has 25 bits, its panel sum more: rounded once in each panel, the same way
+    """A million equal tokens: a panel's product has 24 digits, so 4096 of them add exactly in float64, and one or many give the same mean; a float32 sum would round it 4096 times."""
+    x = np.full((PANEL, 2), 4097.0, dtype=np.float32)
     one = matrix_of([x], 2)
     many = matrix_of([x] * 4096, 2)
     assert np.array_equal(one, many)

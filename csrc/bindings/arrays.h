@@ -20,7 +20,8 @@ MatrixView<const T> view(const py::array& array) {
     check(py::isinstance<py::array_t<T, 0>>(array), "expected an array of " + std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(array.dtype())));
     check(array.ndim() == 2, "expected a matrix, got an array of rank " + std::to_string(array.ndim()));
     constexpr auto size = static_cast<py::ssize_t>(sizeof(T));
-    check((array.shape(1) <= 1 || array.strides(1) == size) && array.strides(0) % size == 0, "expected adjacent columns");
+    // numpy gives an empty array strides of its own choosing.
+    check(array.size() == 0 || ((array.shape(1) <= 1 || array.strides(1) == size) && array.strides(0) % size == 0), "expected adjacent columns");
     return {static_cast<const T*>(array.data()), array.shape(0), array.shape(1), array.strides(0) / size};
 }
 

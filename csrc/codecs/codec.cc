@@ -27,10 +27,21 @@ void check_codes(const MatrixView<const std::uint8_t>& codes, Index rows, Index 
                                                             std::to_string(cols) + "), two columns a byte");
 }
 
-template <class Format>
-void encode_group(const float* x, float step, std::uint8_t* codes) noexcept {
+void encode_values(const float* x, Index count, float step, std::uint8_t* codes) noexcept {
     // Divide, never multiply by a rounded reciprocal: that moves ties.
-    for (Index c = 0; c < Format::group_size; ++c) codes[c] = e2m1::encode(x[c] / step);
+    for (Index c = 0; c < count; ++c) codes[c] = e2m1::encode(x[c] / step);
+}
+
+void round_values(const float* x, Index count, float step, float* out) noexcept {
+    for (Index c = 0; c < count; ++c) out[c] = step * e2m1::decode(e2m1::encode(x[c] / step));
+}
+
+// Kept out of line: with the group's length known, GCC 12 unrolls the two table look-ups completely and compiles this file for half a minute, for no faster code.
+[[gnu::noinline]] void decode_values(const std::uint8_t* packed, Index count, float step, float* x) noexcept {
+    for (Index j = 0; j < count / 2; ++j) {
+        x[2 * j] = step * e2m1::decode(packed[j]);
+        x[2 * j + 1] = step * e2m1::decode(packed[j] >> 4);
+    }
 }
 
 }  // namespace
@@ -81,7 +92,7 @@ void encode(std::string_view format, MatrixView<const float> weight, MatrixView<
             std::array<std::uint8_t, Format::group_size> group;
             for (Index r = begin; r < end; ++r)
                 for (Index g = 0; g < scales.cols; ++g) {
-                    encode_group<Format>(weight.row(r) + g * Format::group_size, group_step<Format>(scales.row(r)[g], tensor_scale), group.data());
+                    encode_values(weight.row(r) + g * Format::group_size, Format::group_size, group_step<Format>(scales.row(r)[g], tensor_scale), group.data());
                     pack_row(group.data(), Format::group_size, codes.row(r) + g * Format::group_size / 2);
                 }
         });
@@ -96,12 +107,7 @@ void dequantize(std::string_view format, MatrixView<const std::uint8_t> codes, M
             for (Index r = begin; r < end; ++r)
                 for (Index g = 0; g < scales.cols; ++g) {
                     const float step = group_step<Format>(scales.row(r)[g], tensor_scale);
-                    const std::uint8_t* packed = codes.row(r) + g * Format::group_size / 2;
-                    float* x = out.row(r) + g * Format::group_size;
-                    for (Index j = 0; j < Format::group_size / 2; ++j) {
-                        x[2 * j] = step * e2m1::decode(packed[j]);
-                        x[2 * j + 1] = step * e2m1::decode(packed[j] >> 4);
-                    }
+                    decode_values(codes.row(r) + g * Format::group_size / 2, Format::group_size, step, out.row(r) + g * Format::group_size);
                 }
         });
     });
@@ -115,7 +121,7 @@ void round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<co
             for (Index r = begin; r < end; ++r)
                 for (Index c0 = 0; c0 < x.cols; c0 += Format::group_size) {
                     const float step = group_step<Format>(group_scale<Format>(x.row(r) + c0, rule, tensor_scale), tensor_scale);
-                    for (Index c = c0; c < c0 + Format::group_size; ++c) out.row(r)[c] = step * e2m1::decode(e2m1::encode(x.row(r)[c] / step));
+                    round_values(x.row(r) + c0, Format::group_size, step, out.row(r) + c0);
                 }
         });
     });

@@ -1,7 +1,8 @@
 """The door: every array, name and count that a user hands in is checked here once, and refused in a full sentence."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,15 @@ def choose(what: str, value: _T, known: Sequence[object]) -> _T:
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; known: {', '.join(str(k) for k in known)}")
     return value
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put the place, such as a file and a layer, before the message of a ValueError or TypeError raised in the block, which speaks of arguments."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}") from None
 
 
 def as_threads(threads: int | None) -> int:

@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device of the forward passes (default: cpu); the quantisation itself runs on the CPU")
-    parser.add_argument("--threads", type=_positive, help="threads (default: OMP_NUM_THREADS, or all cores); results do not depend on it")
+    parser.add_argument("--threads", type=_positive, help="threads (default: OMP_NUM_THREADS, or all cores); codes do not depend on it, forward passes may in their last bits")
 
 
 def _positive(text: str) -> int:

@@ -146,7 +146,8 @@ def round_activations(
     """
     block_format(format)
     choose("mx_rule", mx_rule, MX_RULES)
-    bfloat16 = dtype == "bfloat16" or getattr(getattr(x, "dtype", None), "name", None) == "bfloat16"
+    own_dtype = getattr(x, "dtype", None)
+    bfloat16 = dtype == "bfloat16" or own_dtype == "BF16" or getattr(own_dtype, "name", None) == "bfloat16"  # "BF16": a StoredTensor's
     values = as_float32(x, "x", dtype=dtype, threads=threads)
     check_groups(values.shape[-1], format, "x")
     matrix = values.reshape(-1, values.shape[-1])

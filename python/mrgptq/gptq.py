@@ -61,7 +61,8 @@ class Hessian:
 
     def update(self, x: ArrayLike, *, dtype: str | None = None, threads: int | None = None) -> None:
         """Add a batch: ``x`` (..., cols), float32 / float16 / bfloat16 / float64, finite; every leading axis counts tokens. An empty batch adds nothing."""
-        if np.size(x) == 0 and np.shape(x)[-1:] == (self.cols,):
+        shape = getattr(x, "shape", ())
+        if 0 in shape and shape[-1] == self.cols:
             return
         values = as_float32(x, "x", dtype=dtype, threads=threads)
         if values.shape[-1] != self.cols:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .arrays import located
 from .checkpoint import Scheme, dialect_named, save
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.stored_tensor import StoredTensor
@@ -18,9 +19,11 @@ from .layer import quantize_layer
 from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modules
 from .recipe import Recipe
 from .result import LayerReport, QuantizedMatrix, layer_report
-from .rotations import rotation_of
+from .rotations import Rotation, rotation_of
 
 _log = logging.getLogger("mrgptq")
+
+_BATCH = 8  # windows in a forward pass: hf.calibrate.BATCH, which is not there without torch
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,7 +109,7 @@ def make_plan(
     FileExistsError : ``out`` exists. FileNotFoundError : ``model`` does not.
     """
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already; it is never overwritten: name another folder or remove it first")
     reason = needs_calibration(recipe)
     if reason and not calibrated:
@@ -124,23 +127,27 @@ def make_plan(
     bytes_in = sum(reader.nbytes(name) for name in reader.names)
     kept = bytes_in - sum(reader.nbytes(f"{name}.weight") for name in shapes)
     bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
-    memory = _expected_memory(reader, shapes, min(bytes_out, max_shard_bytes), tokens if calibrated else 0)
+    memory = _expected_memory(reader, shapes, min(bytes_out, max_shard_bytes), tokens if calibrated else 0, sequence)
     return Plan(Path(model), out, recipe, dialect, shapes, tokens if calibrated else 0, sequence, bytes_in, bytes_out, memory)
 
 
-def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int) -> int:
-    """Peak bytes: the shard under way, a layer's working copies, and with calibration the float32 model, the tokens' hidden states and one block's Hessians."""
+def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int, sequence: int) -> int:
+    """Peak bytes: the shard under way, a layer's working copies, and with calibration the float32 model, the tokens' hidden states, one batch inside a block, and
+    one block's Hessians with what the factor takes."""
     widest = max(cols for _, cols in shapes.values())
     layer = max(rows * cols for rows, cols in shapes.values()) * 4 * 4
     if not tokens:
         return shard_bytes + layer
     parameters = sum(int(np.prod(reader.shape(name))) for name in reader.names) * 4
-    hidden = tokens * reader.config.get("hidden_size", min(cols for _, cols in shapes.values())) * 4
+    hidden_size = reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))
+    hidden = tokens * hidden_size * 4
+    # The MLP holds gate, up, their product and a copy of it; around it lie the residual, its norm, q, k, v and the attention's output.
+    batch = min(tokens, _BATCH * sequence) * (6 * hidden_size + 4 * widest) * 4
     blocks: dict[str, int] = {}
     for group in fused_groups(shapes):
         key = group[0].split(".layers.")[-1].split(".")[0]
         blocks[key] = blocks.get(key, 0) + shapes[group[0]][1] ** 2 * 8
-    return shard_bytes + layer + parameters + hidden + max(blocks.values()) + widest**2 * 8 * 5
+    return shard_bytes + layer + parameters + hidden + batch + max(blocks.values()) + widest**2 * 8 * 5
 
 
 def quantize_checkpoint(
@@ -195,9 +202,16 @@ def _data_free(plan: Plan, reader: CheckpointReader, threads: int | None) -> Ite
         weights = {name: reader.tensor(f"{name}.weight") for name in group}
         tensor_scale = None
         if plan.recipe.format == "nvfp4":
-            tensor_scale = min(tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), threads=threads) for weight in weights.values())
+            tensor_scale = min(_own_scale(name, weight, rotation, threads) for name, weight in weights.items())
         for name, weight in weights.items():
-            yield name, quantize_layer(weight, None, plan.recipe, tensor_scale=tensor_scale, threads=threads)
+            with located(f"{name}.weight"):
+                matrix = quantize_layer(weight, None, plan.recipe, tensor_scale=tensor_scale, threads=threads)
+            yield name, matrix
+
+
+def _own_scale(name: str, weight: StoredTensor, rotation: Rotation, threads: int | None) -> float:
+    with located(f"{name}.weight"):
+        return tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), threads=threads)
 
 
 def _calibrated(plan: Plan, text: str, device: str, threads: int | None) -> Iterator[tuple[str, QuantizedMatrix]]:

@@ -24,6 +24,7 @@ class Identity:
 
     def apply_hessian(self, hessian: ArrayLike, *, threads: int | None = None) -> NDArray[np.float64]:
         """A float64 copy of ``hessian`` (cols, cols)."""
+        as_threads(threads)
         return as_symmetric(hessian, None)
 
     def check_columns(self, cols: int, name: str = "x") -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import located
 from ..formats import block_format
 from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
@@ -122,7 +123,9 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
     activations = None
     if group.get("input_activations"):
         activations = Activations(format, "even", stored_number(reader, f"{module}.input_global_scale") if format == "nvfp4" else None)
-    return QuantizedMatrix(format, codes, scales, divisor, rotation_of(_rotation(quantization_config, where)), activations)
+    block_size = _rotation(quantization_config, where)
+    with located(where):
+        return QuantizedMatrix(format, codes, scales, divisor, rotation_of(block_size), activations)
 
 
 def _group_of(quantization_config: Mapping[str, Any], where: str) -> dict[str, Any]:

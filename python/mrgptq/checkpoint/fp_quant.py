@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import located
 from ..result import Activations, QuantizedMatrix
 from ..rotations import Identity, Rotation, rotation_of
 from .fields import stored_matrix, stored_number
@@ -96,7 +97,9 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
     divisor, activation_divisor = (stored_number(reader, f"{module}.{part}") for part in ("weight_global_scale", "act_global_scale"))
     online = np.asarray(reader.tensor(f"{module}.forward_hadamard_matrix"))
     activations = Activations("mxfp4", "four-thirds") if format == "mxfp4" else Activations("nvfp4", tensor_scale=activation_divisor)
-    return QuantizedMatrix(format, codes, scales, divisor, _rotation(online, where), activations)
+    rotation = _rotation(online, where)
+    with located(where):
+        return QuantizedMatrix(format, codes, scales, divisor, rotation, activations)
 
 
 def _rotation(matrix: NDArray[np.float32], where: str) -> Rotation:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ..arrays import located
 from ..codecs import nvfp4_tensor_scale, tensor_scale_for
 from ..gptq import Hessian
 from ..layer import make_factor, quantize_layer
@@ -137,7 +138,8 @@ def _observe(
     def watch(group: _Group) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             values, dtype = to_numpy(args[0])
-            hessians[group].update(values, dtype=dtype, threads=threads)
+            with located(f"the input of {group[0]}"):
+                hessians[group].update(values, dtype=dtype, threads=threads)
             if recipe.activations == "nvfp4":
                 largest[group] = max(largest[group], float(np.abs(rotation.apply(values, dtype=dtype, threads=threads)).max(initial=0)))
 
@@ -150,6 +152,9 @@ def _observe(
             handles += round_inputs([named[name] for name in group], Activations(recipe.activations, recipe.mx_rule), rotation)
     with _removing(handles):
         _run(block, hidden, kwargs, keep=False)
+    for group, hessian in hessians.items():
+        if not hessian.tokens:
+            raise ValueError(f"{group[0]} never saw an input while the calibration text passed; leave it out with ignore")
     if not recipe.activations:
         return hessians, {}
     scales: dict[_Group, float | None] = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
@@ -164,10 +169,12 @@ def _quantize_group(
     weights = {name: to_numpy(named[name].weight)[0] for name in group}
     tensor_scale = None
     if recipe.format == "nvfp4":
-        tensor_scale = min(tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), threads=threads) for weight in weights.values())
+        with located(", ".join(group)):
+            tensor_scale = min(tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), threads=threads) for weight in weights.values())
     factor = make_factor(hessian, recipe, threads=threads) if recipe.solver == "gptq" else None
     for name, weight in weights.items():
-        matrix = quantize_layer(weight, hessian, recipe, tensor_scale=tensor_scale, factor=factor, threads=threads)
+        with located(name):
+            matrix = quantize_layer(weight, hessian, recipe, tensor_scale=tensor_scale, factor=factor, threads=threads)
         matrix = replace(matrix, activations=activations)
         parameter = named[name].weight
         parameter.copy_(torch.from_numpy(matrix.dequantize(unrotate=True, threads=threads)).to(parameter.device))

@@ -25,11 +25,20 @@ def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTra
 
     Raises FileNotFoundError where ``folder`` has no config.json, ValueError where it is quantised (see :func:`load_quantized`).
     """
+    target = _as_device(device)
     config = _config(folder)
     if config.get("quantization_config"):
         raise ValueError(f"{folder} is quantised already, by {config['quantization_config'].get('quant_method')!r}")
     with _without_bars():
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval().to(device)
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval().to(target)
+
+
+def _as_device(device: str) -> torch.device:
+    """ValueError where torch does not know the device or cannot use it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}, which torch cannot use here: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager
@@ -54,6 +63,7 @@ def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTrainedModel:
     """A checkpoint that mrgptq or another writer of its dialects made, as a float32 model that computes what its loader would: weights dequantised and turned back into the
     original basis, inputs of W4A4 layers rotated, rounded and turned back. Slower than the original; for evaluation."""
+    target = _as_device(device)
     config = _config(folder)
     reader = CheckpointReader(folder)
     config.pop("quantization_config", None)
@@ -66,7 +76,10 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu") -> Pr
             layers[name.removesuffix(".weight")] = value
             value = value.dequantize(unrotate=True)
         state[name] = torch.from_numpy(np.array(as_float32(value, name) if np.asarray(value).dtype.kind == "f" else value))
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a shape that differs
+        raise ValueError(f"{folder} does not fit its config.json: {error}") from None
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if plain.tie_word_embeddings else set()
     missing = [name for name in missing if name not in tied]
     if missing or unexpected:
@@ -76,7 +89,7 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu") -> Pr
     for name, layer in layers.items():
         if layer.activations:
             round_inputs([modules[name]], layer.activations, layer.rotation)
-    return model.to(device)
+    return model.to(target)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -84,7 +97,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+        raise FileNotFoundError(f"{folder} has no tokenizer that transformers can load: {' '.join(str(error).split())}") from error
 
 
 def token_windows(tokenizer: Any, text: str, windows: int, sequence: int, *, targets: bool = False) -> Any:

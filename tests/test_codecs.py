@@ -1,0 +1,400 @@
+"""Matrices to blocks and back: the core against mrgptq.reference, the rules against their definitions in exact arithmetic, every dtype and stride against the plain array."""
+
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mrgptq as mg
+from mrgptq import reference
+
+FORMATS = ("nvfp4", "mxfp4")
+RULES = [("nvfp4", search, "even") for search in ("absmax", "fpquant_mse")] + [("mxfp4", search, rule) for search in ("absmax", "fpquant_mse") for rule in mg.MX_RULES]
+SCALE_DTYPE = {"nvfp4": ml_dtypes.float8_e4m3fn, "mxfp4": ml_dtypes.float8_e8m0fnu}
+E2M1 = [Fraction(v) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
+FLT_MAX = np.finfo(np.float32).max
+
+
+def group_factors(rng, low, high, shape):
+    return np.repeat(np.exp2(rng.integers(low, high, (shape[0], shape[1] // 16))), 16, axis=1)
+
+
+def _awkward():
+    rng = np.random.default_rng(11)
+    shape = (24, 96)
+    normal = rng.standard_normal(shape)
+    grid = np.array([float(v) for v in E2M1])
+    middles = (grid[1:] + grid[:-1]) / 2
+    signs = rng.choice([-1.0, 1.0], shape)
+    zeros_among = normal * rng.integers(0, 2, (24, 6)).repeat(16, axis=1)  # whole groups of zeros
+    zeros_among[0, 1:32], zeros_among[1, 17:32] = 0, -0.0
+    edges = np.array([m * np.float32(2) ** e for m in (1, 1.5, 1.75) for e in (-3, 0, 4)], dtype=np.float32)
+    edges = np.concatenate([edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(9))])
+    at_the_edges = rng.uniform(-1, 1, (len(edges), 32)) * 0.12  # below the smallest edge
+    at_the_edges[np.arange(len(edges)), rng.integers(0, 32, len(edges))] = edges
+    huge = rng.uniform(0.4, 1, shape) * FLT_MAX * signs
+    huge[::5, ::7] = FLT_MAX
+    data = {
+        "normal": normal,
+        "heavy tails": rng.standard_t(2, shape),
+        "wide": normal * group_factors(rng, -126, 127, shape) * 0.25,
+        "groups of zeros": zeros_among,
+        "subnormal": rng.integers(-(2**12), 2**12, shape) * 2.0**-149,
+        "a few units of the smallest number": rng.integers(-9, 10, shape) * 2.0**-149,
+        "near overflow": huge,
+        "ties": rng.choice(np.concatenate([middles, grid]), shape) * signs * group_factors(rng, -6, 2, shape),
+        "edges of the rules": at_the_edges,
+        "zero": np.zeros((3, 32)),
+        "one smallest number": np.eye(1, 32) * 2.0**-149,
+        "one largest number": np.eye(1, 32) * float(FLT_MAX),
+        "all largest": np.full((2, 64), FLT_MAX),
+    }
+    return {name: np.clip(x, -FLT_MAX, FLT_MAX).astype(np.float32) for name, x in data.items()}
+
+
+AWKWARD = _awkward()
+
+
+def decoded_steps(q):
+    """Step of every element, read by ml_dtypes: fl32(scale / divisor)."""
+    steps = q.scales.view(SCALE_DTYPE[q.format]).astype(np.float32) / np.float32(q.tensor_scale)
+    return np.repeat(steps, mg.FORMATS[q.format].group_size, axis=1)
+
+
+def assert_same(a, b):
+    assert a.tensor_scale == b.tensor_scale
+    assert np.array_equal(a.scales, b.scales)
+    assert np.array_equal(a.codes, b.codes)
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize(("format", "search", "rule"), RULES)
+def test_core_gives_the_bytes_of_the_reference(format, search, rule, name):
+    w = AWKWARD[name]
+    q = mg.quantize(w, format, scales=search, mx_rule=rule)
+    codes, scales, divisor = reference.quantize(w, format, search, rule)
+    assert q.tensor_scale == divisor
+    assert np.array_equal(q.scales, scales)
+    assert np.array_equal(q.codes, reference.pack(codes))
+    assert np.array_equal(q.dequantize().view(np.uint32), reference.dequantize(codes, scales, format, divisor).view(np.uint32))
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize(("format", "search", "rule"), RULES)
+def test_no_scale_and_no_value_is_lost(format, search, rule, name):
+    w = AWKWARD[name]
+    q = mg.quantize(w, format, scales=search, mx_rule=rule)
+    steps = decoded_steps(q)
+    assert np.isfinite(steps).all() and (steps > 0).all()
+    values = steps * mg.unpack(q.codes).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    assert np.isfinite(values).all()
+    assert np.array_equal(q.dequantize(), values)
+    assert not (mg.unpack(q.codes) == 8).any()  # one zero
+    assert (values * np.sign(w) >= 0).all()
+    # A code is the nearest: the float32 quotient w / step is off by 2^-24 of itself at most, once for the code taken and once for the better one passed over. Below float32's normal
+    # range the products are rounded to multiples of 2^-149 instead.
+    grid = np.array([float(v) for v in E2M1])
+    magnitude, step = np.abs(w.astype(np.float64)), steps.astype(np.float64)
+    best = np.abs(magnitude[..., None] - grid * step[..., None]).min(-1)
+    assert (np.abs(w.astype(np.float64) - values) <= best + 2.001 * 2.0**-24 * magnitude + 2.0**-149).all()
+
+
+def test_zero_and_vanishing_groups_keep_what_compressed_tensors_writes():
+    w = np.zeros((4, 64), dtype=np.float32)
+    for format, scale in (("nvfp4", 0x20), ("mxfp4", 0)):
+        q = mg.quantize(w, format)
+        assert q.tensor_scale == 1.0 and (q.scales == scale).all() and not q.codes.any()
+    w[0, 0], w[1, 0] = 1, 2.0**-20  # (2^-20 / 6) * 2688 < 2^-10: nothing in E4M3
+    q = mg.quantize(w, "nvfp4")
+    assert q.tensor_scale == 2688 and q.scales[0].tolist() == [0x7E, 0x20, 0x20, 0x20] and (q.scales[1:] == 0x20).all() and not q.codes[1:].any()
+    assert mg.quantize(w, "mxfp4").scales.tolist() == [[125, 0], [105, 0], [0, 0], [0, 0]]
+
+
+def mx_step(a, rule):
+    """The step of an MX rule as its definition says it, for a Fraction a > 0."""
+    k = next(k for k in range(-300, 300) if Fraction(2) ** k <= a < Fraction(2) ** (k + 1))
+    floor = Fraction(2) ** (k - 2)
+    if rule == "floor":
+        return floor
+    if rule == "ceil":
+        return next(s for s in (floor, 2 * floor) if a <= 6 * s)  # and half of `floor` would not do: 6/2 * floor < 4 * floor <= a
+    if rule == "even":
+        return 2 * floor if a / Fraction(2) ** k >= Fraction(7, 4) else floor
+    return floor * Fraction(4, 3)
+
+
+MAGNITUDES = st.floats(2.0**-120, 2.0**120, width=32) | st.builds(
+    lambda m, k, toward: float(np.nextafter(np.float32(m * 2.0**k), np.float32(toward))) if toward is not None else m * 2.0**k,
+    st.sampled_from([1.0, 1.5, 1.75]), st.integers(-119, 119), st.sampled_from([None, 0.0, np.inf]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", mg.MX_RULES)
+@settings(max_examples=300, deadline=None)
+@given(a=MAGNITUDES, place=st.integers(0, 31), negative=st.booleans())
+def test_an_mx_scale_is_what_its_rule_says(rule, a, place, negative):
+    group = np.linspace(-0.9, 0.9, 32).astype(np.float32) * np.float32(a)
+    group[place] = -a if negative else a
+    q = mg.quantize(group[None], "mxfp4", scales=rule)
+    step = mx_step(Fraction(a), rule)
+    assert Fraction(2) ** (int(q.scales[0, 0]) - 127) / Fraction(q.tensor_scale) == step
+    if rule in ("ceil", "four-thirds"):  # never clip
+        assert Fraction(a) <= 6 * step
+    error = abs(Fraction(a) - abs(Fraction(float(q.dequantize()[0, place]))))
+    if rule != "four-thirds":  # powers of two: every quotient is exact, so the nearest value it is
+        assert error == min(abs(Fraction(a) - v * step) for v in E2M1)
+
+
+@pytest.mark.parametrize(("rule", "back"), [("floor", 6.0), ("ceil", 8.0), ("even", 8.0), ("four-thirds", 8.0)])
+def test_seven_clips_under_floor_alone(rule, back):
+    assert abs(mg.quantize(np.full((1, 32), 7.0), "mxfp4", scales=rule).dequantize()[0, 0] - back) <= 8 * 2.0**-24  # 4/3 is not a float32 number
+
+
+def test_nvfp4_scale_is_the_nearest_e4m3_number():
+    w = AWKWARD["heavy tails"]
+    q = mg.quantize(w, "nvfp4")
+    amax = np.abs(w).max()
+    assert q.tensor_scale == np.float32(2688) / amax
+    wanted = np.abs(w).reshape(24, -1, 16).max(-1).astype(np.float64) / 6 * q.tensor_scale
+    stored = q.scales.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    assert stored.max() == 448
+    storable = np.arange(1, 127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    best = np.abs(storable - wanted[..., None]).min(-1)
+    # a / 6 and its product with the divisor are rounded once each, 2^-24 relative: twice that for the scale taken and for the one passed over.
+    assert (np.abs(stored - wanted) <= best + 4.001 * 2.0**-24 * wanted).all()
+
+
+@pytest.mark.parametrize(("format", "rule"), [("nvfp4", "even")] + [("mxfp4", rule) for rule in mg.MX_RULES])
+def test_fpquant_mse_finds_the_first_least_sum(format, rule):
+    rng = np.random.default_rng(24)
+    w = (rng.standard_t(4, (200, 96)) * group_factors(rng, -4, 5, (200, 96))).astype(np.float32)
+    groups = w.reshape(-1, mg.FORMATS[format].group_size)
+    factors = np.array([1 - 0.8 * i / 100 for i in range(100)]).astype(np.float32)
+    steps = factors * (np.abs(groups).max(-1, keepdims=True) / np.float32(6))
+    quotients = groups[:, None, :].astype(np.float64) / steps[:, :, None]
+    rounded = quotients.astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    sums = (np.abs(groups[:, None, :] - rounded * steps[:, :, None].astype(np.float64)) ** 2.4).sum(-1)
+    least, second = np.sort(sums, axis=1)[:, :2].T
+    clear = second - least > 1e-9 * least  # sums of 32 terms, each within 1e-11, decide the rest by rounding
+    assert clear.mean() > 0.99
+    found = np.take_along_axis(steps, sums.argmin(1)[:, None], 1)[clear, 0]
+    assert (found < steps[clear, 0]).mean() > 0.5  # else absmax would pass
+    q = mg.quantize(w, format, scales="fpquant_mse", mx_rule=rule)
+    if format == "nvfp4":
+        expected = np.minimum(found * np.float32(q.tensor_scale), np.float32(448)).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    else:
+        expected = [int(np.log2(float(mx_step(Fraction(float(a)), rule) * int(q.tensor_scale)))) + 127 for a in np.float32(6) * found]
+    assert np.array_equal(q.scales.reshape(-1)[clear], expected)
+
+
+def test_power_2_4_is_accurate():
+    rng = np.random.default_rng(5)
+    e = np.exp2(rng.uniform(-150, 128, 10**5)) * rng.choice([-1, 1], 10**5)  # what errors of float32 numbers can be
+    exact = np.abs(e) ** 2.4  # NumPy's own power is good to 1e-15
+    assert (np.abs(reference.power_2_4(e) - exact) <= 1e-11 * exact).all()
+    assert reference.power_2_4(np.zeros(3)).tolist() == [0, 0, 0]
+
+
+def unaligned(w):
+    buffer = np.empty(w.nbytes + 1, dtype=np.uint8)
+    view = buffer[1:].view(np.float32).reshape(w.shape)
+    view[:] = w
+    assert not view.flags.aligned
+    return view
+
+
+def read_only(w):
+    w = w.copy()
+    w.flags.writeable = False
+    return w
+
+
+STRIDES = {
+    "transposed": lambda w: np.ascontiguousarray(w.T).T,
+    "Fortran": np.asfortranarray,
+    "every third row of a wider one": lambda w: np.pad(w, ((0, 0), (5, 7)), constant_values=np.nan).repeat(3, axis=0)[::3, 5:-7],
+    "every second column": lambda w: w.repeat(2, axis=1)[:, ::2],
+    "upside down": lambda w: np.ascontiguousarray(w[::-1])[::-1],
+    "right to left": lambda w: np.ascontiguousarray(w[:, ::-1])[:, ::-1],
+    "unaligned": unaligned,
+    "big-endian": lambda w: w.astype(">f4"),
+    "read-only": read_only,
+    "nested lists": lambda w: w.astype(np.float64).tolist(),
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("strides", STRIDES)
+def test_strides_do_not_reach_the_bytes(format, strides):
+    w = AWKWARD["heavy tails"]
+    odd = STRIDES[strides](w)
+    assert np.array_equal(odd, w)
+    assert_same(mg.quantize(odd, format), mg.quantize(w, format))
+    assert np.array_equal(mg.round_activations(odd, format), mg.quantize(w, format).dequantize())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", [(5, 96), (96, 96)])
+def test_broadcast_axes_do_not_reach_the_bytes(format, shape):
+    w = AWKWARD["heavy tails"]
+    for odd in (np.broadcast_to(w[3], shape), np.broadcast_to(np.resize(w[:, :1], (shape[0], 1)), shape)):
+        assert 0 in odd.strides
+        assert_same(mg.quantize(odd, format), mg.quantize(odd.copy(), format))
+
+
+BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
+NARROW = {
+    "float64": (F32, lambda w: w.astype(np.float64) * (1 + 1e-12)),
+    "big-endian float64": (F32, lambda w: w.astype(">f8")),
+    "float16": (F16, lambda w: w),
+    "big-endian float16": (F16, lambda w: w.astype(">f2")),
+    "bfloat16": (BF16, lambda w: w),
+    "bfloat16 bits": (BF16, lambda w: w.view(np.uint16)),
+    "big-endian bfloat16 bits": (BF16, lambda w: w.view(np.uint16).astype(">u2")),
+    "transposed bfloat16 bits": (BF16, lambda w: np.asfortranarray(w).view(np.uint16)),
+    "BF16 tensor": (BF16, mg.StoredTensor.of),
+    "F16 tensor": (F16, mg.StoredTensor.of),
+    "F32 tensor": (F32, mg.StoredTensor.of),
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", NARROW)
+def test_every_dtype_is_widened_to_float32(format, kind):
+    dtype, make = NARROW[kind]
+    narrow = AWKWARD["heavy tails"].astype(dtype)
+    array, keywords, wide = make(narrow), {"dtype": "bfloat16"} if "bits" in kind else {}, narrow.astype(np.float32)
+    for search in ("absmax", "fpquant_mse"):
+        assert_same(mg.quantize(array, format, scales=search, **keywords), mg.quantize(wide, format, scales=search))
+    # A bfloat16 x has an activation rule of its own, which compressed-tensors' fake quantisation proves elsewhere; here all ways to hand it in must agree.
+    expected = mg.round_activations(narrow if dtype is BF16 else wide, format)
+    assert np.array_equal(mg.round_activations(array, format, **keywords), expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_dequantize_reads_every_byte_as_ml_dtypes_does(format):
+    rng = np.random.default_rng(7)
+    group = mg.FORMATS[format].group_size
+    scales = rng.permutation(256).astype(np.uint8).reshape(16, 16)  # NaN and negative scales too: a foreign file may hold them
+    codes = rng.permuted(np.resize(np.arange(256, dtype=np.uint8), (16, 8 * group)), axis=1)
+    for divisor in (1.0, 3.0, 1234.5):
+        q = mg.QuantizedMatrix(format, codes, scales, divisor)
+        with np.errstate(invalid="ignore", over="ignore"):
+            expected = decoded_steps(q) * mg.unpack(codes).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+        assert np.array_equal(q.dequantize(), expected, equal_nan=True)
+        strided = mg.QuantizedMatrix(format, np.asfortranarray(codes), scales.repeat(2, axis=1)[:, ::2], divisor)
+        assert np.array_equal(strided.dequantize(), expected, equal_nan=True)
+
+
+def test_pack_and_unpack_are_inverse_and_put_the_even_column_low():
+    packed = np.arange(256, dtype=np.uint8).reshape(4, 64)
+    codes = mg.unpack(packed)
+    assert np.array_equal(codes[:, 0::2], packed % 16) and np.array_equal(codes[:, 1::2], packed // 16)
+    assert np.array_equal(mg.pack(codes), packed)
+    assert np.array_equal(mg.pack(np.asfortranarray(codes)), packed)
+    assert mg.pack(np.zeros((0, 4), dtype=np.uint8)).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.zeros((2, 3), np.uint8), "codes has 3 columns; two share a byte"),
+        (np.full((2, 2), 16, np.uint8), "codes holds 16; a code is 0 … 15"),
+        (np.zeros((2, 2)), r"codes is float64 of shape \(2, 2\); it must be a uint8 matrix"),
+        (np.zeros(4, np.uint8), r"codes is uint8 of shape \(4,\); it must be a uint8 matrix"),
+    ],
+)
+def test_pack_refuses(codes, message):
+    with pytest.raises(ValueError, match=message):
+        mg.pack(codes)
+    if "uint8" in message:
+        with pytest.raises(ValueError, match=message.replace("codes", "packed")):
+            mg.unpack(codes)
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize(("format", "rule"), [("nvfp4", "even")] + [("mxfp4", rule) for rule in mg.MX_RULES])
+def test_round_activations_is_quantize_and_dequantize(format, rule, name):
+    x = AWKWARD[name]
+    expected = mg.quantize(x, format, mx_rule=rule).dequantize()
+    assert np.array_equal(mg.round_activations(x, format, mx_rule=rule), expected)
+    in_place = x.copy()
+    assert mg.round_activations(in_place, format, mx_rule=rule, out=in_place) is in_place
+    assert np.array_equal(in_place, expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_round_activations_takes_any_rank_any_output_and_a_given_divisor(format):
+    x = AWKWARD["heavy tails"]
+    expected = mg.round_activations(x, format)
+    assert np.array_equal(mg.round_activations(x[0], format, tensor_scale=None if format == "mxfp4" else mg.nvfp4_tensor_scale(np.abs(x).max())), expected[0])
+    assert np.array_equal(mg.round_activations(x.reshape(2, 3, 4, 96), format), expected.reshape(2, 3, 4, 96))
+    assert np.array_equal(mg.round_activations(x.reshape(2, 12, 96).transpose(1, 0, 2), format), expected.reshape(2, 12, 96).transpose(1, 0, 2))
+    upside_down = np.empty((24, 200), dtype=np.float32)[::-1, 7:103]
+    assert np.array_equal(mg.round_activations(x, format, out=upside_down), expected)
+    buffer = np.concatenate([x, x[:1]])
+    mg.round_activations(buffer[:-1], format, out=buffer[1:])  # every row is written where the next one lies
+    assert np.array_equal(buffer[1:], expected)
+    if format == "nvfp4":
+        given = mg.quantize(x, format, tensor_scale=77.7)
+        assert given.tensor_scale == np.float32(77.7)
+        assert np.array_equal(mg.round_activations(x, format, tensor_scale=77.7), given.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (np.empty((24, 95), np.float32), r"out is float32 of shape \(24, 95\); it must be a float32 array of shape \(24, 96\)"),
+        (np.empty((24, 96)), "out is float64"),
+        ([0.0], "out is list"),
+        (np.empty((96, 24), np.float32).T, "out has strides .* columns must be adjacent"),
+        (read_only(AWKWARD["heavy tails"]), "out is read-only"),
+        (unaligned(AWKWARD["heavy tails"]), "out is not aligned"),
+    ],
+)
+def test_round_activations_refuses_an_output_it_cannot_fill(out, message):
+    with pytest.raises(ValueError, match=message):
+        mg.round_activations(AWKWARD["heavy tails"], "nvfp4", out=out)
+
+
+@pytest.mark.parametrize(("format", "search", "rule"), RULES)
+def test_same_bytes_for_any_number_of_threads(format, search, rule):
+    w = np.random.default_rng(8).standard_normal((131, 96)).astype(np.float32)
+    one, rounded = mg.quantize(w, format, scales=search, mx_rule=rule, threads=1), mg.round_activations(w, format, mx_rule=rule, threads=1)
+    for threads in (2, 3, 8, 10**6):
+        assert_same(mg.quantize(w, format, scales=search, mx_rule=rule, threads=threads), one)
+        assert np.array_equal(mg.round_activations(w, format, mx_rule=rule, threads=threads), rounded)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: mg.quantize(w, "nvfp4", tensor_scale=0), "tensor_scale is 0; it must be a positive finite number in float32"),
+        (lambda w: mg.quantize(w, "nvfp4", tensor_scale=np.inf), "tensor_scale is inf; it must be a positive finite number"),
+        (lambda w: mg.quantize(w, "nvfp4", tensor_scale=1e-37), "tensor_scale is 1e-37; 6 \\* 448 / tensor_scale.* overflows float32"),
+        (lambda w: mg.quantize(w, "mxfp4", tensor_scale=3), "tensor_scale is 3; mxfp4 by the rule 'even' has 1"),
+        (lambda w: mg.quantize(w, "mxfp4", scales="four-thirds", tensor_scale=1), "tensor_scale is 1; mxfp4 by the rule 'four-thirds' has 3"),
+        (lambda w: mg.quantize(w, "nvfp4", scales="even"), "unknown scales for nvfp4 'even'; known: absmax, fpquant_mse"),
+        (lambda w: mg.quantize(w, "mxfp4", scales="mse"), "unknown scales for mxfp4 'mse'; known: absmax, fpquant_mse, floor, ceil, even, four-thirds"),
+        (lambda w: mg.round_activations(w, "mxfp4", mx_rule="round"), "unknown mx_rule 'round'; known: floor, ceil, even, four-thirds"),
+        (lambda w: mg.round_activations(w, "fp4"), "unknown format 'fp4'; known: mxfp4, nvfp4"),
+        (lambda w: mg.round_activations(w[:, :95], "nvfp4"), "x has 95 columns; nvfp4 needs a multiple of 16"),
+        (lambda w: mg.nvfp4_tensor_scale(-1.0), "amax is -1.0; it must be a finite number in float32, 0 or more"),
+        (lambda w: mg.nvfp4_tensor_scale(np.nan), "amax is nan; it must be a finite number"),
+    ],
+)
+def test_what_no_rule_can_mean_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(AWKWARD["heavy tails"])
+
+
+def test_nvfp4_tensor_scale_at_its_ends():
+    assert mg.nvfp4_tensor_scale(0) == 1
+    assert mg.nvfp4_tensor_scale(2.0**-149) == 1  # 2688 / amax overflows
+    assert mg.nvfp4_tensor_scale(2688) == 1
+    least = np.float32(mg.nvfp4_tensor_scale(FLT_MAX))
+    assert np.isfinite(np.float32(6) * (np.float32(448) / least))
+    assert abs(float(least) * float(FLT_MAX) - 2688) <= 2688 * 2.0**-21  # within the few units in the last place that 6 * 448 / g needs

@@ -1,0 +1,226 @@
+"""Calibration block by block, against transformers' own models with independent hooks."""
+
+import importlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from scipy.linalg import block_diag, hadamard
+
+import mrgptq as mg
+from mrgptq import hf, jobs
+
+SEQUENCE = 24
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 160, "max_position_embeddings": 64}
+DECODERS = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Qwen3": {"tie_word_embeddings": False},  # norms of q and k
+    "Qwen2": {},  # biases of q, k and v
+    "Mistral": {"sliding_window": 8},
+    "Gemma2": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "query_pre_attn_scalar": 16},
+    "Gemma3Text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "query_pre_attn_scalar": 16},  # rotary embeddings by layer, too
+}
+LEAVES = [f"self_attn.{leaf}_proj" for leaf in "qkvo"] + [f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down")]
+FUSED = [LEAVES[0:3], LEAVES[3:4], LEAVES[4:6], LEAVES[6:7]]
+
+
+def decoder(name):
+    """A random model of that family, float32. One dead input of every MLP and weights of different sizes, so that nothing is symmetric by chance."""
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{name}Config")(**(SMALL | DECODERS[name]))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for i, module in enumerate(m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+            module.weight.mul_(4 + i % 5)
+            if module.bias is not None:
+                module.bias.normal_(std=0.1)
+    return model
+
+
+def random_tokens(windows, vocabulary=160):
+    return torch.randint(0, vocabulary, (windows, SEQUENCE), generator=torch.Generator().manual_seed(windows))
+
+
+def names_in(block):
+    return [f"model.layers.{block}.{leaf}" for leaf in LEAVES]
+
+
+class Captured(dict):
+    """{layer: (tokens, cols) inputs} that hooks noted while ``inputs`` went through the model in batches of 8, as calibration does; the products of the batches are the same then."""
+
+    @torch.no_grad()
+    def __init__(self, model, names, inputs):
+        super().__init__({name: [] for name in names})
+        modules = {name: model.get_submodule(name) for name in names}
+        handles = [module.register_forward_pre_hook(lambda m, args, name=name: self[name].append(args[0].flatten(0, -2)), prepend=True) for name, module in modules.items()]
+        for batch in inputs.split(8):
+            model(input_ids=batch, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        self.batches = {name: list(parts) for name, parts in self.items()}
+        self.update({name: torch.cat(parts) for name, parts in self.items()})
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """The Hessians that calibration hands to quantize_layer, in order."""
+    seen = []
+    calibration = importlib.import_module("mrgptq.hf.calibrate")  # the package has a function of that name
+    original = calibration.quantize_layer
+
+    def spy(weight, hessian, recipe, **options):
+        seen.append(hessian.matrix)
+        return original(weight, hessian, recipe, **options)
+
+    monkeypatch.setattr(calibration, "quantize_layer", spy)
+    return seen
+
+
+def quantise(model, inputs, recipe, noted=None):
+    """{layer: QuantizedMatrix}, and {layer: Hessian} where ``noted``."""
+    names = [name for block in range(len(model.model.layers)) for name in names_in(block)]
+    matrices = dict(hf.calibrate(model, inputs, recipe, names))
+    assert list(matrices) == names
+    return matrices if noted is None else (matrices, dict(zip(names, noted, strict=True)))
+
+
+def assert_is_second_moment(hessian, x):
+    """X^T X / tokens. Ours sums panels of 256 products in float32: each entry is off by at most gamma = 256 u / (1 - 256 u), u = 2^-24, of the sum of magnitudes."""
+    x = x.double().numpy()
+    assert hessian.shape == (x.shape[1],) * 2
+    assert np.all(np.abs(hessian - x.T @ x / len(x)) <= 1.6e-5 * (np.abs(x).T @ np.abs(x)) / len(x) + 1e-300)
+    assert np.trace(hessian) > 0
+
+
+def put(model, matrices, names, *, hooks=False):
+    """Write dequantised weights, in the original basis, into a model; with ``hooks`` its inputs are rounded, too, as mg.round_activations says."""
+    for name in names:
+        module, matrix = model.get_submodule(name), matrices[name]
+        module.weight.data = torch.from_numpy(matrix.dequantize(unrotate=True))
+        if hooks:
+            round_inputs(module, matrix.activations.format, matrix.rotation, matrix.activations.tensor_scale)
+
+
+def round_inputs(module, format, rotation, tensor_scale=None):
+    def hook(module, args):
+        x = rotation.apply(args[0].detach().numpy())
+        return (torch.from_numpy(rotation.apply_inverse(mg.round_activations(x, format, tensor_scale=tensor_scale))),)
+
+    module.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_each_block_is_calibrated_on_what_the_quantised_blocks_before_it_give(name, noted):
+    """Blocks 0, 1 and 2 against an independent model that holds the dequantised weights of the blocks before. 11 windows: batches of 8 and 3, whose masks differ in shape."""
+    inputs = random_tokens(11)
+    matrices, hessians = quantise(decoder(name), inputs, mg.Recipe.named("mr-gptq", "mxfp4"), noted)
+    independent = decoder(name)
+    for block in range(3):
+        for layer, x in Captured(independent, names_in(block), inputs).items():
+            assert len(x) == 11 * SEQUENCE == matrices[layer].report.tokens
+            assert_is_second_moment(hessians[layer], x)
+        put(independent, matrices, names_in(block))
+
+
+@pytest.mark.parametrize(("format", "rotation"), [("nvfp4", None), ("nvfp4", 16), ("mxfp4", 32)])
+def test_at_w4a4_a_block_sees_rounded_inputs_but_a_hessian_is_taken_before_its_own(format, rotation, noted):
+    """In a block under observation weights are the original ones and each batch has its own scale; blocks before it compute with calibrated scales. 6 windows: one batch."""
+    inputs = random_tokens(6)
+    recipe = replace(mg.Recipe.named("gptq", format, activations=format), rotation=rotation)
+    matrices, hessians = quantise(decoder("Qwen3"), inputs, recipe, noted)
+    turn = mg.Hadamard(rotation) if rotation else mg.Identity()
+    for block in range(3):
+        independent = decoder("Qwen3")
+        for before in range(block):
+            put(independent, matrices, names_in(before), hooks=True)
+        for layer in names_in(block):
+            round_inputs(independent.get_submodule(layer), format, turn)
+        for layer, x in Captured(independent, names_in(block), inputs).items():
+            assert_is_second_moment(hessians[layer], x)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_the_model_is_left_as_its_checkpoint_will_compute(format):
+    """At W4A4, with the scales that the matrices carry, not those of the observation."""
+    inputs, probe = random_tokens(3), random_tokens(2)
+    model, independent = decoder("Qwen3"), decoder("Qwen3")
+    matrices = quantise(model, inputs, mg.Recipe.named("mr-gptq", format, activations=format))
+    put(independent, matrices, matrices, hooks=True)
+    with torch.no_grad():
+        got, expected, original = (m(input_ids=probe).logits for m in (model, independent, decoder("Qwen3")))
+    assert torch.equal(got, expected) and (got - original).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("rotation", [None, 16])
+def test_tensor_scales_are_those_of_the_fused_set(rotation):
+    """2688 / the largest magnitude of q, k and v (gate and up) together, of weights and of inputs; rotated by a float64 product with scipy's matrix."""
+    inputs = random_tokens(11)
+    recipe = replace(mg.Recipe.named("rtn", "nvfp4", activations="nvfp4"), rotation=rotation)
+    matrices = quantise(decoder("Qwen3"), inputs, recipe)
+    independent = decoder("Qwen3")
+    for layer in names_in(0):
+        round_inputs(independent.get_submodule(layer), "nvfp4", mg.Hadamard(rotation) if rotation else mg.Identity())
+    captured = Captured(independent, names_in(0), inputs)
+
+    def scale(matrices):
+        tall = torch.cat(matrices)
+        if rotation:
+            blocks = tall.shape[1] // rotation
+            tall = (tall.double() @ torch.from_numpy(block_diag(*[hadamard(rotation)] * blocks) / rotation**0.5)).float()
+        return float(np.float32(2688 / float(tall.abs().max())))
+
+    # Unrotated the quotient rounded once. Rotated, float32 butterflies are off by log2(16) u of the group's norm, at most sqrt(16) times its largest magnitude: 4 * 4 * 2^-24.
+    tolerance = 1e-6 if rotation else 0
+    original = decoder("Qwen3")
+    for leaves in FUSED:
+        names = [f"model.layers.0.{leaf}" for leaf in leaves]
+        weight_scale, input_scale = scale([original.get_submodule(name).weight.detach() for name in names]), scale([captured[name] for name in names])
+        for name in names:
+            assert matrices[name].tensor_scale == pytest.approx(weight_scale, rel=tolerance, abs=0)
+            assert matrices[name].activations.tensor_scale == pytest.approx(input_scale, rel=tolerance, abs=0)
+    own = {scale([original.get_submodule(name).weight.detach()]) for name in names_in(0)[:3]}
+    assert len(own) == 3  # or "equal within q, k and v" would say nothing
+
+
+def test_layers_left_out_keep_their_weights_and_a_dead_input_is_counted():
+    model, original = decoder("Llama"), decoder("Llama")
+    with torch.no_grad():
+        for m in (model, original):
+            m.model.layers[1].post_attention_layernorm.weight[5] = 0
+    chosen = ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.v_proj"]
+    done = []
+    matrices = dict(hf.calibrate(model, random_tokens(2), mg.Recipe.named("gptq"), chosen, progress=done.append))
+    assert set(matrices) == set(done) == set(chosen)
+    assert [matrices[name].report.dead_columns for name in chosen] == [1, 0]
+    for name, weight in original.state_dict().items():
+        changed = name.removesuffix(".weight") in chosen
+        assert torch.equal(model.state_dict()[name], weight) != changed, name
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens", "model.norm", "model.layers.0.input_layernorm", "model.layers.3.mlp.up_proj", "model.layers.0.mlp", "mlp.up_proj", "model.layers.0"])
+def test_a_module_outside_the_blocks_is_refused_by_name(module):
+    model, original = decoder("Llama"), decoder("Llama")
+    with pytest.raises(ValueError) as refusal:
+        list(hf.calibrate(model, random_tokens(1), mg.Recipe.named("rtn"), ["model.layers.0.mlp.up_proj", module]))
+    assert all(word in str(refusal.value) for word in (f"{module} is not a linear layer inside model.layers.0 … model.layers.2", "ignore"))
+    assert all(torch.equal(weight, original.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_layer_without_inputs_and_values_that_are_not_finite_are_refused_by_the_layers_name():
+    model = decoder("Llama")
+    model.model.layers[1].mlp.unused = torch.nn.Linear(64, 64)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.unused never saw an input .* ignore"):
+        list(hf.calibrate(model, random_tokens(1), mg.Recipe.named("rtn"), ["model.layers.1.mlp.unused"]))
+    for recipe in (mg.Recipe.named("gptq", "nvfp4"), mg.Recipe.named("rtn", "mxfp4")):
+        model = decoder("Llama")
+        model.model.layers[2].self_attn.o_proj.weight.data[3, 7] = torch.inf
+        with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.o_proj: \w+ is inf at row 3, column 7"):
+            list(hf.calibrate(model, random_tokens(1), recipe, ["model.layers.2.self_attn.o_proj"]))
+        with pytest.raises(ValueError, match=r"the input of model\.layers\.2\.mlp\.gate_proj: x is nan at index \(0, 0, \d+\)"):
+            list(hf.calibrate(model, random_tokens(1), recipe, ["model.layers.2.mlp.gate_proj"]))
+
+
+def test_the_batch_is_the_one_that_plans_count_on():
+    assert importlib.import_module("mrgptq.hf.calibrate").BATCH == jobs._BATCH

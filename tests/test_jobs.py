@@ -1,0 +1,248 @@
+"""A whole-checkpoint run: the plan and what it promises, a run without torch, and what is left of one that fails (nothing)."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+
+import mrgptq as mg
+from mrgptq.jobs import make_plan, needs_calibration, quantize_checkpoint, with_rotation
+
+SHAPES = {"self_attn.q_proj": (32, 64), "self_attn.k_proj": (16, 64), "self_attn.v_proj": (16, 64), "self_attn.o_proj": (64, 32), "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
+RTN = {format: mg.Recipe.named("rtn", format) for format in mg.FORMATS}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of two blocks in bfloat16, two shards with an index; its q, k and v have different largest magnitudes."""
+    rng = np.random.default_rng(0)
+    shards = {"model-00001-of-00002.safetensors": {"model.embed_tokens.weight": rng.standard_normal((48, 64))}, "model-00002-of-00002.safetensors": {"model.norm.weight": np.ones(64)}}
+    for i, shard in enumerate(shards.values()):
+        shard |= {f"model.layers.{i}.{leaf}.weight": rng.standard_normal(shape) * (1 + j) for j, (leaf, shape) in enumerate(SHAPES.items())}
+    path = tmp_path / "model"
+    path.mkdir()
+    for name, shard in shards.items():
+        safetensors.numpy.save_file({key: value.astype(ml_dtypes.bfloat16) for key, value in shard.items()}, path / name)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {key: name for name, shard in shards.items() for key in shard}}))
+    (path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def listing(path):
+    return sorted(p.name for p in path.iterdir())
+
+
+def stored(path):
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in safetensors.torch.load_file(file).items()}
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 10_000])
+@pytest.mark.parametrize(("dialect", "format", "activations", "rotation"), [("compressed-tensors", "nvfp4", None, None), ("compressed-tensors", "nvfp4", None, 16), ("compressed-tensors", "mxfp4", "mxfp4", 32), ("fp_quant", "mxfp4", "mxfp4", 32)])
+def test_the_plan_says_what_is_written(dialect, format, activations, rotation, shard_bytes, folder, tmp_path):
+    """bytes_out leaves out the small parts alone: 4 bytes of each NVFP4 (fp_quant: each) divisor and 2 k^2 of each stored rotation."""
+    recipe = replace(mg.Recipe.named("rtn", format, dialect, activations), rotation=rotation)
+    plan = make_plan(folder, tmp_path / "out", recipe, dialect=dialect, max_shard_bytes=shard_bytes)
+    assert not plan.calibrated and plan.tokens == 0 and listing(tmp_path) == ["model"]
+    assert plan.shapes == {f"model.layers.{i}.{leaf}": shape for i in range(2) for leaf, shape in SHAPES.items()}
+    assert plan.bytes_in == sum(tensor.nbytes for tensor in stored(folder).values())
+    calls = []
+    reports = quantize_checkpoint(plan, progress=lambda *state: calls.append(state), max_shard_bytes=shard_bytes)
+    assert calls == [("quantise", i + 1, 14) for i in range(14)]
+    written = stored(tmp_path / "out")
+    small = {"fp_quant": 4 + 4 + 2 * 2 * 32**2, "compressed-tensors": 4 * (format == "nvfp4") + (2 * rotation**2 if rotation else 0)}[dialect]
+    assert sum(tensor.nbytes for tensor in written.values()) == plan.bytes_out + 14 * small
+    assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) == (shard_bytes == 10_000)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert np.array_equal(written[name].float(), stored(folder)[name].float())
+    assert {name: (report.rows, report.cols, report.method) for name, report in reports.items()} == {name: (*shape, "rounding") for name, shape in plan.shapes.items()}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == dialect and config == {"model_type": "llama", "hidden_size": 64}
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("rotation", [None, 16])
+def test_a_run_without_calibration_rounds_each_layer_under_the_scale_of_its_fused_set(rotation, folder, tmp_path):
+    plan = make_plan(folder, tmp_path / "out", replace(RTN["nvfp4"], rotation=rotation))
+    quantize_checkpoint(plan)
+    weights, got = stored(folder), mg.load(tmp_path / "out")
+    turn = mg.Hadamard(rotation) if rotation else mg.Identity()
+    scales = {}
+    for i in range(2):
+        for leaves in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]):
+            rotated = {leaf: turn.apply(weights[f"model.layers.{i}.{leaf}.weight"].float().numpy()) for leaf in leaves}
+            scale = np.float32(2688 / max(float(np.abs(values).max()) for values in rotated.values()))
+            for leaf, values in rotated.items():
+                expected = mg.quantize(values, "nvfp4", tensor_scale=float(scale))
+                matrix = got[f"model.layers.{i}.{leaf}.weight"]
+                assert (matrix.codes.tobytes(), matrix.scales.tobytes(), matrix.tensor_scale) == (expected.codes.tobytes(), expected.scales.tobytes(), scale)
+                scales[leaf] = scale
+    assert len(set(scales.values())) == 4
+
+
+@pytest.mark.parametrize("format", mg.FORMATS)
+def test_rtn_needs_numpy_alone(format, folder, tmp_path):
+    """In a process where torch, transformers, safetensors, ml_dtypes and tqdm cannot be imported; the same bytes as here."""
+    forbid = "import sys\nfor name in ('torch', 'transformers', 'safetensors', 'ml_dtypes', 'tqdm', 'matplotlib'): sys.modules[name] = None\n"
+    run = f"from mrgptq.cli import main\nstatus = main(sys.argv[1:])\nassert sys.modules['torch'] is None\nsys.exit(status)"
+    command = ["quantize", str(folder), str(tmp_path / "there"), "--recipe", "rtn", "--format", format]
+    done = subprocess.run([sys.executable, "-c", forbid + run, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "14 layers" in done.stdout and "quantise 14/14" in done.stderr  # plain lines in place of tqdm's bar
+    quantize_checkpoint(make_plan(folder, tmp_path / "here", RTN[format]))
+    assert (tmp_path / "there/model.safetensors").read_bytes() == (tmp_path / "here/model.safetensors").read_bytes()
+    calibrated = subprocess.run([sys.executable, "-c", forbid + run, "quantize", str(folder), str(tmp_path / "no"), "--calibration", __file__], capture_output=True, text=True)
+    assert calibrated.returncode == 1 and "torch and transformers, which are not installed" in calibrated.stderr and "mrgptq[hf]" in calibrated.stderr
+    assert listing(tmp_path) == ["here", "model", "there"]
+
+
+@pytest.mark.parametrize(("name", "format", "activations", "words"), [("gptq", "mxfp4", None, "solver"), ("mr-gptq", "nvfp4", None, "solver"), ("gptq", "nvfp4", "nvfp4", "solver"), ("rtn", "nvfp4", "nvfp4", "W4A4 NVFP4 stores a scale for each layer's inputs")])
+def test_a_recipe_that_needs_a_text_is_refused_without(name, format, activations, words, folder, tmp_path):
+    recipe = mg.Recipe.named(name, format, activations=activations)
+    with pytest.raises(ValueError, match=f"needs a calibration text: .*{words}"):
+        make_plan(folder, tmp_path / "out", recipe, calibrated=False)
+    plan = make_plan(folder, tmp_path / "out", recipe, tokens=4096)
+    assert plan.calibrated and plan.tokens == 4096
+    with pytest.raises(ValueError, match="calibration is None"):
+        quantize_checkpoint(plan)
+    assert listing(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(("name", "format", "activations"), [("rtn", "nvfp4", None), ("rtn", "mxfp4", None), ("rtn", "mxfp4", "mxfp4")])
+def test_a_recipe_that_needs_none_reads_none(name, format, activations, folder, tmp_path):
+    recipe = mg.Recipe.named(name, format, activations=activations)
+    assert needs_calibration(recipe) is None and not make_plan(folder, tmp_path / "out", recipe, calibrated=True).calibrated
+
+
+def with_tensor(folder, name, array):
+    safetensors.numpy.save_file({name: array}, folder / "model.safetensors")  # found before the index
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "error", "words"),
+    [
+        (lambda f: (f.parent / "out").mkdir(), {}, FileExistsError, ("out exists already", "never overwritten")),
+        (lambda f: (f.parent / "out").symlink_to("nowhere"), {}, FileExistsError, ("out exists already",)),
+        (lambda f: shutil.rmtree(f), {}, FileNotFoundError, ("no checkpoint at", "model")),
+        (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), {}, FileNotFoundError, ("model-00002-of-00002.safetensors", "no such file")),
+        (lambda f: os.truncate(f / "model-00001-of-00002.safetensors", 9000), {}, ValueError, ("model-00001-of-00002.safetensors", "truncated")),
+        (lambda f: (f / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}'), {}, ValueError, ("quantised already", "'awq'", "the original")),
+        (lambda f: with_tensor(f, "a.0.w.weight", np.ones((4, 100), np.float32)), {}, ValueError, ("a.0.w.weight has 100 columns", "nvfp4 needs a multiple of 16")),
+        (lambda f: None, {"recipe": replace(RTN["nvfp4"], rotation=64)}, ValueError, ("layers.0.mlp.down_proj.weight has 96 columns", "block size 64")),
+        (lambda f: None, {"recipe": replace(RTN["mxfp4"], scales="four-thirds")}, ValueError, ("four-thirds", "fp_quant")),
+        (lambda f: None, {"dialect": "fp_quant"}, ValueError, ("W4A4", "W4A16")),
+        (lambda f: None, {"dialect": "gguf"}, ValueError, ("'gguf'", "compressed-tensors, fp_quant")),
+        (lambda f: None, {"targets": "("}, ValueError, ("targets", "'('", "regular expression")),
+        (lambda f: None, {"ignore": "."}, ValueError, ("no module to quantise",)),
+    ],
+)
+def test_a_plan_is_refused_at_the_door(prepare, options, error, words, folder, tmp_path):
+    prepare(folder)
+    before = listing(tmp_path)
+    with pytest.raises(error) as refusal:
+        make_plan(folder, tmp_path / "out", **({"recipe": RTN["nvfp4"]} | options))
+    assert all(word in str(refusal.value) for word in words), refusal.value
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("format", mg.FORMATS)
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_a_weight_that_cannot_be_quantised_is_named_and_nothing_is_left(dtype, format, folder, tmp_path):
+    weight = np.ones((4, 64), dtype)
+    if dtype == np.float32:
+        weight[2, 5] = np.nan
+    with_tensor(folder, "a.0.w.weight", weight)
+    with pytest.raises((ValueError, TypeError)) as refusal:
+        quantize_checkpoint(make_plan(folder, tmp_path / "out", RTN[format]))
+    words = ("is nan at row 2, column 5", "finite") if dtype == np.float32 else ("dtype uint8", "float32")
+    assert all(word in str(refusal.value) for word in ("a.0.w.weight", *words)), refusal.value
+    assert listing(tmp_path) == ["model"]
+
+
+def test_no_room_for_the_result_is_refused_at_once(folder, tmp_path, monkeypatch):
+    plan = make_plan(folder, tmp_path / "out", RTN["nvfp4"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, plan.bytes_out - 1))
+    started = []
+    with pytest.raises(OSError, match=f"needs {plan.bytes_out} bytes") as refusal:
+        quantize_checkpoint(plan, progress=lambda *state: started.append(state))
+    assert refusal.value.errno == errno.ENOSPC and not started and listing(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("calls", range(6))
+def test_a_disk_that_fills_up_midway_leaves_nothing(calls, folder, tmp_path, monkeypatch):
+    """fsync is where a filesystem that allocates late says so: for the shards, the index and each side file in turn."""
+    real, count = os.fsync, [0]
+
+    def fsync(descriptor):
+        count[0] += 1
+        if count[0] > calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="could not write .*out.*No space left") as refusal:
+        quantize_checkpoint(make_plan(folder, tmp_path / "out", RTN["nvfp4"]), max_shard_bytes=20_000)
+    assert refusal.value.errno == errno.ENOSPC and count[0] == calls + 1 and listing(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_a_run_that_is_cut_short_leaves_nothing(error, folder, tmp_path):
+    def progress(stage, done, total):
+        if done == 9:
+            assert len(listing(tmp_path)) == 2  # the folder under way is there, hidden
+            raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        quantize_checkpoint(make_plan(folder, tmp_path / "out", RTN["mxfp4"]), progress=progress, max_shard_bytes=10_000)
+    assert listing(tmp_path) == ["model"]
+
+
+def test_with_rotation():
+    recipe = mg.Recipe.named("mr-gptq", "mxfp4")
+    assert [with_rotation(recipe, k).rotation for k in (None, 0, 64)] == [32, None, 64]
+    assert replace(with_rotation(recipe, 64), rotation=32) == recipe
+
+
+MEASURE = """
+import sys, threading, time
+import mrgptq as mg
+from mrgptq.jobs import make_plan, quantize_checkpoint
+
+def used():
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        seen.append(used())
+        time.sleep(0.0005)
+
+recipe = mg.Recipe.named("rtn", sys.argv[3])
+plan = make_plan(sys.argv[1], sys.argv[2], recipe)
+mg.quantize_layer([[1.0] * 64], None, recipe)
+before, seen = used(), []
+threading.Thread(target=watch, daemon=True).start()
+quantize_checkpoint(plan)
+print(plan.memory_bytes, max(seen) - before)
+"""
+
+
+@pytest.mark.parametrize(("format", "layers", "rows", "cols"), [("nvfp4", 12, 1024, 2048), ("mxfp4", 2, 4096, 2048)])
+def test_expected_memory_is_a_bound_and_not_twice_too_high(format, layers, rows, cols, tmp_path):
+    """Against the anonymous memory of a process that does the run (the mapped model is the page cache's and can be dropped). Sampling may miss the very peak, so it is only bounded from above by the
+    plan and by a few MB for what Python itself allocates, and from below by half."""
+    (tmp_path / "model").mkdir()
+    weight = np.random.default_rng(0).standard_normal((rows, cols)).astype(ml_dtypes.bfloat16)
+    safetensors.numpy.save_file({f"m.layers.{i}.up_proj.weight": weight for i in range(layers)}, tmp_path / "model" / "model.safetensors")
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "model"), str(tmp_path / "out"), format], capture_output=True, text=True, check=True)
+    expected, measured = map(int, done.stdout.split())
+    assert expected > 40e6
+    assert 0.5 * expected < measured < expected + 4e6

@@ -1,0 +1,221 @@
+"""Block Hadamard rotations against SciPy's Hadamard matrix in float64, and the bytes of mrgptq.reference."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from scipy.linalg import block_diag, hadamard
+
+import mrgptq as mg
+from mrgptq import reference
+from mrgptq.rotations import rotation_of
+
+POWERS = [2**n for n in range(1, 13)]
+U32, U64 = 2.0**-24, 2.0**-53  # unit roundoff
+
+
+def wide(cols, block_size):
+    """The rotation as a (cols, cols) float64 matrix."""
+    return block_diag(*[hadamard(block_size) / np.sqrt(block_size)] * (cols // block_size))
+
+
+def matrix(rows, cols, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((rows, cols)) * np.exp2(rng.integers(-8, 9, (rows, 1)))).astype(np.float32)
+
+
+def second_moment(cols, seed=0):
+    x = matrix(2 * cols, cols, seed).astype(np.float64)
+    return x.T @ x / len(x)
+
+
+def relative(block_size):
+    """How far, relative to its 2-norm, a rotated block may lie from the exact one.
+
+    Each of log2(k) levels of butterflies is an orthogonal map times sqrt(2) whose entries are rounded once: u of the norm a level. The factor 1/sqrt(k) is rounded once and so is its
+    product. 1.01 covers the squares of u, and float64's own error on the other side.
+    """
+    return 1.01 * (np.log2(block_size) + 2) * U32
+
+
+def block_norms(x, block_size):
+    return np.linalg.norm(x.astype(np.float64).reshape(len(x), -1, block_size), axis=-1)
+
+
+@pytest.mark.parametrize("k", POWERS)
+def test_matrix_is_scipys_to_the_bit(k):
+    block = mg.Hadamard(k).matrix
+    assert block.dtype == np.float32
+    assert np.array_equal(block, hadamard(k) * np.float32(1 / np.sqrt(k)))
+    if k <= 512:
+        # The entries' squares are exact in float64, their sum is rounded k times; the entries themselves are off by u32.
+        assert np.abs(block.astype(np.float64) @ block.T.astype(np.float64) - np.eye(k)).max() <= 2.001 * U32 + k * U64
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("k", [k for k in POWERS if k <= 512])
+def test_apply_is_the_product_with_the_block_diagonal_matrix(k, blocks):
+    x, rotation = matrix(11, k * blocks), mg.Hadamard(k)
+    rotated = rotation.apply(x)
+    assert rotated.dtype == np.float32 and rotated.shape == x.shape
+    error = block_norms(rotated - x.astype(np.float64) @ wide(k * blocks, k), k)
+    assert (error <= relative(k) * block_norms(x, k)).all()
+    assert np.array_equal(rotated.view(np.uint32), reference.rotate(x, k).view(np.uint32))
+    back = rotation.apply_inverse(rotated)
+    assert (block_norms(back.astype(np.float64) - x, k) <= 2.01 * relative(k) * block_norms(x, k)).all()
+
+
+def test_rotated_layer_computes_what_the_layer_computes():
+    x, w, rotation = matrix(5, 96, 1), matrix(7, 96, 2), mg.Hadamard(32)
+    rotated = rotation.apply(x).astype(np.float64) @ rotation.apply(w).T.astype(np.float64)
+    scale = np.outer(np.linalg.norm(x, axis=1), np.linalg.norm(w, axis=1))
+    assert (np.abs(rotated - x.astype(np.float64) @ w.T.astype(np.float64)) <= 2.01 * relative(32) * scale).all()  # Cauchy-Schwarz
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (6, 64), (2, 3, 64), (2, 1, 3, 64)])
+def test_any_rank_and_in_place(shape):
+    x, rotation = matrix(6, 64)[: int(np.prod(shape[:-1]))].reshape(shape), mg.Hadamard(16)
+    expected = reference.rotate(x, 16)
+    kept = x.copy()
+    assert np.array_equal(rotation.apply(x), expected)
+    assert np.array_equal(x, kept)
+    out = np.full(shape, np.nan, dtype=np.float32)
+    assert rotation.apply(x, out) is out and np.array_equal(out, expected)
+    assert rotation.apply(x, out=x) is x and np.array_equal(x, expected)
+    rotation.apply_inverse(x, out=x)
+    assert np.array_equal(x, reference.rotate(expected, 16))
+
+
+LAYOUTS = {
+    "slice of a wider one": lambda x: np.pad(x, ((0, 0), (3, 5)), constant_values=np.nan)[:, 3:-5],
+    "every second row": lambda x: x.repeat(2, axis=0)[::2],
+    "upside down": lambda x: np.ascontiguousarray(x[::-1])[::-1],
+}
+INPUTS = LAYOUTS | {
+    "Fortran": np.asfortranarray,
+    "right to left": lambda x: np.ascontiguousarray(x[:, ::-1])[:, ::-1],
+    "big-endian": lambda x: x.astype(">f4"),
+    "nested lists": lambda x: x.astype(np.float64).tolist(),
+}
+
+
+@pytest.mark.parametrize("layout", INPUTS)
+def test_strides_do_not_reach_the_bytes(layout):
+    x = matrix(6, 64)
+    assert np.array_equal(mg.Hadamard(16).apply(INPUTS[layout](x)), reference.rotate(x, 16))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_outputs_are_filled_and_nothing_else(layout):
+    x = matrix(6, 64)
+    out = LAYOUTS[layout](np.zeros_like(x))
+    around = out if out.base is None else out.base
+    before = around.copy()
+    mg.Hadamard(16).apply(x, out=out)
+    assert np.array_equal(out, reference.rotate(x, 16))
+    out[:] = 0
+    assert np.array_equal(around, before, equal_nan=True)
+    out[:] = x
+    mg.Hadamard(16).apply(out, out=out)
+    assert np.array_equal(out, reference.rotate(x, 16))
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+@pytest.mark.parametrize("rotation", [mg.Hadamard(16), mg.Identity()])
+def test_an_output_may_overlap_its_input(rotation, shift):
+    buffer = matrix(9, 64)
+    x, out = buffer[1:-1], buffer[1 + shift : len(buffer) - 1 + shift]
+    expected = rotation.apply(x.copy())
+    rotation.apply(x, out=out)
+    assert np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16, "bfloat16 bits"])
+def test_every_dtype_is_widened_to_float32(dtype):
+    bits = dtype == "bfloat16 bits"
+    x = matrix(6, 64).astype(ml_dtypes.bfloat16 if bits else dtype)
+    for rotation, k in ((mg.Hadamard(16), 16), (mg.Identity(), None)):
+        rotated = rotation.apply(x.view(np.uint16), dtype="bfloat16") if bits else rotation.apply(x)
+        assert rotated.dtype == np.float32
+        assert np.array_equal(rotated, reference.rotate(x.astype(np.float32), k))
+
+
+@pytest.mark.parametrize(("k", "cols"), [(2, 6), (16, 16), (16, 208), (64, 192), (256, 256)])
+def test_hessian_is_rotated_on_both_sides(k, cols):
+    h = second_moment(cols)
+    kept = h.copy()
+    rotated = mg.Hadamard(k).apply_hessian(h)
+    assert np.array_equal(h, kept)
+    assert np.array_equal(rotated, rotated.T)
+    s = block_diag(*[hadamard(k)] * (cols // k)).astype(np.longdouble)
+    exact = s.T @ h.astype(np.longdouble) @ s / k
+    # 2 log2(k) levels of butterflies and the mean of the two halves, u64 each in the Frobenius norm as in relative(); 1/k is a power of two.
+    assert np.linalg.norm((rotated - exact).astype(np.float64)) <= 1.01 * (2 * np.log2(k) + 1) * U64 * np.linalg.norm(h)
+    assert np.array_equal(rotated, reference.rotate_hessian(h, k))
+
+
+@pytest.mark.parametrize("k", [2, 16, 128])
+def test_identity_hessian_stays_exactly_the_identity(k):
+    assert np.array_equal(mg.Hadamard(k).apply_hessian(np.eye(256)), np.eye(256))
+
+
+def test_hessian_objects_and_other_arrays_are_taken():
+    x, rotation = matrix(300, 64), mg.Hadamard(16)
+    h = mg.Hessian(64)
+    h.update(x)
+    for given in (h, h.matrix.tolist(), np.asfortranarray(h.matrix)):
+        assert np.array_equal(rotation.apply_hessian(given), reference.rotate_hessian(h.matrix, 16))
+    narrow = h.matrix.astype(np.float32)
+    assert np.array_equal(rotation.apply_hessian(narrow), reference.rotate_hessian(narrow.astype(np.float64), 16))
+
+
+def test_same_bytes_for_any_number_of_threads():
+    x, h, rotation = matrix(131, 192), second_moment(192), mg.Hadamard(64)
+    for threads in (1, 2, 3, 8):
+        assert np.array_equal(rotation.apply(x, threads=threads), reference.rotate(x, 64))
+        assert np.array_equal(rotation.apply_hessian(h, threads=threads), reference.rotate_hessian(h, 64))
+
+
+def test_identity_copies():
+    x, h = matrix(4, 7), second_moment(7)
+    rotation = mg.Identity()
+    assert rotation.block_size is None
+    for apply in (rotation.apply, rotation.apply_inverse):
+        same = apply(x)
+        assert np.array_equal(same, x) and not np.shares_memory(same, x)
+        out = np.empty_like(x)
+        assert apply(x, out=out) is out and np.array_equal(out, x)
+    same = rotation.apply_hessian(h)
+    assert np.array_equal(same, h) and not np.shares_memory(same, h)
+
+
+def test_rotations_are_values():
+    assert mg.Hadamard(16) == mg.Hadamard(np.int64(16)) == rotation_of(16) != mg.Hadamard(32)
+    assert mg.Identity() == rotation_of(None) != mg.Hadamard(16)
+    assert {mg.Hadamard(16), rotation_of(16), mg.Identity(), rotation_of(None)} == {mg.Hadamard(16), mg.Identity()}
+    assert eval(repr(mg.Hadamard(64)), vars(mg)) == mg.Hadamard(64) and eval(repr(mg.Identity()), vars(mg)) == mg.Identity()
+
+
+@pytest.mark.parametrize("block_size", [0, 1, 3, -4, 12, 2.0, True, "16", None])
+def test_only_powers_of_two_are_block_sizes(block_size):
+    with pytest.raises(ValueError, match=f"block_size is {block_size!r}; it must be a power of two from 2 on"):
+        mg.Hadamard(block_size)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: t.apply(matrix(2, 72)), "x has 72 columns; a rotation of block size 16 needs a multiple of it"),
+        (lambda t: t.apply_hessian(np.eye(24)), "hessian has 24 columns; a rotation of block size 16 needs a multiple of it"),
+        (lambda t: t.apply(np.float32([[1] * 15 + [np.nan]])), "x is nan at row 0, column 15"),
+        (lambda t: t.apply(matrix(2, 16), out=np.empty((2, 32), np.float32)), r"out is float32 of shape \(2, 32\); it must be a float32 array of shape \(2, 16\)"),
+        (lambda t: t.apply(matrix(2, 16), out=np.empty((2, 16))), "out is float64 of shape"),
+        (lambda t: t.apply(matrix(2, 16), out=np.empty((16, 2), np.float32).T), "out has strides .* columns must be adjacent"),
+        (lambda t: t.apply(matrix(4, 16).reshape(2, 2, 16), out=np.empty((2, 4, 16), np.float32)[:, ::2]), "out has strides .* columns must be adjacent"),
+        (lambda t: t.apply(matrix(2, 16), out=np.broadcast_to(np.float32(0), (2, 16))), "out is read-only"),
+        (lambda t: t.apply(matrix(2, 16), out=[[0.0] * 16] * 2), "out is list"),
+        (lambda t: t.apply(np.full((3, 32), 1e38, np.float32)), "row 0 overflows float32 when it is rotated by blocks of 16"),
+    ],
+)
+def test_what_cannot_be_rotated_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(mg.Hadamard(16))
