@@ -217,6 +217,23 @@ def test_a_diagonal_hessian_leaves_plain_rounding_exact_ties_included(format, or
     assert np.array_equal(q.dequantize(), (steps_of(q) * expected).astype(np.float32))
 
 
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (3, 200)])  # in one block of 128 columns, and from one block to another
+def test_float64_tells_a_value_from_a_tie_that_float32_cannot(format, first, second):
+    """2.5 is rounded to 2 and leaves 0.5, of which the second column gets the part H[first, second] = 1/2 ± 2^-30: its value is a tie ± 2^-31, all exact in float64."""
+    h = np.tile(np.eye(256), (2, 1, 1))
+    h[0, first, second] = h[0, second, first] = 0.5 + 2.0**-30
+    h[1, first, second] = h[1, second, first] = 0.5 - 2.0**-30
+    w = np.zeros((1, 256), dtype=np.float32)
+    w[:, :: reference.GROUP_SIZE[format]] = 6  # every step is 1
+    w[:, first] = 2.5
+    for matrix, weight, expected in ((h[0], 1.0, 1.5), (h[1], 1.5, 1.5)):  # ties 1.25 and 1.75, which the even codes 1 and 2 would take
+        w[:, second] = weight
+        recipe = mg.Recipe(format, scales="absmax", mx_rule="ceil", order="natural", damping=0, precision="float64")
+        values = mg.quantize_layer(w, matrix, recipe, tensor_scale=1.0).dequantize()[0]
+        assert (values[first], values[second]) == (2.0, expected)
+
+
 # ---- What a positive factor on H must not change
 
 

@@ -10,7 +10,7 @@ import transformers
 from scipy.linalg import block_diag, hadamard
 
 import mrgptq as mg
-from mrgptq import hf, jobs
+from mrgptq import hf
 
 SEQUENCE = 24
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 160, "max_position_embeddings": 64}
@@ -48,18 +48,17 @@ def names_in(block):
 
 
 class Captured(dict):
-    """{layer: (tokens, cols) inputs} that hooks noted while ``inputs`` went through the model in batches of 8, as calibration does; the products of the batches are the same then."""
+    """{layer: (tokens, cols) inputs} that hooks noted while ``inputs`` went through the model in the batches of calibration, whose products are the same then."""
 
     @torch.no_grad()
-    def __init__(self, model, names, inputs):
+    def __init__(self, model, names, inputs, batch=8):
         super().__init__({name: [] for name in names})
         modules = {name: model.get_submodule(name) for name in names}
         handles = [module.register_forward_pre_hook(lambda m, args, name=name: self[name].append(args[0].flatten(0, -2)), prepend=True) for name, module in modules.items()]
-        for batch in inputs.split(8):
-            model(input_ids=batch, use_cache=False)
+        for part in inputs.split(batch):
+            model(input_ids=part, use_cache=False)
         for handle in handles:
             handle.remove()
-        self.batches = {name: list(parts) for name, parts in self.items()}
         self.update({name: torch.cat(parts) for name, parts in self.items()})
 
 
@@ -78,10 +77,10 @@ def noted(monkeypatch):
     return seen
 
 
-def quantise(model, inputs, recipe, noted=None):
+def quantise(model, inputs, recipe, noted=None, **options):
     """{layer: QuantizedMatrix}, and {layer: Hessian} where ``noted``."""
     names = [name for block in range(len(model.model.layers)) for name in names_in(block)]
-    matrices = dict(hf.calibrate(model, inputs, recipe, names))
+    matrices = dict(hf.calibrate(model, inputs, recipe, names, **options))
     assert list(matrices) == names
     return matrices if noted is None else (matrices, dict(zip(names, noted, strict=True)))
 
@@ -111,14 +110,14 @@ def round_inputs(module, format, rotation, tensor_scale=None):
     module.register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_each_block_is_calibrated_on_what_the_quantised_blocks_before_it_give(name, noted):
-    """Blocks 0, 1 and 2 against an independent model that holds the dequantised weights of the blocks before. 11 windows: batches of 8 and 3, whose masks differ in shape."""
+@pytest.mark.parametrize(("name", "batch"), [*((name, 8) for name in DECODERS), ("Mistral", 4)])
+def test_each_block_is_calibrated_on_what_the_quantised_blocks_before_it_give(name, batch, noted):
+    """Blocks 0, 1 and 2 against an independent model that holds the dequantised weights of the blocks before. 11 windows: the last batch has 3, and masks of another shape."""
     inputs = random_tokens(11)
-    matrices, hessians = quantise(decoder(name), inputs, mg.Recipe.named("mr-gptq", "mxfp4"), noted)
+    matrices, hessians = quantise(decoder(name), inputs, mg.Recipe.named("mr-gptq", "mxfp4"), noted, batch_windows=batch)
     independent = decoder(name)
     for block in range(3):
-        for layer, x in Captured(independent, names_in(block), inputs).items():
+        for layer, x in Captured(independent, names_in(block), inputs, batch).items():
             assert len(x) == 11 * SEQUENCE == matrices[layer].report.tokens
             assert_is_second_moment(hessians[layer], x)
         put(independent, matrices, names_in(block))
@@ -220,7 +219,3 @@ def test_a_layer_without_inputs_and_values_that_are_not_finite_are_refused_by_th
             list(hf.calibrate(model, random_tokens(1), recipe, ["model.layers.2.self_attn.o_proj"]))
         with pytest.raises(ValueError, match=r"the input of model\.layers\.2\.mlp\.gate_proj: x is nan at index \(0, 0, \d+\)"):
             list(hf.calibrate(model, random_tokens(1), recipe, ["model.layers.2.mlp.gate_proj"]))
-
-
-def test_the_batch_is_the_one_that_plans_count_on():
-    assert importlib.import_module("mrgptq.hf.calibrate").BATCH == jobs._BATCH

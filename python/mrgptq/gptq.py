@@ -61,7 +61,7 @@ class Hessian:
 
     def update(self, x: ArrayLike, *, dtype: str | None = None, threads: int | None = None) -> None:
         """Add a batch: ``x`` (..., cols), float32 / float16 / bfloat16 / float64, finite; every leading axis counts tokens. An empty batch adds nothing."""
-        shape = getattr(x, "shape", ())
+        shape: tuple[int, ...] = getattr(x, "shape", ())
         if 0 in shape and shape[-1] == self.cols:
             return
         values = as_float32(x, "x", dtype=dtype, threads=threads)

@@ -23,7 +23,7 @@ from .rotations import Rotation, rotation_of
 
 _log = logging.getLogger("mrgptq")
 
-_BATCH = 8  # windows in a forward pass: hf.calibrate.BATCH, which is not there without torch
+_BATCH_WINDOWS = 8  # calibration windows in one forward pass of a block
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +142,7 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
     hidden_size = reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))
     hidden = tokens * hidden_size * 4
     # The MLP holds gate, up, their product and a copy of it; around it lie the residual, its norm, q, k, v and the attention's output.
-    batch = min(tokens, _BATCH * sequence) * (6 * hidden_size + 4 * widest) * 4
+    batch = min(tokens, _BATCH_WINDOWS * sequence) * (6 * hidden_size + 4 * widest) * 4
     blocks: dict[str, int] = {}
     for group in fused_groups(shapes):
         key = group[0].split(".layers.")[-1].split(".")[0]
@@ -223,7 +223,7 @@ def _calibrated(plan: Plan, text: str, device: str, threads: int | None) -> Iter
     if inputs.numel() < plan.tokens // plan.sequence * plan.sequence:
         _log.warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), plan.tokens)
     model = hf.load_model(plan.model, device=device)
-    yield from hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), threads=threads)
+    yield from hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), batch_windows=_BATCH_WINDOWS, threads=threads)
 
 
 def with_rotation(recipe: Recipe, block_size: int | None) -> Recipe:

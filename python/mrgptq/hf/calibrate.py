@@ -22,8 +22,6 @@ from .model import decoder_blocks
 
 _Group = tuple[str, ...]  # modules that share an input
 _Kwargs = dict[int, dict[str, Any]]  # what a block is called with, by batch size
-BATCH = 8
-"""Windows in one forward pass of a block."""
 
 
 class _FirstBlockReached(Exception):
@@ -32,7 +30,7 @@ class _FirstBlockReached(Exception):
 
 @torch.no_grad()
 def calibrate(
-    model: Any, inputs: torch.Tensor, recipe: Recipe, modules: Sequence[str], *, threads: int | None = None, progress: Callable[[str], None] | None = None
+    model: Any, inputs: torch.Tensor, recipe: Recipe, modules: Sequence[str], *, batch_windows: int = 8, threads: int | None = None, progress: Callable[[str], None] | None = None
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise a decoder's linear layers in order, and the model with them.
 
@@ -45,6 +43,7 @@ def calibrate(
     inputs : (windows, sequence) int64 tokens.
     recipe : Recipe.
     modules : names of the linear modules to quantise, all of them inside the decoder's blocks.
+    batch_windows : windows in one forward pass of a block.
     progress : called with the name of each module that is done.
 
     Yields
@@ -57,7 +56,7 @@ def calibrate(
     """
     prefix, blocks = decoder_blocks(model)
     linears = _linears_by_block(model, prefix, blocks, modules)
-    hidden, block_kwargs = _enter(model, blocks, inputs)
+    hidden, block_kwargs = _enter(model, blocks, inputs, batch_windows)
     for index, block in enumerate(blocks):
         groups = fused_groups(linears.get(index, []))
         named = {name: model.get_submodule(name) for group in groups for name in group}
@@ -83,13 +82,13 @@ def _linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.Modu
     return by_block
 
 
-def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor) -> tuple[list[torch.Tensor], list[_Kwargs]]:
+def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_windows: int) -> tuple[list[torch.Tensor], list[_Kwargs]]:
     """Run the model up to its first block: the hidden states as batches, and for each block the keyword arguments it is called with, by batch size.
 
     Masks and position embeddings may differ from block to block (sliding windows), so one whole pass for each batch size collects them.
     """
     decoder = model.base_model  # without the head, whose logits would take more room than everything else
-    batches = list(inputs.split(BATCH))
+    batches = list(inputs.split(batch_windows))
     device = next(model.parameters()).device
     block_kwargs: list[_Kwargs] = [{} for _ in blocks]
     hidden: list[torch.Tensor] = []
