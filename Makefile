@@ -14,6 +14,8 @@ INSTALL := $(PIP) --no-build-isolation --config-settings=build-dir=$(BUILD)
 BUILD_NEEDS := scikit-build-core pybind11 cmeel-eigen cmake ninja
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc python -name '*.h' -o -name '*.cc' -o -name '*.py' -o -name '*.pyi')
 
+# torch brings an OpenMP runtime of its own: threads of the one that wait by spinning would take the cores from the other.
+export OMP_WAIT_POLICY ?= passive
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: demo test

@@ -78,7 +78,7 @@ def test_python_rooms_import_only_rooms_before_them(path):
             elif imported != room:
                 assert PYTHON_ROOMS.index(imported) < PYTHON_ROOMS.index(room), f"{room} imports {module}"
         elif (top := module.split(".")[0]) in ONLY_IN:
-            assert path.relative_to(PACKAGE).as_posix().startswith(ONLY_IN[top]) or (top == "torch" and room in ("cli",)), f"{path.name} imports {top}"
+            assert path.relative_to(PACKAGE).as_posix().startswith(ONLY_IN[top]), f"{path.name} imports {top}"
 
 
 def test_reference_imports_numpy_alone():

@@ -175,13 +175,11 @@ def recipe_line(recipe: Recipe) -> str:
 
 def _evaluate(args: argparse.Namespace) -> None:
     try:
-        import torch
-
         from . import hf
     except ImportError as error:
         raise ImportError(f"evaluate runs the model with torch and transformers, which are not installed ({error.name}): pip install 'mrgptq[hf]'") from error
     if args.threads:
-        torch.set_num_threads(args.threads)
+        hf.use_threads(args.threads)
     inputs, targets = hf.token_windows(hf.load_tokenizer(args.model), _read_text(args.text), args.windows, args.sequence, targets=True)
     rows = [("model", "perplexity")]
     progress = _Progress()
@@ -215,7 +213,7 @@ def _inspect(args: argparse.Namespace) -> None:
         stored = json.loads(record.read_text(encoding="utf-8"))
         if stored.get("recipe"):
             print(f"\n{Recipe.from_dict(stored['recipe'])}")
-        print(f"\n{error_table(stored['layers'])}")
+        print(f"\n{error_table(stored.get('layers') or {})}")
     else:
         print(f"\nno {RECORD_NAME}: written by another tool, its errors are not known")
     print(f"\n{scale_histogram(matrices.values(), scheme.format)}")

@@ -22,6 +22,7 @@ from .result import LayerReport, QuantizedMatrix, layer_report
 from .rotations import Rotation, rotation_of
 
 _log = logging.getLogger("mrgptq")
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their layers are transformers' Conv1D
 
 _BATCH_WINDOWS = 8  # calibration windows in one forward pass of a block
 
@@ -123,12 +124,14 @@ def make_plan(
     for name, (_, cols) in shapes.items():
         check_groups(cols, recipe.format, f"{name}.weight")
         rotation_of(recipe.rotation).check_columns(cols, f"{name}.weight")
-    calibrated = bool(reason)  # a text that the recipe does not need is not read
+    if reader.config.get("model_type") in _TRANSPOSED:
+        raise ValueError(f"{model} is a {reader.config['model_type']} model, which stores its layers transposed, (in_features, out_features); only models of ordinary linear layers are read")
+    tokens = max(1, tokens // sequence) * sequence if reason else 0  # whole windows; a text that the recipe does not need is not read
     bytes_in = sum(reader.nbytes(name) for name in reader.names)
     kept = bytes_in - sum(reader.nbytes(f"{name}.weight") for name in shapes)
     bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
-    memory = _expected_memory(reader, shapes, min(bytes_out, max_shard_bytes), tokens if calibrated else 0, sequence)
-    return Plan(Path(model), out, recipe, dialect, shapes, tokens if calibrated else 0, sequence, bytes_in, bytes_out, memory)
+    memory = _expected_memory(reader, shapes, min(bytes_out, max_shard_bytes), tokens, sequence)
+    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory)
 
 
 def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int, sequence: int) -> int:
@@ -219,8 +222,10 @@ def _calibrated(plan: Plan, text: str, device: str, threads: int | None) -> Iter
         from . import hf
     except ImportError as error:
         raise ImportError(f"calibration runs the model with torch and transformers, which are not installed ({error.name}): pip install 'mrgptq[hf]'") from error
-    inputs = hf.token_windows(hf.load_tokenizer(plan.model), text, max(1, plan.tokens // plan.sequence), plan.sequence)
-    if inputs.numel() < plan.tokens // plan.sequence * plan.sequence:
+    if threads:
+        hf.use_threads(threads)
+    inputs = hf.token_windows(hf.load_tokenizer(plan.model), text, plan.tokens // plan.sequence, plan.sequence)
+    if inputs.numel() < plan.tokens:
         _log.warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), plan.tokens)
     model = hf.load_model(plan.model, device=device)
     yield from hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), batch_windows=_BATCH_WINDOWS, threads=threads)

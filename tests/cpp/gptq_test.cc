@@ -96,6 +96,16 @@ TEST(HessianSum, MergesForAnyNumberOfThreads) {
         a.matrix(results.back().view(), threads);
         EXPECT_EQ(results.back(), results.front());
     }
+    for (Index i = 0; i < cols; i += 11)
+        for (Index j = 0; j < cols; ++j) {
+            double sum = 0, magnitude = 0;
+            for (const auto* stream : {&x, &y})
+                for (Index t = 0; t < (stream == &x ? 300 : 77); ++t) {
+                    sum += static_cast<double>((*stream)(t, i)) * (*stream)(t, j);
+                    magnitude += std::fabs(static_cast<double>((*stream)(t, i)) * (*stream)(t, j));
+                }
+            EXPECT_LE(std::fabs(results.front()(i, j) - sum / 377), 256 * 0x1p-24 * magnitude / 377);
+        }
     Hessian narrow(3), one(3), empty(3);
     Matrix<double> zero(3, 3, contiguous, 5.0);
     empty.matrix(zero.view(), 1);

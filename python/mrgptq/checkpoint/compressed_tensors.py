@@ -152,6 +152,6 @@ def loaders(scheme: Scheme) -> str:
         return "Loads in transformers (with compressed-tensors), vLLM and SGLang."
     return (
         f"The weights are rotated by Hadamard {scheme.rotation}: whoever runs them must rotate each layer's input too. vLLM applies the rotation (tensor parallel size 1, no biases). "
-        "transformers ignores it without a warning and answers nonsense, unless compressed_tensors.transform.apply_transform_config is called on the loaded model with the "
+        "transformers ignores it without an error (it lists the v_input tensors as unexpected) and answers nonsense, unless compressed_tensors.transform.apply_transform_config is called on the loaded model with the "
         'transform_config of config.json reduced to its "input" locations. `mrgptq evaluate` applies it. Use --rotation 0 for a checkpoint that every loader reads.'
     )

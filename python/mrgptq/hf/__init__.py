@@ -2,6 +2,6 @@
 
 from .calibrate import calibrate
 from .evaluate import perplexity
-from .model import load_model, load_quantized, load_tokenizer, token_windows
+from .model import load_model, load_quantized, load_tokenizer, token_windows, use_threads
 
-__all__ = ["calibrate", "load_model", "load_quantized", "load_tokenizer", "perplexity", "token_windows"]
+__all__ = ["calibrate", "load_model", "load_quantized", "load_tokenizer", "perplexity", "token_windows", "use_threads"]

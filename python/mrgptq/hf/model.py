@@ -92,6 +92,11 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu") -> Pr
     return model.to(target)
 
 
+def use_threads(threads: int) -> None:
+    """How many threads torch takes for the forward passes of this process."""
+    torch.set_num_threads(threads)
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """The tokenizer in ``folder``."""
     try:
