@@ -19,6 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: demo test
+# The demo builds the core for this machine alone, the tests for every level, as a wheel has it.
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/demo.py
 
@@ -27,12 +28,12 @@ test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest
 
 $(VENV)/.demo: $(VENV)/.made $(SOURCES)
-	$(INSTALL) '.[hf,plot]'
+	$(INSTALL) --config-settings=cmake.define.MRGPTQ_ISA=native '.[hf,plot]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.made $(SOURCES) $(wildcard tests/cpp/*.cc)
 	sh .ci/system-packages googletest
-	$(INSTALL) --config-settings=cmake.define.MRGPTQ_TESTS=ON '.[hf,plot,dev]'
+	$(INSTALL) --config-settings=cmake.define.MRGPTQ_ISA=all --config-settings=cmake.define.MRGPTQ_TESTS=ON '.[hf,plot,dev]'
 	touch $@
 
 $(VENV)/.made: constraints.txt
