@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# Read by OpenMP when it is loaded, so before the imports below. Its threads otherwise spin while they wait, and where other processes keep the cores busy a loop of microseconds then
-# waits for a time slice: fifty times slower, measured.
+# Read by OpenMP and by NumPy's OpenBLAS when they are loaded, so set before the imports below. The threads of both otherwise spin while they wait, and where other processes keep the
+# cores busy a loop of microseconds then waits for a time slice: up to fifty times slower, measured.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

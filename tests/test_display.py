@@ -137,7 +137,7 @@ def test_a_recipe_shows_its_facts():
     title, rows = lines_of(SHOWN["recipe"])
     assert title == "Recipe for mxfp4, W4A4"
     assert rows == {
-        "rotation": "Hadamard 32", "scales": "fpquant_mse, four-thirds", "solver": "gptq", "order": "activation", "damping": "0.01", "precision": "float32",
+        "rotation": "Hadamard 32", "scales": "fpquant_mse, four-thirds", "solver": "gptq", "order": "activation", "damping": "0.01", "precision": "float64",
         "activations": "mxfp4, absmax, four-thirds",
     }  # fmt: skip
     assert lines_of(SHOWN["plain recipe"]) == ("Recipe for nvfp4, W4A16", {"rotation": "none", "scales": "absmax", "solver": "rtn"})

@@ -12,7 +12,7 @@ from mrgptq.recipe import NAMES, replace_checked
 
 # One change to every field, all of them legal for MXFP4.
 CHANGES = {
-    "rotation": 64, "scales": "ceil", "mx_rule": "floor", "order": "natural", "solver": "rtn", "damping": 0.5, "activations": "mxfp4", "precision": "float64",
+    "rotation": 64, "scales": "ceil", "mx_rule": "floor", "order": "natural", "solver": "rtn", "damping": 0.5, "activations": "mxfp4", "precision": "float32",
 }  # fmt: skip
 ONLY_ONE_VALUE = {"rounds", "activation_rule"}
 
@@ -34,7 +34,7 @@ ONLY_ONE_VALUE = {"rounds", "activation_rule"}
 def test_named_recipes(name, format, dialect, expected, quantise_activations):
     """The paper's: Hadamard 16 for NVFP4 and 32 for MXFP4, damping 0.01, static activation order; only fp_quant can store four-thirds."""
     activations = format if quantise_activations else None
-    common = {"rotation": None, "mx_rule": "even", "order": "activation", "solver": "gptq", "damping": 0.01, "rounds": 0, "activation_rule": "absmax", "precision": "float32"}
+    common = {"rotation": None, "mx_rule": "even", "order": "activation", "solver": "gptq", "damping": 0.01, "rounds": 0, "activation_rule": "absmax", "precision": "float64"}
     recipe = mg.Recipe.named(name, format, dialect, activations)
     assert recipe.as_dict() == common | {"format": format, "activations": activations} | expected
 
