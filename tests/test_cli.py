@@ -137,6 +137,8 @@ REFUSED = {
     "no tokenizer": (lambda leaf, tmp: [damaged(leaf, tmp, "tokenizer.json", os.remove), tmp / "out", "--calibration", CALIBRATION], ["no tokenizer"]),
     "no text": (lambda leaf, tmp: [leaf, tmp / "out", "--calibration", tmp / "none.txt"], ["No such file", "none.txt"]),
     "not UTF-8": (lambda leaf, tmp: [leaf, tmp / "out", "--calibration", text_file(tmp, b"caf\xe9 au lait")], ["text.txt is not UTF-8 text"]),
+    "no folder for it": (lambda leaf, tmp: [leaf, tmp / "a" / "out", "--recipe", "rtn", "--dry-run"], ["a/out cannot be made", "does not exist"]),
+    "no such text": (lambda leaf, tmp: [leaf, tmp / "out", "--calibration", tmp / "none.txt"], ["the text", "none.txt cannot be read"]),
     "short text": (lambda leaf, tmp: [leaf, tmp / "out", "--calibration", text_file(tmp, b"once"), "--tokens", 512], ["the text has", "one window needs 512"]),
     "other format": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "rtn", "--activations", "mxfp4"], ["activations for nvfp4", "'mxfp4'"]),
     "rotation 12": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "rtn", "--rotation", 12], ["block_size is 12", "power of two"]),
@@ -170,7 +172,7 @@ def test_an_interrupt_leaves_nothing(run, leaf_folder, tmp_path, monkeypatch):
     assert (status, out) == (130, "") and "interrupted; nothing was written" in err and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["quantize"], ["quantize", "a"], ["quantize", "a", "b", "--format", "int4"], ["quantize", "a", "b", "--recipe", "best"], ["quantize", "a", "b", "--tokens", "0"], ["quantize", "a", "b", "--dialect", "gguf"], ["quantize", "a", "b", "--unknown"], ["evaluate", "a"], ["inspect"]])
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["quantize"], ["quantize", "a"], ["quantize", "a", "b", "--format", "int4"], ["quantize", "a", "b", "--recipe", "best"], ["quantize", "a", "b", "--tokens", "0"], ["quantize", "a", "b", "--tokens", "1e400"], ["quantize", "a", "b", "--tokens", "1.5"], ["quantize", "a", "b", "--dialect", "gguf"], ["quantize", "a", "b", "--unknown"], ["evaluate", "a"], ["inspect"]])
 def test_wrong_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -239,7 +241,7 @@ def test_inspect_shows_errors_bits_and_the_histogram_of_scales(recorded, finishe
     assert shown == histogram(folder, dtype) and len(shown) > 3
 
 
-@pytest.mark.parametrize(("command", "words"), [("inspect", "no QuantizedMatrix"), ("evaluate", "needs 513")])
+@pytest.mark.parametrize(("command", "words"), [("inspect", "holds no quantised layer"), ("evaluate", "needs 513")])
 def test_evaluate_and_inspect_refuse_likewise(command, words, run, leaf_folder, tmp_path):
     more = ["--text", text_file(tmp_path, b"once")] if command == "evaluate" else []
     status, out, err = run(command, leaf_folder, *more)

@@ -1,6 +1,7 @@
 """Perplexity, token windows and running a quantised checkpoint, against transformers' own loss, tokenizer and models."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -92,9 +93,10 @@ def test_a_checkpoint_runs_as_the_dense_model_of_its_values(dialect, format, act
 
 
 def test_what_is_no_model_is_refused_by_its_folder(leaf_folder, tmp_path):
-    for load in (hf.load_model, hf.load_quantized):
+    for load in (hf.load_model, hf.load_quantized, hf.load_tokenizer):
         with pytest.raises(FileNotFoundError, match=f"{tmp_path} is not a model folder: there is no config.json"):
             load(tmp_path)
+    shutil.copy(leaf_folder / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no tokenizer"):
         hf.load_tokenizer(tmp_path)
     mg.save(tmp_path / "q", {"model.layers.0.self_attn.q_proj.weight": mg.quantize(np.eye(128))}, config=transformers.AutoConfig.from_pretrained(leaf_folder).to_dict())

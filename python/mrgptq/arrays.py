@@ -48,7 +48,7 @@ def _widen(array: ArrayLike, name: str, dtype: str | None) -> NDArray[np.float32
         return (bits.astype(np.uint32) << 16).view(np.float32)
     try:
         values = np.asarray(array)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a torch tensor that requires grad
         raise TypeError(f"{name} ({type(array).__name__}) does not convert to a numpy array: {error}") from error
     if values.dtype == np.float32:
         return values

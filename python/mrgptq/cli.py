@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate",
         help="perplexity on a text",
         formatter_class=formatter,
-        description="Perplexity of a quantised checkpoint on a text, computed as its loaders would: rotations applied, W4A4 inputs rounded.\n\n  mrgptq evaluate OUT --text test.txt --reference MODEL",
+        description="Perplexity of a quantised checkpoint on a text, computed in float32 by the loaders' rules: rotations applied, W4A4 inputs rounded.\n\n  mrgptq evaluate OUT --text test.txt --reference MODEL",
     )
     evaluate.add_argument("model", metavar="OUT", type=Path, help="quantised checkpoint, or a plain model")
     evaluate.add_argument("--text", metavar="TEXT", type=Path, required=True, help="text file, UTF-8, other than the calibration's")
@@ -99,10 +99,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(float(text)) if "e" in text.lower() else int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    value = float(text)
+    if not (1 <= value < 2**63 and value == int(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(value)
 
 
 class _Progress:
@@ -137,6 +137,8 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise OSError(f"the text {path} cannot be read: {error.strerror}") from None
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -202,6 +204,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     tensors = load(args.model)
     matrices = {name.removesuffix(".weight"): value for name, value in tensors.items() if isinstance(value, QuantizedMatrix)}
+    if not matrices:
+        raise ValueError(f"{args.model} holds no quantised layer; inspect reads what `mrgptq quantize` writes")
     scheme = common_scheme(matrices)
     quantised_bytes = sum(matrix.nbytes for matrix in matrices.values())
     kept_bytes = sum(value.nbytes for value in tensors.values() if not isinstance(value, QuantizedMatrix))

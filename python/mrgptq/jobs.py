@@ -112,6 +112,8 @@ def make_plan(
     out = Path(out)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already; it is never overwritten: name another folder or remove it first")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out} cannot be made: the folder {out.absolute().parent} does not exist")
     reason = needs_calibration(recipe)
     if reason and not calibrated:
         raise ValueError(f"the recipe needs a calibration text: {reason}")

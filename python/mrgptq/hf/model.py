@@ -99,6 +99,7 @@ def use_threads(threads: int) -> None:
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """The tokenizer in ``folder``."""
+    _config(folder)  # a folder that is no model is refused as that
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
