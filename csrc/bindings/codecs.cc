@@ -22,11 +22,12 @@ void register_codecs(py::module_& module) {
     });
     module.def("nvfp4_tensor_scale", &nvfp4_tensor_scale);
     module.def("mx_tensor_scale", [](const std::string& mx_rule) { return mx_tensor_scale(mx_rule_named(mx_rule)); });
-    module.def("find_scales", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, float tensor_scale, int threads) {
+    module.def("find_scales", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, float tensor_scale, const py::object& hessian, int threads) {
         const auto in = view<float>(weight);
+        const auto moment = hessian.is_none() ? MatrixView<const double>{nullptr, 0, 0, 0} : view<double>(py::reinterpret_borrow<py::array>(hessian));
         auto scales = matrix<std::uint8_t>(in.rows, with_format(format, [&](auto f) { return in.cols / decltype(f)::group_size; }));
         const auto out = writable<std::uint8_t>(scales);
-        without_gil([&] { find_scales(format, rule_named(search, mx_rule), in, tensor_scale, out, threads); });
+        without_gil([&] { find_scales(format, rule_named(search, mx_rule), in, tensor_scale, moment, out, threads); });
         return scales;
     });
     module.def("encode", [](const std::string& format, const py::array& weight, const py::array& scales, float tensor_scale, int threads) {

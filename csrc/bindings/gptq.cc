@@ -1,5 +1,7 @@
 #include <algorithm>
 
+#include <pybind11/stl.h>
+
 #include "bindings/arrays.h"
 #include "gptq/factor.h"
 #include "gptq/hessian.h"
@@ -27,9 +29,9 @@ void register_gptq(py::module_& module) {
         .def_property_readonly("cols", &Hessian::cols)
         .def_property_readonly("tokens", &Hessian::tokens);
     py::class_<Factor>(module, "CholeskyFactor")
-        .def(py::init([](const py::array& h, const std::string& order, double damping) {
+        .def(py::init([](const py::array& h, const std::string& order, double damping, Index group_size) {
             const auto in = view<double>(h);
-            return without_gil([&] { return std::make_unique<Factor>(in, order_named(order), damping); });
+            return without_gil([&] { return std::make_unique<Factor>(in, order_named(order), damping, group_size); });
         }))
         .def_property_readonly("order",
                                [](const Factor& self) {
@@ -39,15 +41,26 @@ void register_gptq(py::module_& module) {
                                })
         .def_property_readonly("damping", &Factor::damping)
         .def_property_readonly("dead_columns", &Factor::dead_columns)
+        .def_property_readonly("lambda_", &Factor::lambda)
+        .def_property_readonly("dead_weight", &Factor::dead_weight)
         .def_property_readonly("usable", &Factor::usable);
-    module.def("solve", [](const std::string& format, const py::array& weight, const py::array& scales, float tensor_scale, const Factor& factor, const std::string& precision,
-                           int threads) {
+    module.def("solve", [](const std::string& format, const py::array& weight, py::array& scales, float tensor_scale, const Factor& factor, const std::string& precision, bool search_scales,
+                           const std::string& mx_rule, int rounds, int threads) {
         const auto in = view<float>(weight);
-        const auto in_scales = view<std::uint8_t>(scales);
+        const auto in_out_scales = writable<std::uint8_t>(scales);
         auto codes = matrix<std::uint8_t>(in.rows, in.cols / 2);
         const auto out = writable<std::uint8_t>(codes);
-        const double loss = without_gil([&] { return solve(format, in, in_scales, tensor_scale, factor, precision_named(precision), out, threads); });
-        return py::make_tuple(codes, loss);
+        const SolverOptions options{precision_named(precision), search_scales, mx_rule_named(mx_rule), rounds};
+        const SolverResult result = without_gil([&] { return solve(format, in, in_out_scales, tensor_scale, factor, options, out, threads); });
+        return py::make_tuple(codes, result.losses);
+    });
+    module.def("shift_to_inputs", [](const py::array& weight, const py::array& cross, const py::array& h, const Factor& factor, double strength, int threads) {
+        const auto in = view<float>(weight);
+        const auto in_cross = view<double>(cross), in_h = view<double>(h);
+        auto target = matrix<float>(in.rows, in.cols);
+        const auto out = writable<float>(target);
+        without_gil([&] { shift_to_inputs(in, in_cross, in_h, factor, strength, out, threads); });
+        return target;
     });
     module.def("quadratic_form", [](const py::array& e, const py::array& h, int threads) {
         const auto in = view<float>(e);

@@ -9,6 +9,10 @@ void register_rotations(py::module_& module) {
         const auto to = writable<float>(out);
         without_gil([&] { rotate_columns(in, block_size, to, threads); });
     });
+    module.def("rotate_both", [](py::array& h, Index block_size, int threads) {
+        const auto in_out = writable<double>(h);
+        without_gil([&] { rotate_both(in_out, block_size, threads); });
+    });
     module.def("rotate_hessian", [](py::array& h, Index block_size, int threads) {
         const auto in_place = writable<double>(h);
         without_gil([&] { rotate_hessian(in_place, block_size, threads); });

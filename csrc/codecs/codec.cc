@@ -74,12 +74,19 @@ Index first_nonfinite(MatrixView<const float> x, int threads) {
     return first == found.end() ? -1 : *first;
 }
 
-void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<std::uint8_t> scales, int threads) {
+void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads) {
+    const bool weighted = rule.search == ScaleSearch::hessian || rule.search == ScaleSearch::hessian_block;
+    check(!weighted || (hessian.rows == weight.cols && hessian.cols == weight.cols), "the scale rule weighs errors by a hessian of shape (" + std::to_string(weight.cols) + ", " +
+                                                                                         std::to_string(weight.cols) + "); got (" + std::to_string(hessian.rows) + ", " + std::to_string(hessian.cols) + ")");
     with_format(format, [&]<class Format>(Format) {
         check_groups<const float>(weight, scales, Format::group_size, "weight");
         parallel_for_ranges(weight.rows, row_grain, threads, [&](Index begin, Index end) {
             for (Index r = begin; r < end; ++r)
-                for (Index g = 0; g < scales.cols; ++g) scales.row(r)[g] = group_scale<Format>(weight.row(r) + g * Format::group_size, rule, tensor_scale);
+                for (Index g = 0; g < scales.cols; ++g) {
+                    const Index c = g * Format::group_size;
+                    const GroupMoment moment = weighted ? GroupMoment{hessian.row(c) + c, hessian.row_stride} : GroupMoment{};
+                    scales.row(r)[g] = group_scale<Format>(weight.row(r) + c, rule, tensor_scale, moment);
+                }
         });
     });
 }

@@ -15,7 +15,8 @@ float amax(MatrixView<const float> x, int threads);
 // Row-major position of the first NaN or infinity, -1 where all is finite.
 Index first_nonfinite(MatrixView<const float> x, int threads);
 
-void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<std::uint8_t> scales, int threads);
+// hessian (cols, cols) where the rule weighs errors by it; without columns otherwise.
+void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads);
 
 void encode(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<std::uint8_t> codes, int threads);
 

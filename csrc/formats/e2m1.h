@@ -7,7 +7,9 @@
 // Nothing in this file knows about groups or scales; see formats/block_format.h.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 
 namespace mrgptq::e2m1 {
@@ -25,6 +27,16 @@ constexpr std::uint8_t encode(Real x) noexcept {
     const Real a = x < 0 ? -x : x;
     const std::uint8_t code = static_cast<std::uint8_t>((a > Real(0.25)) + (a >= Real(0.75)) + (a > Real(1.25)) + (a >= Real(1.75)) + (a > Real(2.5)) + (a >= Real(3.5)) + (a > Real(5)));
     return static_cast<std::uint8_t>(code | ((x < 0 && code != 0) ? 8 : 0));
+}
+
+// The grid's value nearest to t >= 0, as encode() would choose it: three spacings, each rounded to nearest even. At the seams the finer grid's upper end is the coarser one's lower end.
+// For loops that want the value and no code: unlike a table look-up this vectorises.
+template <class Real>
+inline Real round_magnitude(Real t) noexcept {
+    const Real fine = std::nearbyint(t * Real(2)) * Real(0.5);
+    const Real middle = std::nearbyint(t);
+    const Real coarse = std::min(std::nearbyint(t * Real(0.5)) * Real(2), Real(6));
+    return t < Real(2) ? fine : (t < Real(4) ? middle : coarse);
 }
 
 static_assert(encode(0.25f) == 0 && encode(0.75f) == 2 && encode(1.25f) == 2 && encode(1.75f) == 4 && encode(2.5f) == 4 && encode(3.5f) == 6 && encode(5.0f) == 6);

@@ -11,18 +11,32 @@ namespace mrgptq {
 
 Order order_named(std::string_view name) {
     if (name == "natural") return Order::natural;
-    check(name == "activation", "unknown order \"" + std::string(name) + "\"; known: natural, activation");
-    return Order::activation;
+    if (name == "activation") return Order::activation;
+    check(name == "group", "unknown order \"" + std::string(name) + "\"; known: natural, activation, group");
+    return Order::group;
 }
 
-Factor::Factor(MatrixView<const double> h, Order order, double damping) : order_(static_cast<std::size_t>(h.cols)), damping_(damping) {
+Factor::Factor(MatrixView<const double> h, Order order, double damping, Index group_size) : order_(static_cast<std::size_t>(h.cols)), damping_(damping), kind_(order) {
     check(h.rows == h.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); it must be square");
     check(damping >= 0, "damping is " + std::to_string(damping) + "; it must be 0 or more");
     const Index n = h.cols;
     std::iota(order_.begin(), order_.end(), Index{0});
-    if (order == Order::activation) {
-        // Stable, so that equal diagonals keep their order on every machine.
-        std::stable_sort(order_.begin(), order_.end(), [&](Index a, Index b) { return h.row(a)[a] > h.row(b)[b]; });
+    check(group_size > 0 && n % group_size == 0, "hessian has " + std::to_string(n) + " columns; groups of " + std::to_string(group_size) + " do not divide them");
+    // Stable, so that equal diagonals keep their order on every machine.
+    const auto descending = [&](auto begin, auto end) { std::stable_sort(begin, end, [&](Index a, Index b) { return h.row(a)[a] > h.row(b)[b]; }); };
+    if (order == Order::activation) descending(order_.begin(), order_.end());
+    if (order == Order::group) {
+        std::vector<double> sums(static_cast<std::size_t>(n / group_size), 0.0);
+        for (Index c = 0; c < n; ++c) sums[static_cast<std::size_t>(c / group_size)] += h.row(c)[c];
+        std::vector<Index> groups(sums.size());
+        std::iota(groups.begin(), groups.end(), Index{0});
+        std::stable_sort(groups.begin(), groups.end(), [&](Index a, Index b) { return sums[static_cast<std::size_t>(a)] > sums[static_cast<std::size_t>(b)]; });
+        auto place = order_.begin();
+        for (const Index g : groups) {
+            std::iota(place, place + group_size, g * group_size);
+            descending(place, place + group_size);
+            place += group_size;
+        }
     }
 
     double trace = 0;
@@ -33,6 +47,8 @@ Factor::Factor(MatrixView<const double> h, Order order, double damping) : order_
     }
     const double mean = dead_columns_ < n ? trace / static_cast<double>(n - dead_columns_) : 0;
 
+    if (mean > 0) dead_weight_ = std::max(damping, 0.01) * mean;
+
     for (;; damping_ = damping_ == 0 ? 0.01 : damping_ * 10) {
         unit_.resize(n, n);
         for (Index p = 0; p < n; ++p) {
@@ -42,24 +58,23 @@ Factor::Factor(MatrixView<const double> h, Order order, double damping) : order_
                 const Index ck = column(k);
                 unit_(k, p) = dead || h.row(ck)[ck] == 0 ? 0 : h.row(cp)[ck];
             }
-            // A dead column stands alone behind a pivot of one.
-            unit_(p, p) = dead ? 1 : unit_(p, p) + damping_ * mean;
+            // A dead column stands alone.
+            unit_(p, p) = dead ? dead_weight_ : unit_(p, p) + damping_ * mean;
+            unit_.row(p).tail(n - p - 1) = unit_.col(p).tail(n - p - 1).transpose();
         }
-        const Eigen::VectorXd diagonal = unit_.diagonal();
+        diagonal_ = unit_.diagonal();
+        lambda_ = damping_ * mean;
         Eigen::LLT<Eigen::Ref<Columns<double>>> llt(unit_);
         pivots_ = unit_.diagonal().array().square();
         // A pivot that has lost all its digits to cancellation is noise, whatever its sign, and dividing by it would make the feedback noise too.
         const double lost = static_cast<double>(n) * std::numeric_limits<double>::epsilon();
-        usable_ = llt.info() == Eigen::Success && (pivots_.array() > lost * diagonal.array()).all();
+        usable_ = llt.info() == Eigen::Success && (pivots_.array() > lost * diagonal_.array()).all();
         const double next = damping_ == 0 ? 0.01 : damping_ * 10;
         // 1 + 1e-9: ten times 0.1 counts as 1.
         if (usable_ || next > 1 + 1e-9) break;
     }
     if (!usable_) return;
-    for (Index p = 0; p < n; ++p) {
-        unit_.col(p).tail(n - p) /= unit_(p, p);
-        unit_.col(p).head(p).setZero();
-    }
+    for (Index p = 0; p < n; ++p) unit_.col(p).tail(n - p) /= unit_(p, p);
 }
 
 }  // namespace mrgptq

@@ -13,40 +13,48 @@
 
 namespace mrgptq {
 
-enum class Order { natural, activation };
+// natural: left to right. activation: by descending diagonal of H. group: whole groups by the descending sum of their diagonals, columns inside a group likewise.
+enum class Order { natural, activation, group };
 Order order_named(std::string_view name);
 
 class Factor {
 public:
-    // h (cols, cols): symmetric, finite (both triangles are read as one). `damping` >= 0 is relative to the mean of the live diagonal.
+    // h (cols, cols): symmetric, finite (both triangles are read as one). `damping` >= 0 is relative to the mean of the live diagonal. `group_size` divides cols; only Order::group asks for it.
     //
     // The diagonal may be negative by rounding: a rotation of inputs whose columns sum to zero (after a LayerNorm) has a column that is zero but for cancellation. Damping mends that, or the
     // factorisation fails and the ladder below is climbed.
     //
-    // A column whose diagonal is zero is dead: no input ever reached it, so it is cut out of H and its weights are rounded plainly. If the factorisation fails, damping rises tenfold
-    // (from 0.01 where it was 0) up to 1; if all fail, usable() is false and the caller rounds plainly.
-    Factor(MatrixView<const double> h, Order order, double damping);
+    // A column whose diagonal is zero is dead: no input ever reached it, so it is cut out of H and its weights are rounded plainly. Where a scale is chosen by loss it counts like a column
+    // that damping alone reaches, dead_weight(). If the factorisation fails, damping rises tenfold (from 0.01 where it was 0) up to 1; if all fail, usable() is false and the caller rounds
+    // plainly.
+    Factor(MatrixView<const double> h, Order order, double damping, Index group_size = 1);
 
     Index cols() const noexcept { return static_cast<Index>(order_.size()); }
     const std::vector<Index>& order() const noexcept { return order_; }   // order()[0] is visited first
     double damping() const noexcept { return damping_; }                  // the one that worked, or the last tried
     Index dead_columns() const noexcept { return dead_columns_; }
     bool usable() const noexcept { return usable_; }
+    Order kind() const noexcept { return kind_; }
+    double lambda() const noexcept { return lambda_; }             // damping times the mean of the live diagonal
+    double dead_weight() const noexcept { return dead_weight_; }  // max(damping asked, 0.01) times that mean; 1 where every column is dead
 
     // Column of the weight that stands at a reversed position.
     Index column(Index position) const noexcept { return order_[static_cast<std::size_t>(cols() - 1 - position)]; }
 
-    // Unit lower triangular L[k,p] / L[p,p], and L[p,p]².
+    // By reversed position. Strictly below the diagonal L[k,p] / L[p,p], on it ones, strictly above it R itself, which saves a matrix: whoever wants both has both.
     const Columns<double>& unit() const noexcept { return unit_; }
-    const Eigen::VectorXd& pivots() const noexcept { return pivots_; }
+    const Eigen::VectorXd& pivots() const noexcept { return pivots_; }      // L[p,p]²
+    const Eigen::VectorXd& diagonal() const noexcept { return diagonal_; }  // R[p,p]
 
 private:
     std::vector<Index> order_;
     double damping_ = 0;
     Index dead_columns_ = 0;
     bool usable_ = false;
+    Order kind_;
+    double lambda_ = 0, dead_weight_ = 1;
     Columns<double> unit_;
-    Eigen::VectorXd pivots_;
+    Eigen::VectorXd pivots_, diagonal_;
 };
 
 }  // namespace mrgptq

@@ -1,6 +1,7 @@
 #include "gptq/solver.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -9,70 +10,177 @@
 #include "base/parallel.h"
 #include "codecs/packing.h"
 #include "formats/block_format.h"
+#include "gptq/refine.h"
+#include "gptq/tile.h"
 
 namespace mrgptq {
 namespace {
 
-constexpr Index lanes = 64;   // rows worked off together, one a SIMD lane; short tiles are padded with zero rows so that every row sees the same arithmetic
-constexpr Index block = 128;  // columns between two GEMMs
-
-// 64 values, one a row, for each column: a column is contiguous.
+// What all tiles of one call share.
 template <class Real>
-using Tile = Eigen::Matrix<Real, lanes, Eigen::Dynamic, Eigen::ColMajor>;
+struct Problem {
+    MatrixView<const float> weight;
+    float tensor_scale;
+    const Factor& factor;
+    const SolverOptions& options;
+    const Columns<Real>& joint;  // Factor::unit in Real
+    const Eigen::Matrix<Real, Eigen::Dynamic, 1> pivots;
+};
 
 template <class Format, class Real>
-double solve_tile(MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, const Factor& factor, const Columns<Real>& unit, Index first_row,
-                  MatrixView<std::uint8_t> codes) {
-    const Index n = weight.cols, rows = std::min(lanes, weight.rows - first_row);
-    Tile<Real> error = Tile<Real>::Zero(lanes, n);  // by position: the weight until its column is visited, w - q afterwards
-    Tile<float> steps = Tile<float>::Ones(lanes, scales.cols);
+RowTile<Real> load(const Problem<Real>& problem, MatrixView<const std::uint8_t> scales, Index first_row) {
+    const Index n = problem.weight.cols, rows = std::min(lanes, problem.weight.rows - first_row);
+    RowTile<Real> tile{first_row, rows, Tile<Real>::Zero(lanes, n), Tile<std::int8_t>::Zero(lanes, n), Tile<std::uint8_t>::Constant(lanes, scales.cols, 1), Tile<float>::Ones(lanes, scales.cols)};
     for (Index r = 0; r < rows; ++r) {
-        for (Index p = 0; p < n; ++p) error(r, p) = weight.row(first_row + r)[factor.column(p)];
-        for (Index g = 0; g < scales.cols; ++g) steps(r, g) = group_step<Format>(scales.row(first_row + r)[g], tensor_scale);
+        for (Index p = 0; p < n; ++p) tile.error(r, p) = problem.weight.row(first_row + r)[problem.factor.column(p)];
+        for (Index g = 0; g < scales.cols && !problem.options.search_scales; ++g) {
+            tile.scales(r, g) = scales.row(first_row + r)[g];
+            tile.steps(r, g) = group_step<Format>(tile.scales(r, g), problem.tensor_scale);
+        }
     }
-    std::vector<std::uint8_t> tile_codes(static_cast<std::size_t>(n) * lanes);  // [column][row]
+    return tile;
+}
+
+// The static recursion inside a block: one column after another, in any order.
+template <class Format, class Real>
+double round_columns(const Problem<Real>& problem, RowTile<Real>& tile, Tile<Real>& feedback, Index begin, Index end) {
+    double loss = 0;
+    for (Index p = end - 1; p >= begin; --p) {
+        const float* step = tile.steps.col(problem.factor.column(p) / Format::group_size).data();
+        Real* e = tile.error.col(p).data();
+        const Real* f = feedback.col(p - begin).data();
+        std::int8_t* halves = tile.halves.col(p).data();
+        Lane<Real> residual;
+        for (Index r = 0; r < lanes; ++r) {
+            const Real t = e[r] + f[r], rounded = round_signed(t / static_cast<Real>(step[r])), q = value_of(step[r], rounded);
+            halves[r] = static_cast<std::int8_t>(Real(2) * rounded);
+            residual[r] = t - q;
+            e[r] -= q;
+        }
+        loss += problem.factor.pivots()[p] * residual.template cast<double>().square().sum();
+        for (Index j = begin; j < p; ++j) feedback.col(j - begin) += problem.joint(p, j) * tile.error.col(p);
+    }
+    return loss;
+}
+
+// The searched recursion inside a block: each group tries every storable scale around absmax of what feedback has made of its weights.
+template <class Format, class Real>
+double search_groups(const Problem<Real>& problem, RowTile<Real>& tile, Tile<Real>& feedback, Index begin, Index end) {
+    constexpr Index size = Format::group_size;
+    constexpr int below = SearchRange<Format>::below, above = SearchRange<Format>::above;
+    const Columns<Real>& joint = problem.joint;
+    double loss = 0;
+    for (Index first = end - size; first >= begin; first -= size) {
+        const GroupTile<Real, Format> weight = tile.error.middleCols(first, size);
+        const GroupTile<Real, Format> fed = weight + feedback.middleCols(first - begin, size);
+        Lane<std::uint8_t> start, best_scales;
+        const Lane<Real> largest = fed.cwiseAbs().rowwise().maxCoeff().array();
+        for (Index r = 0; r < lanes; ++r) start[r] = best_scales[r] = search_start<Format>(static_cast<float>(largest[r]), problem.options.mx, problem.tensor_scale);
+
+        Lane<Real> least = Lane<Real>::Constant(std::numeric_limits<Real>::infinity());
+        GroupTile<Real, Format> rounded, error, best_rounded, best_error;
+        for (int offset = -below; offset <= above; ++offset) {
+            Lane<std::uint8_t> scales;
+            Lane<float> steps;
+            for (Index r = 0; r < lanes; ++r) {
+                // A group without a value keeps absmax's answer: no scale is better than another.
+                scales[r] = largest[r] == 0 ? start[r] : moved_scale<Format>(start[r], offset, problem.tensor_scale);
+                steps[r] = group_step<Format>(scales[r], problem.tensor_scale);
+            }
+            Lane<Real> sum = Lane<Real>::Zero();
+            for (Index j = size - 1; j >= 0; --j) {
+                Lane<Real> t = fed.col(j).array();
+                for (Index i = j + 1; i < size; ++i) t += joint(first + i, first + j) * error.col(i).array();
+                for (Index r = 0; r < lanes; ++r) {
+                    rounded(r, j) = round_signed(t[r] / static_cast<Real>(steps[r]));
+                    const Real q = value_of(steps[r], rounded(r, j));
+                    error(r, j) = weight(r, j) - q;
+                    t[r] -= q;
+                }
+                sum += problem.pivots[first + j] * t.square();
+            }
+            Lane<Real> better;  // a mask in Real keeps the selects below in one vector width
+            for (Index r = 0; r < lanes; ++r) better[r] = sum[r] < least[r];
+            for (Index r = 0; r < lanes; ++r) {
+                least[r] = better[r] > 0 ? sum[r] : least[r];
+                best_scales[r] = better[r] > 0 ? scales[r] : best_scales[r];
+            }
+            for (Index j = 0; j < size; ++j)
+                for (Index r = 0; r < lanes; ++r) {
+                    best_rounded(r, j) = better[r] > 0 ? rounded(r, j) : best_rounded(r, j);
+                    best_error(r, j) = better[r] > 0 ? error(r, j) : best_error(r, j);
+                }
+        }
+        const Index group = problem.factor.column(first) / size;
+        tile.scales.col(group) = best_scales.matrix();
+        for (Index r = 0; r < lanes; ++r) tile.steps(r, group) = group_step<Format>(best_scales[r], problem.tensor_scale);
+        tile.halves.middleCols(first, size) = (Real(2) * best_rounded).template cast<std::int8_t>();
+        tile.error.middleCols(first, size) = best_error;
+        loss += least.template cast<double>().sum();
+        const Index left = first - begin;
+        if (left > 0) feedback.leftCols(left).noalias() += best_error * joint.block(first, begin, size, left);
+    }
+    return loss;
+}
+
+template <class Real>
+void check_round(const Tile<Real>& before, const Tile<Real>& after, const Factor& factor, Index group_size) {
+    const double was = damped_loss(before, factor), is = damped_loss(after, factor), slack = refinement_slack(before, after, factor, group_size);
+    check(is <= was + slack, "a round of refinement raised the damped loss from " + std::to_string(was) + " to " + std::to_string(is) + ", more than rounding explains (" + std::to_string(slack) + ")");
+}
+
+// The losses of one tile: after the recursion and after each of the rounds; a round left out because nothing moved any more repeats the last.
+template <class Format, class Real>
+std::vector<double> solve_tile(const Problem<Real>& problem, const GroupFactors<Real>& factors, Index first_row, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes) {
+    RowTile<Real> tile = load<Format>(problem, scales, first_row);
+    const Index n = problem.weight.cols;
     Tile<Real> feedback(lanes, block);
     double loss = 0;
     for (Index end = n; end > 0; end -= std::min(block, end)) {
         const Index begin = std::max<Index>(end - block, 0), width = end - begin;
         auto fed = feedback.leftCols(width);
         if (end < n)
-            fed.noalias() = error.rightCols(n - end) * unit.block(end, begin, n - end, width);
+            fed.noalias() = tile.error.rightCols(n - end) * problem.joint.block(end, begin, n - end, width);
         else
             fed.setZero();
-        for (Index p = end - 1; p >= begin; --p) {
-            const Index column = factor.column(p);
-            const float* step = steps.col(column / Format::group_size).data();
-            Real* e = error.col(p).data();
-            const Real* f = feedback.col(p - begin).data();
-            std::uint8_t* code = tile_codes.data() + column * lanes;
-            Eigen::Array<Real, lanes, 1> residual;
-            for (Index r = 0; r < lanes; ++r) {
-                const Real t = e[r] + f[r];
-                code[r] = e2m1::encode(t / static_cast<Real>(step[r]));
-                const Real q = static_cast<Real>(step[r] * e2m1::decode(code[r]));  // the float32 value that a reader will decode
-                residual[r] = t - q;
-                e[r] -= q;
-            }
-            loss += factor.pivots()[p] * residual.template cast<double>().square().sum();
-            for (Index j = begin; j < p; ++j) feedback.col(j - begin) += unit(p, j) * error.col(p);
-        }
+        loss += problem.options.search_scales ? search_groups<Format>(problem, tile, feedback, begin, end) : round_columns<Format>(problem, tile, feedback, begin, end);
     }
+    std::vector<double> losses = {loss};
+    for (int round = 0; round < problem.options.rounds; ++round) {
+#ifdef MRGPTQ_CHECKS
+        const Tile<Real> before = tile.error;
+#endif
+        const double fall = refine_tile<Format>(tile, problem.factor, problem.joint, factors, problem.tensor_scale);
+#ifdef MRGPTQ_CHECKS
+        check_round(before, tile.error, problem.factor, Format::group_size);
+#endif
+        if (fall == 0) break;
+        losses.push_back(losses.back() - fall);
+    }
+
     std::vector<std::uint8_t> row_codes(static_cast<std::size_t>(n));
-    for (Index r = 0; r < rows; ++r) {
-        for (Index c = 0; c < n; ++c) row_codes[static_cast<std::size_t>(c)] = tile_codes[static_cast<std::size_t>(c * lanes + r)];
+    for (Index r = 0; r < tile.rows; ++r) {
+        for (Index p = 0; p < n; ++p) row_codes[static_cast<std::size_t>(problem.factor.column(p))] = e2m1::encode(0.5f * static_cast<float>(tile.halves(r, p)));
         pack_row(row_codes.data(), n, codes.row(first_row + r));
+        std::copy_n(tile.scales.row(r).begin(), scales.cols, scales.row(first_row + r));
     }
-    return loss;
+    return losses;
 }
 
 template <class Format, class Real>
-double solve_rows(MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, const Factor& factor, const Columns<Real>& unit, MatrixView<std::uint8_t> codes,
-                  int threads) {
+SolverResult solve_rows(MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const SolverOptions& options, const Columns<Real>& joint,
+                        MatrixView<std::uint8_t> codes, int threads) {
+    const Problem<Real> problem{weight, tensor_scale, factor, options, joint, factor.pivots().cast<Real>()};
+    const GroupFactors<Real> factors = options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{};
     const Index tiles = (weight.rows + lanes - 1) / lanes;
-    std::vector<double> losses(static_cast<std::size_t>(tiles));
-    parallel_for(tiles, threads, [&](Index i) { losses[static_cast<std::size_t>(i)] = solve_tile<Format, Real>(weight, scales, tensor_scale, factor, unit, i * lanes, codes); });
-    return std::accumulate(losses.begin(), losses.end(), 0.0);
+    std::vector<std::vector<double>> losses(static_cast<std::size_t>(tiles));
+    parallel_for(tiles, threads, [&](Index i) { losses[static_cast<std::size_t>(i)] = solve_tile<Format>(problem, factors, i * lanes, scales, codes); });
+    std::size_t count = 1;
+    for (const auto& tile : losses) count = std::max(count, tile.size());
+    SolverResult result{std::vector<double>(count, 0.0)};
+    for (const auto& tile : losses)
+        for (std::size_t k = 0; k < count; ++k) result.losses[k] += tile[std::min(k, tile.size() - 1)];
+    return result;
 }
 
 }  // namespace
@@ -83,15 +191,47 @@ Precision precision_named(std::string_view name) {
     return Precision::float64;
 }
 
-double solve(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, const Factor& factor, Precision precision,
-             MatrixView<std::uint8_t> codes, int threads) {
+SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const SolverOptions& options,
+                   MatrixView<std::uint8_t> codes, int threads) {
     check(factor.cols() == weight.cols, "the factor has " + std::to_string(factor.cols()) + " columns; weight has " + std::to_string(weight.cols));
     check(factor.usable(), "the factor is not usable: the Hessian could not be factorised at any damping");
+    check(options.rounds >= 0, "rounds is " + std::to_string(options.rounds) + "; it must be 0 or more");
+    check((!options.search_scales && options.rounds == 0) || factor.kind() == Order::group, "searched scales and refinement rounds need a factor in group order");
     return with_format(format, [&]<class Format>(Format) {
         check(scales.rows == weight.rows && scales.cols * Format::group_size == weight.cols, "scales do not have one entry for each group of weight");
         check(codes.rows == weight.rows && codes.cols * 2 == weight.cols, "codes do not have half a byte for each weight");
-        if (precision == Precision::float64) return solve_rows<Format, double>(weight, scales, tensor_scale, factor, factor.unit(), codes, threads);
-        return solve_rows<Format, float>(weight, scales, tensor_scale, factor, factor.unit().cast<float>(), codes, threads);
+        if (options.precision == Precision::float64) return solve_rows<Format, double>(weight, scales, tensor_scale, factor, options, factor.unit(), codes, threads);
+        return solve_rows<Format, float>(weight, scales, tensor_scale, factor, options, factor.unit().cast<float>(), codes, threads);
+    });
+}
+
+void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const double> h, const Factor& factor, double strength, MatrixView<float> target, int threads) {
+    const Index n = weight.cols, tiles = (weight.rows + lanes - 1) / lanes;
+    check(factor.usable() && factor.cols() == n && cross.rows == n && cross.cols == n && h.rows == n && h.cols == n && target.rows == weight.rows && target.cols == n,
+          "shift_to_inputs: weight, cross, hessian, factor and target do not have the same columns");
+    // Both row-major matrices are read as their transposes.
+    const Strided<double> cross_transposed(cross.data, n, n, Eigen::OuterStride<>(cross.row_stride)), moment(h.data, n, n, Eigen::OuterStride<>(h.row_stride));
+    const auto unit = factor.unit().triangularView<Eigen::UnitLower>();
+    parallel_for(tiles, threads, [&](Index i) {
+        const Index first_row = i * lanes, rows = std::min(lanes, weight.rows - first_row);
+        Tile<double> w = Tile<double>::Zero(lanes, n);
+        for (Index r = 0; r < rows; ++r)
+            for (Index c = 0; c < n; ++c) w(r, c) = weight.row(first_row + r)[c];
+        const Tile<double> gap = w * cross_transposed.transpose() - w * moment;
+        // x R = gap, transposed: R = U D Uᵀ by position.
+        Columns<double> x = Columns<double>::Zero(n, lanes);
+        for (Index p = 0; p < n; ++p) {
+            const Index c = factor.column(p);
+            if (h.row(c)[c] != 0) x.row(p) = gap.col(c).transpose();
+        }
+        unit.solveInPlace(x);
+        for (Index p = 0; p < n; ++p) x.row(p) /= factor.pivots()[p];
+        unit.transpose().solveInPlace(x);
+        for (Index r = 0; r < rows; ++r)
+            for (Index p = 0; p < n; ++p) {
+                const Index c = factor.column(p);
+                target.row(first_row + r)[c] = static_cast<float>(w(r, c) + strength * x(p, r));
+            }
     });
 }
 

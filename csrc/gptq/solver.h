@@ -1,10 +1,13 @@
-// GPTQ with static scales: visits columns in a factor's order, rounds each to its group's grid and feeds the error forward to the columns not yet visited.
+// GPTQ: visits columns in a factor's order, rounds each to its group's grid and feeds the error forward to the columns not yet visited. Scales are given, or chosen where their group is
+// reached by what they would lose; rounds of refinement may follow.
 #pragma once
 
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 #include "base/matrix_view.h"
+#include "codecs/scale_rule.h"
 #include "gptq/factor.h"
 
 namespace mrgptq {
@@ -13,10 +16,29 @@ namespace mrgptq {
 enum class Precision { float32, float64 };
 Precision precision_named(std::string_view name);
 
-// weight (rows, cols) float32 in the basis of the factor's H, scales (rows, cols / group), codes (rows, cols / 2) written. Returns the loss Σ (w-q)ᵀ(H + λI)(w-q), summed in float64,
-// where a dead column counts with weight 1. Rows are independent and worked off in tiles of 64: the same bytes for any number of threads.
-double solve(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, const Factor& factor, Precision precision,
-             MatrixView<std::uint8_t> codes, int threads);
+struct SolverOptions {
+    Precision precision = Precision::float64;
+    // Choose each group's scale when the group is reached: of the storable scales around absmax (by `mx`) of what its weights have become by then, the one with the least
+    // Σ pivot (t - q)² over the group; the smaller scale on a tie. Needs Order::group.
+    bool search_scales = false;
+    MxRule mx = MxRule::even;
+    int rounds = 0;  // of refinement, see refine.h; needs Order::group
+};
+
+// Losses Σ (w-q)ᵀ (H + λI) (w-q) over all rows, summed in float64, where a dead column counts with weight Factor::dead_weight(): after the solver, then after each round carried out.
+// Rounds end early where one changes nothing.
+struct SolverResult {
+    std::vector<double> losses;
+};
+
+// weight (rows, cols) float32 in the basis of the factor's H, scales (rows, cols / group) read unless searched and written where searched or refined, codes (rows, cols / 2) written.
+// Rows are independent and worked off in tiles of 64: the same bytes for any number of threads.
+SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const SolverOptions& options,
+                   MatrixView<std::uint8_t> codes, int threads);
+
+// target = weight + strength * W (cross - H) (H + λI)⁻¹ in the factor's basis, where cross = Xᵀ X̃ / tokens and H = X̃ᵀ X̃ / tokens: the weights that answer the inputs X̃, which the
+// layer will see, most nearly as `weight` answers X. All (rows, cols) or (cols, cols). Dead columns keep their weights.
+void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const double> h, const Factor& factor, double strength, MatrixView<float> target, int threads);
 
 // tr(E H Eᵀ) in float64 for E (rows, cols) float32 and a symmetric H (cols, cols).
 double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int threads);

@@ -53,7 +53,7 @@ void rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<floa
     });
 }
 
-void rotate_hessian(MatrixView<double> h, Index block_size, int threads) {
+void rotate_both(MatrixView<double> h, Index block_size, int threads) {
     check(h.rows == h.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); it must be square");
     check_block(block_size, h.cols);
     parallel_for_ranges(h.rows, row_grain, threads, [&](Index begin, Index end) {
@@ -74,6 +74,10 @@ void rotate_hessian(MatrixView<double> h, Index block_size, int threads) {
         for (Index r = 0; r < h.rows; ++r)
             for (Index c = begin; c < end; ++c) h.row(r)[c] *= factor;
     });
+}
+
+void rotate_hessian(MatrixView<double> h, Index block_size, int threads) {
+    rotate_both(h, block_size, threads);
     // Rounding leaves the halves an ulp apart; their mean makes them one matrix again, whichever triangle is read.
     parallel_for(h.rows, threads, [&](Index r) {
         for (Index c = 0; c < r; ++c) h.row(r)[c] = h.row(c)[r] = 0.5 * (h.row(r)[c] + h.row(c)[r]);

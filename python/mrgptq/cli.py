@@ -12,9 +12,8 @@ import numpy as np
 
 from . import __version__
 from .checkpoint import DIALECTS, dialect_named, load
-from .checkpoint.card import RECORD_NAME, error_table
+from .checkpoint.card import RECORD_NAME, error_table, offset_table
 from .checkpoint.scheme import Scheme, common_scheme
-from .codecs import resolve_scales
 from .display import align, format_bytes
 from .formats import FORMATS, decode_e4m3
 from .jobs import make_plan, quantize_checkpoint, with_rotation
@@ -36,11 +35,15 @@ _QUANTIZE = """\
 Quantise the linear layers of MODEL and write a checkpoint to OUT, which must not exist yet.
 
 recipes
-  rtn      round to nearest; no calibration text needed (except for W4A4 NVFP4)
-  gptq     GPTQ with static activation order, absmax scales
-  mr-gptq  GPTQ after block Hadamard rotations, searched scales: the paper's method. The inputs
-           must be rotated too when the model runs, which not every loader does: transformers
-           ignores the rotation and answers nonsense. --rotation 0 gives a checkpoint for all.
+  best         GPTQ that chooses the scales too, then rounds of refinement: the least error, on a
+               layout that every loader of the dialect runs
+  best-online  the same for runtimes that also rotate inputs and search their scales where that
+               pays, at W4A4: our own (dialect mrgptq, taken by default then)
+  mr-gptq      GPTQ after block Hadamard rotations, searched scales: the paper's method. The inputs
+               must be rotated too when the model runs, which not every loader does: transformers
+               ignores the rotation and answers nonsense. --rotation 0 gives a checkpoint for all.
+  gptq         GPTQ with static activation order, absmax scales
+  rtn          round to nearest; no calibration text needed (except for W4A4 NVFP4)
 
 examples
   mrgptq quantize llama llama-nvfp4 --calibration wiki.txt
@@ -59,12 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
     quantize.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     quantize.add_argument("--format", choices=tuple(FORMATS), default="nvfp4", help="4-bit format (default: nvfp4)")
-    quantize.add_argument("--recipe", choices=NAMES, default="mr-gptq", help="method (default: mr-gptq)")
+    quantize.add_argument("--recipe", choices=NAMES, default="best", help="method (default: best)")
     quantize.add_argument("--activations", choices=("none", *FORMATS), default="none", help="round each layer's inputs too: W4A4, in the same format (default: none, W4A16)")
     quantize.add_argument("--calibration", metavar="TEXT", type=Path, help="text file that the model is calibrated on, UTF-8, like what it will read")
     quantize.add_argument("--tokens", type=_positive, default=65536, help="calibration tokens (default: 65536)")
     quantize.add_argument("--sequence", type=_positive, default=512, help="tokens in a window (default: 512)")
-    quantize.add_argument("--dialect", choices=tuple(DIALECTS), default="compressed-tensors", help="layout on disk (default: compressed-tensors)")
+    quantize.add_argument("--dialect", choices=tuple(DIALECTS), help="layout on disk (default: compressed-tensors; mrgptq for W4A4 best-online)")
     quantize.add_argument("--targets", metavar="REGEX", default=DEFAULT_TARGETS, help="modules to quantise (default: linear layers inside numbered blocks, without routers)")
     quantize.add_argument("--ignore", metavar="REGEX", default=DEFAULT_IGNORE, help=f"modules to leave as they are (default: {DEFAULT_IGNORE})")
     quantize.add_argument("--rotation", metavar="N", type=int, help="block size of the Hadamard rotation, 0 for none (default: the recipe's)")
@@ -143,14 +146,19 @@ def _read_text(path: Path) -> str:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     activations = None if args.activations == "none" else args.activations
-    return with_rotation(Recipe.named(args.recipe, args.format, args.dialect, activations), args.rotation)
+    return with_rotation(Recipe.named(args.recipe, args.format, _dialect(args), activations), args.rotation)
+
+
+def _dialect(args: argparse.Namespace) -> str:
+    """The dialect asked for, else the one that every loader knows, unless the recipe is for our own runtime."""
+    return args.dialect or ("mrgptq" if args.recipe == "best-online" and args.activations != "none" else "compressed-tensors")
 
 
 def _quantize(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     text = _read_text(args.calibration) if args.calibration else None
     plan = make_plan(
-        args.model, args.out, recipe, dialect=args.dialect, tokens=args.tokens, sequence=args.sequence, calibrated=text is not None, targets=args.targets, ignore=args.ignore, max_shard_bytes=args.max_shard_bytes
+        args.model, args.out, recipe, dialect=_dialect(args), tokens=args.tokens, sequence=args.sequence, calibrated=text is not None, targets=args.targets, ignore=args.ignore, max_shard_bytes=args.max_shard_bytes
     )
     if args.dry_run:
         print(plan, recipe, plan.layer_table(), sep="\n\n")
@@ -166,12 +174,12 @@ def _quantize(args: argparse.Namespace) -> None:
     print(f"{plan.out}: {len(reports)} layers, {Scheme.of_recipe(recipe).label}, {recipe_line(recipe)}")
     if errors:
         print(f"mean relative layer error {sum(errors) / len(errors):.3e}, largest {max(errors):.3e}; {fallbacks} fallbacks")
-    print(dialect_named(args.dialect).loaders(Scheme.of_recipe(recipe)))
+    print(dialect_named(plan.dialect).loaders(Scheme.of_recipe(recipe)))
 
 
 def recipe_line(recipe: Recipe) -> str:
     """A recipe's solver and scales in a few words."""
-    search, rule = resolve_scales(recipe.format, recipe.scales, recipe.mx_rule)
+    search, rule = recipe.resolved_scales
     return f"{recipe.solver} with {search} scales" + (f" by the MX rule {rule}" if recipe.format == "mxfp4" else "")
 
 
@@ -217,7 +225,9 @@ def _inspect(args: argparse.Namespace) -> None:
         stored = json.loads(record.read_text(encoding="utf-8"))
         if stored.get("recipe"):
             print(f"\n{Recipe.from_dict(stored['recipe'])}")
-        print(f"\n{error_table(stored.get('layers') or {})}")
+        layers = stored.get("layers") or {}
+        print(f"\n{error_table(layers)}")
+        print(f"\n{offset_table(layers)}")
     else:
         print(f"\nno {RECORD_NAME}: written by another tool, its errors are not known")
     print(f"\n{scale_histogram(matrices.values(), scheme.format)}")

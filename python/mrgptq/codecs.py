@@ -1,27 +1,30 @@
 """Matrices to 4-bit blocks and back: scales by named rules, codes, packing."""
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_output, as_scale, as_threads, choose
-from .formats import MX_RULES, block_format
+from .formats import MX_RULES, SCALE_SEARCHES, block_format, decode_e4m3, decode_e8m0
 from .result import LayerReport, QuantizedMatrix
 
-SCALE_SEARCHES = ("absmax", "fpquant_mse")
-"""Which magnitude maps to 6: the group's largest, or one shrunk by up to 0.8 to lessen the sum of |error|^2.4 (FP-Quant's ``--w_observer mse``)."""
+HESSIAN_SEARCHES = ("hessian", "hessian_block")
+"""As "mse", the errors weighed by the diagonal of H or by the group's block of it."""
 
 
-def resolve_scales(format: str, scales: str | None, mx_rule: str) -> tuple[str, str]:
+def resolve_scales(format: str, scales: str | None, mx_rule: str, *, more: tuple[str, ...] = (), name: str = "scales") -> tuple[str, str]:
     """A scale rule as the core takes it: (search, mx_rule).
 
-    ``scales`` None is "absmax"; a name from ``MX_RULES`` is "absmax" by that rule. For MXFP4 ``mx_rule`` rounds whatever the search found.
+    ``scales`` None is "absmax"; a name from ``MX_RULES`` is "absmax" by that rule. For MXFP4 ``mx_rule`` rounds whatever the search found. ``more`` lists further names that the
+    caller can serve, ``name`` is the argument's.
     """
     choose("mx_rule", mx_rule, MX_RULES)
-    known = SCALE_SEARCHES + (MX_RULES if format == "mxfp4" else ())
-    scales = "absmax" if scales is None else choose(f"scales for {format}", scales, known)
+    block_format(format)
+    known = SCALE_SEARCHES[format] + more + (MX_RULES if format == "mxfp4" else ())
+    scales = "absmax" if scales is None else choose(f"{name} for {format}", scales, known)
     return ("absmax", scales) if scales in MX_RULES else (scales, mx_rule)
 
 
@@ -48,6 +51,47 @@ def tensor_scale_for(format: str, x: NDArray[np.float32], mx_rule: str = "even",
             raise ValueError(f"tensor_scale is {tensor_scale!r}; 6 * 448 / tensor_scale, the largest value it could stand for, overflows float32")
         return divisor
     return nvfp4_tensor_scale(_core.amax(x, as_threads(threads)))
+
+
+def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", *, iterations: int = 20, threads: int | None = None) -> float:
+    """The NVFP4 divisor of matrices that share one, fitted in turn with the group scales.
+
+    Starting from 2688 / amax: for the codes and scales of the present divisor the factor with the least Σ (w - ŵ)² is Σ w ŵ / Σ ŵ²; the divisor takes it up, scales and codes are found
+    anew, and so on while the error falls. The paper (arXiv 2509.23202, section 4) describes it; its published code keeps 2688 / amax.
+
+    Parameters
+    ----------
+    weights : matrices (rows, cols) with any rows and cols a multiple of 16. scales : a rule of :func:`quantize` for NVFP4. iterations : at most so many refits.
+
+    Returns
+    -------
+    float : a float32 number.
+    """
+    search, _ = resolve_scales("nvfp4", scales, "even")
+    matrices = [as_float32(weight, "weights", rank=2, threads=threads) for weight in weights]
+    if not matrices:
+        raise ValueError("weights is empty; at least one matrix is needed")
+    for matrix in matrices:
+        check_groups(matrix.shape[1], "nvfp4", "weights")
+
+    def fit(divisor: float) -> tuple[float, float]:
+        error = dot = square = 0.0
+        for matrix in matrices:
+            found = _core.find_scales("nvfp4", search, "even", matrix, divisor, None, as_threads(threads))
+            value = _core.dequantize("nvfp4", _core.encode("nvfp4", matrix, found, divisor, as_threads(threads)), found, divisor, as_threads(threads)).astype(np.float64)
+            error += float(np.square(matrix - value).sum())
+            dot += float((matrix * value).sum())
+            square += float(np.square(value).sum())
+        return error, float(np.float32(divisor * square / dot)) if dot > 0 else divisor
+
+    divisor = min(tensor_scale_for("nvfp4", matrix, threads=threads) for matrix in matrices)
+    error, following = fit(divisor)
+    for _ in range(iterations):
+        next_error, after = fit(following)
+        if not next_error < error:
+            break
+        divisor, error, following = following, next_error, after
+    return divisor
 
 
 def check_groups(cols: int, format: str, name: str = "weight") -> None:
@@ -83,8 +127,15 @@ def quantize(
     ----------
     weight : (rows, cols) array, float32 / float16 / bfloat16 / float64, finite; ``cols`` a multiple of the group size; any strides.
     format : "nvfp4" or "mxfp4".
-    scales : None or "absmax": the largest magnitude of a group maps to 6 (NVFP4), or what ``mx_rule`` makes of it (MXFP4). "fpquant_mse": a shrunk one that
-        gives the least sum of |error|^2.4 over 100 factors 1 … 0.208, then rounded like absmax. For MXFP4 also "floor", "ceil", "even", "four-thirds".
+    scales : how a group's scale s is found; a = largest magnitude of the group.
+
+        - None or "absmax": s = e4m3(a / 6 * tensor_scale) (NVFP4; everyone), or what ``mx_rule`` makes of a (MXFP4).
+        - "fpquant_mse": a shrunk by the factor among 1 … 0.208 that leaves the least sum of |error|^2.4, then as absmax (FP-Quant's ``--w_observer mse``).
+        - "mse": of the storable scales around absmax (E4M3: 8 steps down to 7 up; powers of two: two either way) the one with the least sum of error², the smaller on a tie
+          (ours; ScaleSweep and ModelOpt sweep likewise).
+        - "four_over_six" (NVFP4): the better by error² of s for a / 6 and for a / 4, where the grid is finer (arXiv 2512.02010).
+        - "quest" (MXFP4): 2^floor(log2(σ * 2.92247856 / 6)) with σ the group's standard deviation; clips, and the result has a ``clip_mask`` (Quartet, QuTLASS).
+        - "floor", "ceil", "even", "four-thirds" (MXFP4): absmax by that rule.
     mx_rule : how MXFP4 rounds to a power of two. "floor" (OCP) may clip: 7.0 comes back as 6.0; "ceil" never clips; "even" is floor but one step up when the
         mantissa is at least 1.75, as compressed-tensors does; "four-thirds" is (4/3) 2^e, which only the fp_quant dialect stores. NVFP4 ignores it.
     tensor_scale : the NVFP4 divisor; None takes 2688 / amax(weight).
@@ -109,11 +160,33 @@ def quantize(
     values = as_float32(weight, "weight", rank=2, dtype=dtype, threads=threads)
     check_groups(values.shape[1], format)
     divisor = tensor_scale_for(format, values, rule, tensor_scale, threads=threads)
-    found = _core.find_scales(format, search, rule, values, divisor, as_threads(threads))
+    found = _core.find_scales(format, search, rule, values, divisor, None, as_threads(threads))
     codes = _core.encode(format, values, found, divisor, as_threads(threads))
     error = weight_error(values, _core.dequantize(format, codes, found, divisor, as_threads(threads)))
-    report = LayerReport("rounding", format, values.shape[0], values.shape[1], scales_name(format, search, rule), error, seconds=time.perf_counter() - start)
-    return QuantizedMatrix(format, codes, found, divisor, report=report)
+    report = LayerReport(
+        "rounding",
+        format,
+        values.shape[0],
+        values.shape[1],
+        scales_name(format, search, rule),
+        error,
+        scale_offsets=scale_offsets(format, values, found, divisor, rule, threads=threads),
+        seconds=time.perf_counter() - start,
+    )
+    return QuantizedMatrix(format, codes, found, divisor, report=report, clip_mask=clip_mask(format, values, found, divisor) if search == "quest" else None)
+
+
+def clip_mask(format: str, x: NDArray[np.float32], scales: NDArray[np.uint8], divisor: float) -> NDArray[np.bool_]:
+    """(rows, cols) bool: True where |x| < 6 * step, so that the value was not clipped, as QuTLASS' clip mask has it; ``numpy.packbits(mask, axis=1, bitorder="little")`` gives its bytes."""
+    steps = np.repeat(decode_e8m0(scales) if format == "mxfp4" else decode_e4m3(scales), block_format(format).group_size, axis=1) / np.float32(divisor)
+    return np.abs(x) < 6 * steps
+
+
+def scale_offsets(format: str, x: NDArray[np.float32], scales: NDArray[np.uint8], divisor: float, mx_rule: str, *, threads: int | None = None) -> dict[int, int]:
+    """{steps from absmax: groups}: how far the stored scales of a (rows, cols) matrix lie from what absmax would have stored under the same divisor. Eight E4M3 steps are a factor of two."""
+    absmax = _core.find_scales(format, "absmax", mx_rule, x, divisor, None, as_threads(threads))
+    counts = np.bincount((scales.astype(np.int16) - absmax + 255).reshape(-1), minlength=511)
+    return {int(i) - 255: int(counts[i]) for i in np.flatnonzero(counts)}
 
 
 def scales_name(format: str, search: str, rule: str) -> str:
@@ -125,18 +198,20 @@ def round_activations(
     x: ArrayLike,
     format: str,
     *,
+    rule: str = "absmax",
     mx_rule: str = "even",
     tensor_scale: float | None = None,
     dtype: str | None = None,
     out: NDArray[np.float32] | None = None,
     threads: int | None = None,
 ) -> NDArray[np.float32]:
-    """The values that a layer with 4-bit inputs computes with: ``x`` rounded to the grid of ``format`` by absmax scales.
+    """The values that a layer with 4-bit inputs computes with: ``x`` rounded to the grid of ``format``.
 
     Parameters
     ----------
     x : (..., cols) array, finite, dtypes as in :func:`quantize`. Of a bfloat16 ``x`` amax / 6 is rounded to bfloat16 before it becomes an NVFP4 scale: compressed-tensors
         divides in the input's own dtype, and up to 2.4 % of the scales differ from the float32 rule's.
+    rule : a scale rule of :func:`quantize`; "absmax" is what stock kernels do, "mse" costs a search a group and loses less.
     tensor_scale : the NVFP4 divisor, calibrated in checkpoints; None takes 2688 / amax(x).
     out : float32 array of x's shape; ``out=x`` rounds in place.
 
@@ -145,7 +220,7 @@ def round_activations(
     float32 array of x's shape.
     """
     block_format(format)
-    choose("mx_rule", mx_rule, MX_RULES)
+    search, mx_rule = resolve_scales(format, rule, mx_rule, name="rule")
     own_dtype = getattr(x, "dtype", None)
     bfloat16 = dtype == "bfloat16" or own_dtype == "BF16" or getattr(own_dtype, "name", None) == "bfloat16"  # "BF16": a StoredTensor's
     values = as_float32(x, "x", dtype=dtype, threads=threads)
@@ -156,7 +231,7 @@ def round_activations(
     out = as_output(np.empty(values.shape, dtype=np.float32) if out is None else out, values)
     if not in_place and np.may_share_memory(out, matrix):
         matrix = matrix.copy()  # a shifted overlap would read what was just written
-    _core.round_to_grid(format, "absmax", mx_rule, bfloat16, matrix, divisor, out.reshape(-1, out.shape[-1]), as_threads(threads))
+    _core.round_to_grid(format, search, mx_rule, bfloat16, matrix, divisor, out.reshape(-1, out.shape[-1]), as_threads(threads))
     return out
 
 

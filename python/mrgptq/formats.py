@@ -11,6 +11,9 @@ from .arrays import choose
 MX_RULES = ("floor", "ceil", "even", "four-thirds")
 """How a magnitude becomes a power of two: OCP's floor; the smallest that never clips; floor of the magnitude rounded to one mantissa bit; (4/3) 2^e, which never clips."""
 
+SCALE_SEARCHES = {"nvfp4": ("absmax", "fpquant_mse", "mse", "four_over_six"), "mxfp4": ("absmax", "fpquant_mse", "mse", "quest")}
+"""How a group's scale is found from the group alone, see ``quantize``."""
+
 
 @dataclass(frozen=True)
 class BlockFormat:

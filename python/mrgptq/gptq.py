@@ -10,8 +10,9 @@ from . import _core
 from .arrays import as_float32, as_number, as_symmetric, as_threads, choose
 from .rotations import Hadamard, Identity, Rotation
 
-ORDERS = ("natural", "activation")
-"""The columns' visiting order: left to right, or by descending diagonal of H. Either way nothing is stored: groups and scales stay where they are."""
+ORDERS = ("natural", "activation", "group")
+"""The columns' visiting order: left to right; by descending diagonal of H; whole groups by the descending sum of their diagonals, inside a group likewise. Nothing is stored: groups and
+scales stay where they are."""
 
 
 class Hessian:
@@ -90,7 +91,8 @@ class Factor:
     ----------
     hessian : Hessian or (cols, cols) array, symmetric, finite, diagonal >= 0.
     rotation : Identity() or Hadamard(k), applied to both sides.
-    order : "activation" (descending diagonal of the rotated H) or "natural".
+    order : "activation" (descending diagonal of the rotated H), "group" (whole groups by the sum of theirs; searched scales and refinement need it) or "natural".
+    group_size : columns in a group, for the order "group".
     damping : >= 0; λ relative to the mean of the live diagonal. If the factorisation fails it rises tenfold at a time (from 0.01 where it was 0) up to 1.
 
     Attributes
@@ -101,7 +103,7 @@ class Factor:
     tokens : int, or None for a plain array. seconds : wall time.
     """
 
-    def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, threads: int | None = None) -> None:
+    def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, group_size: int | None = None, threads: int | None = None) -> None:
         start = time.perf_counter()
         self.rotation = Identity() if rotation is None else rotation
         if not isinstance(self.rotation, (Identity, Hadamard)):
@@ -110,8 +112,19 @@ class Factor:
         self.damping_asked = as_damping(damping)
         self.tokens = hessian.tokens if isinstance(hessian, Hessian) else None
         self.hessian = self.rotation.apply_hessian(hessian, threads=threads)
-        self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked)
+        self.group_size = self._group_size(group_size)
+        self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked, self.group_size or 1)
         self.seconds = time.perf_counter() - start
+
+    def _group_size(self, group_size: int | None) -> int | None:
+        """What the order needs: the columns of a group for "group", None for the others."""
+        if self.order_name != "group":
+            return None
+        if not isinstance(group_size, (int, np.integer)) or isinstance(group_size, bool) or group_size < 1:
+            raise ValueError(f'group_size is {group_size!r}; the order "group" needs the number of columns in a group')
+        if self.cols % group_size:
+            raise ValueError(f"hessian has {self.cols} columns; groups of {group_size} do not divide them")
+        return int(group_size)
 
     @property
     def cols(self) -> int:
@@ -150,7 +163,6 @@ def as_damping(damping: float) -> float:
     return value
 
 
-def relative_error(error: NDArray[np.float32], weight: NDArray[np.float32], hessian: NDArray[np.float64], *, threads: int | None = None) -> float | None:
-    """tr(E H E^T) / tr(W H W^T) in float64; None where the denominator is 0. error, weight (rows, cols) float32, hessian (cols, cols) float64, all in one basis."""
-    energy = _core.quadratic_form(weight, hessian, as_threads(threads))
-    return _core.quadratic_form(error, hessian, as_threads(threads)) / energy if energy > 0 else None
+def relative_error(error: NDArray[np.float32], energy: float | None, hessian: NDArray[np.float64], *, threads: int | None = None) -> float | None:
+    """tr(E H E^T) / energy in float64, energy being tr(W H W^T); None where that is 0 or not known. error (rows, cols) float32, hessian (cols, cols) float64, in one basis."""
+    return _core.quadratic_form(error, hessian, as_threads(threads)) / energy if energy else None

@@ -12,14 +12,14 @@ from .arrays import located
 from .checkpoint import Scheme, dialect_named, save
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.stored_tensor import StoredTensor
-from .codecs import check_groups, tensor_scale_for
+from .codecs import HESSIAN_SEARCHES, check_groups
 from .display import Shown, align, format_bytes
 from .formats import block_format
-from .layer import quantize_layer
+from .layer import quantize_layer, shared_tensor_scale
 from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modules
 from .recipe import Recipe
 from .result import LayerReport, QuantizedMatrix, layer_report
-from .rotations import Rotation, rotation_of
+from .rotations import rotation_of
 
 _log = logging.getLogger("mrgptq")
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their layers are transformers' Conv1D
@@ -84,6 +84,8 @@ def needs_calibration(recipe: Recipe) -> str | None:
     """Why a recipe cannot do without a calibration text, or None where it can."""
     if recipe.solver == "gptq":
         return 'the solver "gptq" works under the inputs that a calibration text gives each layer'
+    if recipe.resolved_scales[0] in HESSIAN_SEARCHES:
+        return f'the scales "{recipe.scales}" weigh errors by the inputs that a calibration text gives each layer'
     if recipe.activations == "nvfp4":
         return "W4A4 NVFP4 stores a scale for each layer's inputs, which only a calibration text can give"
     return None
@@ -202,21 +204,14 @@ def quantize_checkpoint(
 
 def _data_free(plan: Plan, reader: CheckpointReader, threads: int | None) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Layers of a recipe that needs no text: read, rounded and given away one group at a time."""
-    rotation = rotation_of(plan.recipe.rotation)
     for group in fused_groups(plan.shapes):
         weights = {name: reader.tensor(f"{name}.weight") for name in group}
-        tensor_scale = None
-        if plan.recipe.format == "nvfp4":
-            tensor_scale = min(_own_scale(name, weight, rotation, threads) for name, weight in weights.items())
+        with located(", ".join(f"{name}.weight" for name in group)):
+            tensor_scale = shared_tensor_scale(list(weights.values()), plan.recipe, threads=threads)
         for name, weight in weights.items():
             with located(f"{name}.weight"):
                 matrix = quantize_layer(weight, None, plan.recipe, tensor_scale=tensor_scale, threads=threads)
             yield name, matrix
-
-
-def _own_scale(name: str, weight: StoredTensor, rotation: Rotation, threads: int | None) -> float:
-    with located(f"{name}.weight"):
-        return tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), threads=threads)
 
 
 def _calibrated(plan: Plan, text: str, device: str, threads: int | None) -> Iterator[tuple[str, QuantizedMatrix]]:

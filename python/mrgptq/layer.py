@@ -1,12 +1,15 @@
 """One layer: composes rotation, scales, solver and report."""
 
 import time
+from collections.abc import Sequence
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_symmetric, as_threads
-from .codecs import check_groups, resolve_scales, scales_name, tensor_scale_for, weight_error
+from .codecs import HESSIAN_SEARCHES, alternating_tensor_scale, check_groups, scale_offsets, scales_name, tensor_scale_for, weight_error
+from .formats import SCALE_SEARCHES, block_format
 from .gptq import Factor, Hessian, relative_error
 from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
@@ -16,15 +19,31 @@ from .rotations import rotation_of
 def make_factor(hessian: ArrayLike, recipe: Recipe | str, *, format: str | None = None, threads: int | None = None) -> Factor:
     """The :class:`Factor` that layers with one input share under a recipe: pass it to ``quantize_layer(..., factor=)``."""
     recipe = as_recipe(recipe, format)
-    return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, threads=threads)
+    return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, group_size=_group_size(recipe), threads=threads)
+
+
+def shared_tensor_scale(weights: Sequence[ArrayLike], recipe: Recipe, *, threads: int | None = None) -> float | None:
+    """The NVFP4 divisor of layers that a kernel runs as one (q/k/v, gate/up), by the recipe's rule over their rotated weights (rows, cols); None for MXFP4, whose divisor is fixed."""
+    if recipe.format != "nvfp4":
+        return None
+    rotation = rotation_of(recipe.rotation)
+    rotated = [rotation.apply(weight, threads=threads) for weight in weights]
+    if recipe.tensor_scale == "alternating":
+        search = recipe.resolved_scales[0]
+        return alternating_tensor_scale(rotated, search if search in SCALE_SEARCHES["nvfp4"] else "mse", threads=threads)
+    return min(tensor_scale_for("nvfp4", weight, threads=threads) for weight in rotated)
+
+
+def _group_size(recipe: Recipe) -> int | None:
+    return block_format(recipe.format).group_size if recipe.order == "group" else None
 
 
 def _check_factor(factor: Factor, recipe: Recipe, cols: int) -> None:
     if not isinstance(factor, Factor):
         raise TypeError(f"factor is {type(factor).__name__}; it must be what make_factor returned")
-    asked = (cols, rotation_of(recipe.rotation), recipe.order, recipe.damping)
-    made = (factor.cols, factor.rotation, factor.order_name, factor.damping_asked)
-    for what, want, got in zip(("columns", "rotation", "order", "damping"), asked, made, strict=True):
+    asked = (cols, rotation_of(recipe.rotation), recipe.order, _group_size(recipe), recipe.damping)
+    made = (factor.cols, factor.rotation, factor.order_name, factor.group_size, factor.damping_asked)
+    for what, want, got in zip(("columns", "rotation", "order", "group_size", "damping"), asked, made, strict=True):
         if want != got:
             raise ValueError(f"factor was made with {what} {got}; the layer and its recipe need {want}")
 
@@ -37,6 +56,7 @@ def quantize_layer(
     format: str | None = None,
     tensor_scale: float | None = None,
     factor: Factor | None = None,
+    cross: ArrayLike | None = None,
     dtype: str | None = None,
     threads: int | None = None,
 ) -> QuantizedMatrix:
@@ -46,10 +66,13 @@ def quantize_layer(
     ----------
     weight : (rows, cols) array, rows = out_features, cols = in_features; float32 / float16 / bfloat16 / float64, finite, any strides.
     hessian : Hessian or (cols, cols) array, symmetric, in the original (not rotated) basis; any positive multiple of it gives the same codes.
-        None is allowed for the solver "rtn", whose report then has no relative error, and where ``factor`` is given.
-    recipe : Recipe, or a name ("rtn", "gptq", "mr-gptq") with ``format`` ("nvfp4" by default).
-    tensor_scale : the NVFP4 divisor, where several layers share one; None takes 2688 / amax of the rotated weight.
+        None is allowed for the solver "rtn" with scales that do without, whose report then has no relative error, and where ``factor`` is given.
+    recipe : Recipe, or a name ("rtn", "gptq", "mr-gptq", "best", "best-online") with ``format`` ("nvfp4" by default).
+    tensor_scale : the NVFP4 divisor, where several layers share one (:func:`shared_tensor_scale`); None takes the recipe's own of the rotated weight.
     factor : what :func:`make_factor` made of the same Hessian and recipe, shared by layers with one input.
+    cross : (cols, cols) array X^T X̃ / tokens for callers who have the inputs X of the original model beside the inputs X̃ that the quantised layer will see; ``hessian`` is then that
+        of X̃. The solver's target becomes W + recipe.cross * W (cross - H)(H + λI)^-1, at 1 the unconstrained optimum that GPTAQ and Qronos approach; with X from the unquantised
+        model that overfitted 65 000 tokens. The report's errors are still measured against W, under the hessian.
     dtype : "bfloat16" where ``weight`` is bfloat16 bits held as uint16.
     threads : None follows OMP_NUM_THREADS. Same bytes for any number.
 
@@ -96,36 +119,95 @@ def quantize_layer(
         second_moment, tokens = rotation.apply_hessian(_checked_size(hessian, cols), threads=threads), getattr(hessian, "tokens", None)
 
     rotated = values if recipe.rotation is None else rotation.apply(values, threads=threads)
-    search, rule = resolve_scales(recipe.format, recipe.scales, recipe.mx_rule)
+    search, rule = recipe.resolved_scales
+    if tensor_scale is None and recipe.tensor_scale == "alternating":
+        tensor_scale = shared_tensor_scale([values], recipe, threads=threads)
     divisor = tensor_scale_for(recipe.format, rotated, rule, tensor_scale, threads=threads)
-    scales = _core.find_scales(recipe.format, search, rule, rotated, divisor, as_threads(threads))
-    method, fallback = "rounding", None
+    usable = factor is not None and factor.usable
+    target = rotated
+    if cross is not None:
+        target = _shifted(rotated, cross, recipe, factor, threads)
+    if search in HESSIAN_SEARCHES and second_moment is None:
+        raise ValueError(f'hessian is None; the scales "{search}" weigh errors by it')
+    # Where no factor could be had there is no GPTQ to choose scales in; their plain counterpart is mse.
+    first = search if search != "gptq" else "absmax" if usable else "mse"
+    scales = _core.find_scales(recipe.format, first, rule, target, divisor, second_moment if search in HESSIAN_SEARCHES else None, as_threads(threads))
+    method, fallback, losses = "rounding", None, []
     if factor is not None and factor.usable:
         method = "gptq"
-        codes, _ = _core.solve(recipe.format, rotated, scales, divisor, factor.core, recipe.precision, as_threads(threads))
+        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, recipe.precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
     else:
         if factor is not None:
-            fallback = f"rounded plainly: the Hessian could not be factorised, not even with damping {factor.damping:g}"
-        codes = _core.encode(recipe.format, rotated, scales, divisor, as_threads(threads))
+            fallback = f"rounded plainly, scales by {first}: the Hessian could not be factorised, not even with damping {factor.damping:g}"
+        codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
 
     rounded = _core.dequantize(recipe.format, codes, scales, divisor, as_threads(threads))
+    energy = None if second_moment is None else _core.quadratic_form(rotated, second_moment, as_threads(threads))
     report = LayerReport(
         method=method,
         format=recipe.format,
         rows=values.shape[0],
         cols=cols,
-        scales=scales_name(recipe.format, search, rule),
+        scales=scales_name(recipe.format, search if usable else first, rule),
         weight_error=weight_error(rotated, rounded),
-        relative_error=None if second_moment is None else relative_error(rotated - rounded, rotated, second_moment, threads=threads),
+        relative_error=None if second_moment is None else relative_error(rotated - rounded, energy, second_moment, threads=threads),
+        rounded_error=None if second_moment is None else _rounded_error(recipe.format, rotated, rule, divisor, energy, second_moment, threads),
+        damped_errors=_damped_errors(losses, target, factor, threads),
+        scale_offsets=scale_offsets(recipe.format, rotated, scales, divisor, rule, threads=threads),
         damping=factor.damping if factor else None,
         damping_asked=recipe.damping if factor else None,
         dead_columns=None if second_moment is None else int((second_moment.diagonal() == 0).sum()),
         fallback=fallback,
+        cross=recipe.cross if cross is not None and usable else 0.0,
         tokens=tokens,
         seconds=time.perf_counter() - start,
     )
-    activations = Activations(recipe.activations, recipe.mx_rule) if recipe.activations else None
+    activations = activations_of(recipe)
     return QuantizedMatrix(recipe.format, codes, scales, divisor, rotation, activations, recipe, report)
+
+
+def activations_of(recipe: Recipe, tensor_scale: float | None = None) -> Activations | None:
+    """How a layer made by the recipe rounds its inputs; None for W4A16."""
+    if recipe.activations is None:
+        return None
+    search, mx_rule = recipe.activation_scales
+    return Activations(recipe.activations, mx_rule, tensor_scale, search)
+
+
+def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, recipe: Recipe, factor: Factor | None, threads: int | None) -> NDArray[np.float32]:
+    """The rotated weight moved to where it answers the inputs it will see as the original answered its own; see ``cross`` of quantize_layer."""
+    if factor is None:
+        raise ValueError('cross is given, but the recipe\'s solver is "rtn"; it needs "gptq"')
+    if recipe.cross == 0:
+        raise ValueError("cross is given, but the recipe's cross, how far the target moves, is 0; replace(recipe, cross=0.5) moves it half the way")
+    cols = rotated.shape[1]
+    matrix = np.ascontiguousarray(cross, dtype=np.float64)
+    if matrix.shape != (cols, cols):
+        raise ValueError(f"cross has shape {matrix.shape}; a weight of {cols} columns needs ({cols}, {cols})")
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"cross[{', '.join(map(str, np.argwhere(~np.isfinite(matrix))[0]))}] is not finite")
+    if not factor.usable:
+        return rotated
+    return _core.shift_to_inputs(rotated, factor.rotation.apply_both(matrix, threads=threads), factor.hessian, factor.core, recipe.cross, as_threads(threads))
+
+
+def _rounded_error(
+    format: str, weight: NDArray[np.float32], mx_rule: str, divisor: float, energy: float | None, hessian: NDArray[np.float64], threads: int | None
+) -> float | None:
+    """The relative error of rounding by absmax scales, to set beside a solver's."""
+    scales = _core.find_scales(format, "absmax", mx_rule, weight, divisor, None, as_threads(threads))
+    codes = _core.encode(format, weight, scales, divisor, as_threads(threads))
+    return relative_error(weight - _core.dequantize(format, codes, scales, divisor, as_threads(threads)), energy, hessian, threads=threads)
+
+
+def _damped_errors(losses: list[float], target: NDArray[np.float32], factor: Factor | None, threads: int | None) -> tuple[float, ...]:
+    """The solver's losses over tr(W R W^T), R = H + λI with dead columns weighed as the solver does."""
+    if not losses or factor is None:
+        return ()
+    squares = np.einsum("ij,ij->j", target, target, dtype=np.float64)
+    dead = factor.hessian.diagonal() == 0
+    energy = _core.quadratic_form(target, factor.hessian, as_threads(threads)) + factor.core.lambda_ * float(squares[~dead].sum()) + factor.core.dead_weight * float(squares[dead].sum())
+    return tuple(loss / energy for loss in losses) if energy > 0 else ()
 
 
 def _checked_size(hessian: ArrayLike, cols: int) -> ArrayLike:

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from .arrays import choose
-from .codecs import resolve_scales, scales_name
+import numpy as np
+
+from .arrays import as_number, choose
+from .codecs import HESSIAN_SEARCHES, resolve_scales, scales_name
 from .display import Shown
 from .formats import block_format
 from .gptq import ORDERS, as_damping
@@ -14,8 +16,11 @@ from .rotations import rotation_of
 
 SOLVERS = ("rtn", "gptq")
 PRECISIONS = ("float32", "float64")
-NAMES = ("rtn", "gptq", "mr-gptq")
-DIALECTS = ("compressed-tensors", "fp_quant")
+BEST_ROUNDS, BEST_DAMPING = 4, 0.03
+"""Of the recipes "best" and "best-online"; bench/accuracy.md has the figures that chose them."""
+NAMES = ("rtn", "gptq", "mr-gptq", "best", "best-online")
+DIALECTS = ("compressed-tensors", "fp_quant", "mrgptq")
+TENSOR_SCALES = ("absmax", "alternating")
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,13 +31,18 @@ class Recipe(Shown):
     ----------
     format : "nvfp4" or "mxfp4".
     rotation : block size of the Hadamard rotation, a power of two from 2 on; None for none.
-    scales : "absmax" or "fpquant_mse", for MXFP4 also a rule's name; see ``quantize``.
+    scales : a rule of ``quantize``, or one that needs the Hessian: "hessian" and "hessian_block" are "mse" with the errors weighed by the diagonal of H or by the group's block of it
+        (H-Scale; ModelOpt's local Hessian); "gptq" tries the storable scales when GPTQ reaches the group and keeps the one that loses least there (ours; needs the order "group").
     mx_rule : how MXFP4 rounds scales to powers of two. compressed-tensors and vLLM assume "even" for activations; only fp_quant stores "four-thirds".
-    order : "activation" or "natural", see ``Factor``. solver : "gptq", or "rtn" for plain rounding.
+    tensor_scale : of NVFP4: "absmax" is 2688 / amax; "alternating" is fitted in turn with the group scales, see ``alternating_tensor_scale`` (by the rule "mse" where ``scales`` needs a Hessian).
+    order : "activation", "group" or "natural", see ``Factor``. solver : "gptq", or "rtn" for plain rounding.
     damping : λ / mean(diag H), >= 0.
-    rounds : refinement rounds after the solver; 0, as long as the only solvers are these two.
+    rounds : rounds of block coordinate descent on scales and codes after GPTQ; need the order "group".
+    cross : 0 … 1, how far a layer's target moves from W to what answers the quantised model's inputs most nearly as W answers the original's. Used where the cross moment is at hand:
+        calibration of a model collects it, by a second pass through the original blocks; ``quantize_layer`` takes it as ``cross``. 0 for not at all.
     activations : None for W4A16; the format's own name for W4A4.
-    activation_rule : "absmax": the activation scale of a group comes from its largest magnitude (for MXFP4 by ``mx_rule``).
+    activation_rule : how the scale of a group of inputs is found: "absmax" (for MXFP4 by ``mx_rule``), or another rule of ``quantize`` such as "mse" or, for MXFP4, "even". Stock
+        loaders know absmax and even alone; only the dialect "mrgptq" stores the others.
     precision : of GPTQ's errors and feedback; the factor is float64 in both. "float64": equal to ``mrgptq.reference`` code for code. "float32": faster; a row may part from
         the reference where a value lies within float32 rounding of a tie, which moved relative errors by up to 2e-6 in our tests.
 
@@ -45,10 +55,12 @@ class Recipe(Shown):
     rotation: int | None = None
     scales: str | None = "fpquant_mse"
     mx_rule: str = "even"
+    tensor_scale: str = "absmax"
     order: str = "activation"
     solver: str = "gptq"
     damping: float = 0.01
     rounds: int = 0
+    cross: float = 0.0
     activations: str | None = None
     activation_rule: str = "absmax"
     precision: str = "float64"
@@ -56,13 +68,27 @@ class Recipe(Shown):
     def __post_init__(self) -> None:
         block_format(self.format)
         object.__setattr__(self, "rotation", rotation_of(self.rotation).block_size)  # a plain int, so that a NumPy one becomes JSON too
-        resolve_scales(self.format, self.scales, self.mx_rule)
+        resolve_scales(self.format, self.scales, self.mx_rule, more=(*HESSIAN_SEARCHES, "gptq"))
+        choose(f"tensor_scale for {self.format}", self.tensor_scale, TENSOR_SCALES if self.format == "nvfp4" else ("absmax",))
         choose("order", self.order, ORDERS)
         choose("solver", self.solver, SOLVERS)
         object.__setattr__(self, "damping", as_damping(self.damping))
-        choose("rounds", self.rounds, (0,))
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, (int, np.integer)) or self.rounds < 0:
+            raise ValueError(f"rounds is {self.rounds!r}; it must be an integer from 0 on")
+        object.__setattr__(self, "rounds", int(self.rounds))
+        if self.scales == "gptq" or self.rounds:
+            asked = 'scales "gptq"' if self.scales == "gptq" else f"rounds {self.rounds}"
+            if self.solver != "gptq":
+                raise ValueError(f'{asked} needs the solver "gptq"; the recipe has {self.solver!r}')
+            if self.order != "group":
+                raise ValueError(f'{asked} needs the order "group"; the recipe has {self.order!r}')
+        object.__setattr__(self, "cross", as_number(self.cross, "cross"))
+        if not 0 <= self.cross <= 1:
+            raise ValueError(f"cross is {self.cross!r}; it must be from 0 to 1")
+        if self.cross and self.solver != "gptq":
+            raise ValueError(f'cross {self.cross:g} needs the solver "gptq"; the recipe has {self.solver!r}')
         choose(f"activations for {self.format}", self.activations, (None, self.format))
-        choose("activation_rule", self.activation_rule, ("absmax",))
+        resolve_scales(self.format, self.activation_rule, self.mx_rule, name="activation_rule")
         choose("precision", self.precision, PRECISIONS)
 
     @classmethod
@@ -72,8 +98,10 @@ class Recipe(Shown):
         Parameters
         ----------
         name : "rtn": absmax scales and plain rounding. "gptq": absmax scales, activation order. "mr-gptq": the paper as its authors ship it: Hadamard 16 (NVFP4) or
-            32 (MXFP4), fpquant_mse scales, activation order.
-        dialect : "fp_quant" stores MXFP4 by four-thirds, "compressed-tensors" by even.
+            32 (MXFP4), fpquant_mse scales, activation order. "best": scales chosen inside GPTQ, refined; what measured best (bench/accuracy.md) among what the dialect's stock
+            loaders carry out, so without a rotation in compressed-tensors. "best-online": also an online rotation and another activation rule where they pay, which is at W4A4; then
+            only the dialect "mrgptq" and our own runtime serve it.
+        dialect : "fp_quant" stores MXFP4 by four-thirds, "compressed-tensors" and "mrgptq" by even.
         """
         choose("recipe", name, NAMES)
         choose("dialect", dialect, DIALECTS)
@@ -83,12 +111,28 @@ class Recipe(Shown):
             return replace_checked(base, solver="rtn", order="natural")
         if name == "gptq":
             return base
-        return replace_checked(base, rotation=block_format(format).group_size, scales="fpquant_mse")
+        if name == "mr-gptq":
+            return replace_checked(base, rotation=block_format(format).group_size, scales="fpquant_mse")
+        best = replace_checked(base, scales="gptq", order="group", rounds=BEST_ROUNDS, damping=BEST_DAMPING)
+        # At W4A4 the inputs' rounding decides, and MXFP4's is better in a rotated basis, NVFP4's in the original one. Loaders of fp_quant always rotate.
+        rotated = format == "mxfp4" and activations is not None and (name == "best-online" or dialect == "fp_quant")
+        searched = activations is not None and name == "best-online" and dialect != "fp_quant"
+        return replace_checked(best, rotation=32 if rotated else None, activation_rule="mse" if searched else "absmax")
 
     @property
     def resolved_mx_rule(self) -> str:
         """The MX rule that rounds the weights' scales, "even" where the format has none."""
-        return resolve_scales(self.format, self.scales, self.mx_rule)[1]
+        return self.resolved_scales[1]
+
+    @property
+    def resolved_scales(self) -> tuple[str, str]:
+        """(search, MX rule) of the weights' scales."""
+        return resolve_scales(self.format, self.scales, self.mx_rule, more=(*HESSIAN_SEARCHES, "gptq"))
+
+    @property
+    def activation_scales(self) -> tuple[str, str]:
+        """(search, MX rule) of the inputs' scales."""
+        return resolve_scales(self.format, self.activation_rule, self.mx_rule)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by field name."""
@@ -115,11 +159,15 @@ class Recipe(Shown):
         return f"Recipe for {self.format}, W4A{4 if self.activations else 16}"
 
     def _rows(self) -> list[tuple[str, object]]:
-        rows: list[tuple[str, object]] = [("rotation", "none" if self.rotation is None else f"Hadamard {self.rotation}"), ("scales", scales_name(self.format, *resolve_scales(self.format, self.scales, self.mx_rule))), ("solver", self.solver)]
+        rows: list[tuple[str, object]] = [("rotation", "none" if self.rotation is None else f"Hadamard {self.rotation}"), ("scales", scales_name(self.format, *self.resolved_scales)), ("solver", self.solver)]
         if self.solver == "gptq":
-            rows += [("order", self.order), ("damping", self.damping), ("precision", self.precision)]
+            rows += [("order", self.order), ("rounds", self.rounds), ("damping", self.damping), ("precision", self.precision)]
+        if self.cross:
+            rows.append(("cross", self.cross))
+        if self.tensor_scale != "absmax":
+            rows.append(("tensor scale", self.tensor_scale))
         if self.activations:
-            rows.append(("activations", f"{self.activations}, {scales_name(self.format, self.activation_rule, self.mx_rule)}"))
+            rows.append(("activations", f"{self.activations}, {scales_name(self.format, *self.activation_scales)}"))
         return rows
 
 

@@ -110,18 +110,109 @@ def tensor_scale(x, format, mx_rule="even"):
     return g
 
 
-def find_scales(w, format, search="absmax", mx_rule="even", g=None):
-    """(rows, cols / G) scale bits of a float32 matrix."""
+SEARCH_RANGE = {"mxfp4": (2, 2), "nvfp4": (8, 7)}
+"""How many stored steps a search goes below and above absmax; E4M3 has eight to a power of two."""
+
+
+def nvfp4_scale(sixth, g):
+    """E4M3 bits of sixth * g; one that vanishes becomes 0.125, as compressed-tensors writes it."""
+    bits = encode_e4m3(np.minimum(np.asarray(sixth, dtype=np.float32) * np.float32(g), np.float32(448)))
+    return np.where(bits == 0, 0x20, bits).astype(np.uint8)
+
+
+def search_start(amax, format, mx_rule, g):
+    """The stored scale a search begins at: absmax, but the smallest E4M3 scale where NVFP4's would vanish."""
+    if format == "mxfp4":
+        return mx_scale(amax, mx_rule)
+    bits = encode_e4m3(np.minimum(amax / np.float32(6) * np.float32(g), np.float32(448)))
+    return np.where(amax == 0, 0x20, np.maximum(bits, 1)).astype(np.uint8)
+
+
+def moved_scale(bits, offset, format, g):
+    """The stored scale some steps away, inside what is positive and has a finite 6 * step."""
+    lowest, highest = (1, 0x7E) if format == "nvfp4" else (0, 253 if np.float32(g) == 3 else 252)
+    return np.clip(np.asarray(bits).astype(np.int64) + offset, lowest, highest).astype(np.uint8)
+
+
+def quest_scale(groups):
+    """2^floor(log2(σ 2.92247856 / 6)), σ the standard deviation about the group's mean."""
+    x = groups.astype(np.float64)
+    mean, square = np.zeros(x.shape[:-1]), np.zeros(x.shape[:-1])
+    for c in range(x.shape[-1]):
+        mean = mean + x[..., c]
+    mean = mean / x.shape[-1]
+    for c in range(x.shape[-1]):
+        square = square + (x[..., c] - mean) * (x[..., c] - mean)
+    sixth = np.sqrt(square / x.shape[-1]) * (2.92247856 / 6.0)
+    _, exponent = np.frexp(sixth)
+    return np.where(sixth > 0, np.clip(np.minimum(exponent - 1, 125) + 127, 0, 254), 0).astype(np.uint8)
+
+
+def rounding_errors(groups, scales, format, g):
+    """float64 errors x - q of groups (..., G) under their scales (...); q is the float32 value that will be read back."""
+    steps = steps_of(scales, format, g)[..., None]
+    return groups.astype(np.float64) - (steps * decode_e2m1(encode_e2m1(groups / steps))).astype(np.float64)
+
+
+def group_losses(errors, search, h):
+    """Σ err² (mse), Σ H_cc err_c² (hessian) or errᵀ H_gg err (hessian_block) of errors (rows, groups, G), summed in column order."""
+    size = errors.shape[-1]
+    total = np.zeros(errors.shape[:-1])
+    for i in range(size):
+        if search == "hessian_block":
+            inner = np.zeros(errors.shape[:-1])
+            for j in range(size):
+                inner = inner + h[i::size, j::size].diagonal() * errors[..., j]
+            total = total + errors[..., i] * inner
+        else:
+            weight = h.diagonal()[i::size] if search == "hessian" else 1.0
+            total = total + weight * (errors[..., i] * errors[..., i])
+    return total
+
+
+def find_scales(w, format, search="absmax", mx_rule="even", g=None, h=None):
+    """(rows, cols / G) scale bits of a float32 matrix; h (cols, cols) for the searches that weigh errors by it."""
     g = tensor_scale(w, format, mx_rule) if g is None else np.float32(g)
     groups = w.reshape(w.shape[0], -1, GROUP_SIZE[format])
     amax = np.abs(groups).max(-1)
     sixth = amax / np.float32(6)
+    absmax = mx_scale(amax, mx_rule) if format == "mxfp4" else nvfp4_scale(sixth, g)
     if search == "fpquant_mse":
         sixth = np.where(sixth > 0, searched_sixth(groups, sixth), sixth)
-    if format == "mxfp4":
-        return mx_scale(amax if search == "absmax" else np.where(sixth > 0, np.float32(6) * sixth, amax), mx_rule)
-    bits = encode_e4m3(np.minimum(sixth * g, np.float32(448)))
-    return np.where(bits == 0, 0x20, bits).astype(np.uint8)
+        return mx_scale(np.where(sixth > 0, np.float32(6) * sixth, amax), mx_rule) if format == "mxfp4" else nvfp4_scale(sixth, g)
+    if search == "quest":
+        return np.where(amax > 0, quest_scale(groups), absmax)
+    if search == "four_over_six":
+        to_four = nvfp4_scale(amax / np.float32(4), g)
+        six, four = (group_losses(rounding_errors(groups, scales, format, g), "mse", h) for scales in (absmax, to_four))
+        return np.where((four < six) & (amax > 0), to_four, absmax)
+    if search in ("mse", "hessian", "hessian_block"):
+        start = search_start(amax, format, mx_rule, g)
+        below, above = SEARCH_RANGE[format]
+        candidates = np.stack([moved_scale(start, offset, format, g) for offset in range(-below, above + 1)])
+        losses = np.stack([group_losses(rounding_errors(groups, scales, format, g), search, h) for scales in candidates])
+        best = np.take_along_axis(candidates, losses.argmin(0)[None], 0)[0]
+        return np.where(amax > 0, best, absmax)
+    return absmax
+
+
+def alternating_tensor_scale(weights, search="mse", iterations=20):
+    """NVFP4 divisor of matrices that share one: the least-squares factor for the present codes, then new scales, as long as Σ err² falls."""
+    g = min(tensor_scale(w, "nvfp4") for w in weights)
+
+    def fit(g):
+        values = [dequantize(*quantize(w, "nvfp4", search, g=g)[:2], "nvfp4", g).astype(np.float64) for w in weights]
+        error = sum(float(((w - v) ** 2).sum()) for w, v in zip(weights, values, strict=True))
+        dot, square = (sum(float(x) for x in sums) for sums in ([(w * v).sum() for w, v in zip(weights, values, strict=True)], [(v * v).sum() for v in values]))
+        return error, np.float32(float(g) * square / dot) if dot > 0 else g
+
+    error, following = fit(g)
+    for _ in range(iterations):
+        next_error, after = fit(following)
+        if not next_error < error:
+            break
+        g, error, following = following, next_error, after
+    return g
 
 
 def steps_of(scales, format, g):
@@ -188,28 +279,37 @@ def rotate_hessian(h, k):
 # ---- GPTQ
 
 
-def visiting_order(h, order):
-    """Columns in the order they are visited: left to right, or by descending diagonal, equal ones left to right."""
-    return np.arange(len(h)) if order == "natural" else np.argsort(-h.diagonal(), kind="stable")
+def visiting_order(h, order, group_size=1):
+    """Columns in the order they are visited: left to right; by descending diagonal; or whole groups by the descending sum of their diagonals, inside a group likewise. Equal ones left to right."""
+    d = h.diagonal()
+    if order == "natural":
+        return np.arange(len(h))
+    if order == "activation":
+        return np.argsort(-d, kind="stable")
+    sums = np.zeros(len(h) // group_size)
+    for c in range(group_size):
+        sums = sums + d[c::group_size]
+    return np.concatenate([g * group_size + np.argsort(-d[g * group_size : (g + 1) * group_size], kind="stable") for g in np.argsort(-sums, kind="stable")])
 
 
-def damped(h, damping):
-    """H + λI over the live columns, λ = damping * mean(live diagonal); a dead column (diagonal 0) is cut out and stands alone behind a 1."""
+def damped(h, damping, dead_damping=None):
+    """H + λI over the live columns, λ = damping * mean(live diagonal). A dead column (diagonal 0) is cut out and stands alone with the weight max(dead_damping, 0.01) * that mean."""
     dead = h.diagonal() == 0
     mean = h.diagonal()[~dead].mean() if not dead.all() else 0.0
+    dead_weight = max(damping if dead_damping is None else dead_damping, 0.01) * mean if mean > 0 else 1.0
     r = np.where(dead[:, None] | dead[None, :], 0.0, h)
-    r[np.diag_indices(len(h))] = np.where(dead, 1.0, h.diagonal() + damping * mean)
+    r[np.diag_indices(len(h))] = np.where(dead, dead_weight, h.diagonal() + damping * mean)
     return r
 
 
-def factorise(h, order, damping):
+def factorise(h, order, damping, group_size=1):
     """(visiting order, lower Cholesky factor of the damped H in reversed visiting order, damping used); the factor is None where no damping up to 1 helped.
 
     A factorisation counts as failed when a pivot has lost all its digits: L[i,i]² <= cols * eps * R[i,i].
     """
-    visit = visiting_order(h, order)
+    visit, asked = visiting_order(h, order, group_size), damping
     while True:
-        r = damped(h, damping)[np.ix_(visit[::-1], visit[::-1])]
+        r = damped(h, damping, asked)[np.ix_(visit[::-1], visit[::-1])]
         try:
             lower = np.linalg.cholesky(r)
         except np.linalg.LinAlgError:
@@ -222,13 +322,13 @@ def factorise(h, order, damping):
         damping = higher
 
 
-def gptq(w, h, steps, order="activation", damping=0.01):
+def gptq(w, h, steps, order="activation", damping=0.01, group_size=1):
     """GPTQ with one factorisation (Babai's nearest plane, arXiv 2507.18553).
 
     w (rows, cols) float32 and h (cols, cols) float64 in one basis; steps (rows, cols) float32, the step of each weight's group.
     Returns codes (rows, cols); the values t that were rounded (rows, cols) float64; damping used (None: h could not be factorised, the codes are plainly rounded).
     """
-    visit, lower, used = factorise(h, order, damping)
+    visit, lower, used = factorise(h, order, damping, group_size)
     if lower is None:
         return encode_e2m1(w / steps), w.astype(np.float64), None
     cols = visit[::-1]  # column at each reversed position
@@ -257,18 +357,124 @@ def gptq_textbook(w, h, steps, order="activation", damping=0.01):
     return codes
 
 
+def _nearest(t, steps):
+    """E2M1 codes of t / step and the float64 values they are read back as."""
+    codes = encode_e2m1(t / steps.astype(np.float64))
+    return codes, (steps * decode_e2m1(codes)).astype(np.float64)
+
+
+def gptq_searched(w, h, format, g, mx_rule="even", damping=0.01):
+    """GPTQ over whole groups that chooses each group's scale when it is reached.
+
+    A group's weights carry the feedback of the groups before it by then. Of the storable scales around absmax of what they have become, the one whose codes, found by the recursion
+    inside the group, lose least: Σ L[i,i]² (t - q)². The smaller scale on a tie.
+    Returns codes (rows, cols), scales (rows, cols / G), damping used; None for all where h could not be factorised.
+    """
+    size, (below, above) = GROUP_SIZE[format], SEARCH_RANGE[format]
+    visit, lower, used = factorise(h, "group", damping, size)
+    if lower is None:
+        return None, None, None
+    cols, unit, pivots = visit[::-1], lower / lower.diagonal(), lower.diagonal() ** 2
+    weight = w[:, cols].astype(np.float64)
+    error = np.zeros(w.shape)
+    codes = np.empty(w.shape, dtype=np.uint8)
+    scales = np.empty((len(w), w.shape[1] // size), dtype=np.uint8)
+    for first in range(len(cols) - size, -1, -size):
+        here = slice(first, first + size)
+        fed = weight[:, here] + error[:, first + size :] @ unit[first + size :, here]
+        amax = np.abs(fed).max(1).astype(np.float32)
+        start = search_start(amax, format, mx_rule, g)
+        tried = []
+        for offset in range(-below, above + 1):
+            bits = np.where(amax == 0, start, moved_scale(start, offset, format, g))
+            steps = steps_of(bits, format, g)
+            e, z, lost = np.zeros((len(w), size)), np.empty((len(w), size), dtype=np.uint8), np.zeros(len(w))
+            for j in range(size - 1, -1, -1):
+                t = fed[:, j] + e[:, j + 1 :] @ unit[first + j + 1 : first + size, first + j]
+                z[:, j], q = _nearest(t, steps)
+                e[:, j] = weight[:, first + j] - q
+                lost += pivots[first + j] * (t - q) ** 2
+            tried.append((lost, bits, e, z))
+        best = np.stack([t[0] for t in tried]).argmin(0)
+        rows = np.arange(len(w))
+        _, bits, e, z = (np.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
+        scales[:, cols[first] // size], codes[:, cols[here]], error[:, here] = bits, z, e
+    return codes, scales, used
+
+
+def refine(w, h, codes, scales, format, g, damping=0.01, rounds=1, damping_asked=None):
+    """Block coordinate descent on tr((W - Ŵ)(H + λI)(W - Ŵ)^T): group after group takes the scale and codes that lose least while all others stand still.
+
+    For the present scale and its storable neighbours: GPTQ's recursion inside the group from ŵ_g + P_g R_gg^-1, where P = (W - Ŵ) R, then one sweep of coordinate descent over its
+    columns. The best of the three is taken if it lowers the loss. ``damping`` is the one that factorise() used, ``damping_asked`` the one it was given.
+    Returns codes, scales and the damped loss of all rows before and after each round; it ends early where a round changes nothing.
+    """
+    size = GROUP_SIZE[format]
+    visit = visiting_order(h, "group", size)
+    cols = visit[::-1]
+    r = damped(h, damping, damping_asked)[np.ix_(cols, cols)]
+    codes, scales = codes.copy(), scales.copy()
+    error = (w.astype(np.float64) - dequantize(codes, scales, format, g))[:, cols]
+    losses = [loss(error, r)]
+    rows = np.arange(len(w))
+    for _ in range(rounds):
+        moved = False
+        for first in range(len(cols) - size, -1, -size):
+            here, group = slice(first, first + size), cols[first] // size
+            gram = r[here, here]
+            lower = np.linalg.cholesky(gram)
+            unit = lower / lower.diagonal()
+            slope = error @ r[:, here]
+            old = (steps_of(scales[:, group], format, g)[:, None] * decode_e2m1(codes[:, cols[here]])).astype(np.float64)
+            target = old + np.linalg.solve(gram, slope.T).T
+            tried = [(np.zeros(len(w)), scales[:, group], np.zeros((len(w), size)), codes[:, cols[here]])]
+            for offset in (-1, 0, 1):
+                bits = moved_scale(scales[:, group], offset, format, g)
+                steps = steps_of(bits, format, g)
+                z, q = np.empty((len(w), size), dtype=np.uint8), np.empty((len(w), size))
+                for j in range(size - 1, -1, -1):
+                    z[:, j], q[:, j] = _nearest(target[:, j] + (target - q)[:, j + 1 :] @ unit[j + 1 :, j], steps)
+                gradient = slope + (old - q) @ gram
+                for j in range(size - 1, -1, -1):
+                    before = q[:, j].copy()
+                    z[:, j], q[:, j] = _nearest(before + gradient[:, j] / gram[j, j], steps)
+                    gradient += np.outer(before - q[:, j], gram[j])
+                change = old - q
+                tried.append((np.einsum("ij,ij->i", change, slope + gradient), bits, change, z))
+            best = np.stack([t[0] for t in tried]).argmin(0)
+            _, bits, change, z = (np.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
+            moved |= bool((best > 0).any())
+            scales[:, group], codes[:, cols[here]] = bits, z
+            error[:, here] += change
+        if not moved:
+            break
+        losses.append(loss(error, r))
+    return codes, scales, losses
+
+
+def shifted_target(w, h, cross, damping=0.01, strength=1.0):
+    """W + strength * W (G - H)(H + λI)^-1 for H = X̃^T X̃ / tokens and G = X^T X̃ / tokens: what answers X̃ most nearly as W answers X. float32; dead columns keep their weights."""
+    gap = np.where(h.diagonal() == 0, 0.0, w.astype(np.float64) @ (cross - h))
+    return (w + strength * np.linalg.solve(damped(h, damping), gap.T).T).astype(np.float32)
+
+
 def loss(e, h):
     """tr(E H E^T)."""
     e = e.astype(np.float64)
     return float(np.einsum("ij,ij->", e @ h, e))
 
 
-def quantize_layer(w, h, format, rotation=None, search="absmax", mx_rule="even", order="activation", damping=0.01, g=None):
-    """Rotation, scales, GPTQ: (codes (rows, cols), scales, divisor, relative error, damping used)."""
+def quantize_layer(w, h, format, rotation=None, search="absmax", mx_rule="even", order="activation", damping=0.01, g=None, rounds=0):
+    """Rotation, scales, GPTQ, refinement: (codes (rows, cols), scales, divisor, relative error, damping used). search "gptq" chooses scales inside GPTQ, in group order."""
     w = rotate(np.asarray(w, dtype=np.float32), rotation)
     h = rotate_hessian(np.asarray(h, dtype=np.float64), rotation)
     g = tensor_scale(w, format, mx_rule) if g is None else np.float32(g)
-    scales = find_scales(w, format, search, mx_rule, g)
-    steps = np.repeat(steps_of(scales, format, g), GROUP_SIZE[format], axis=1)
-    codes, _, used = gptq(w, h, steps, order, damping)
+    if search == "gptq":
+        codes, scales, used = gptq_searched(w, h, format, g, mx_rule, damping)
+    else:
+        scales = find_scales(w, format, search, mx_rule, g, h)
+        steps = np.repeat(steps_of(scales, format, g), GROUP_SIZE[format], axis=1)
+        codes, _, used = gptq(w, h, steps, order, damping, GROUP_SIZE[format])
+    if rounds and used is not None:
+        codes, scales, _ = refine(w, h, codes, scales, format, g, used, rounds, damping)
     return codes, scales, g, loss(w - dequantize(codes, scales, format, g), h) / loss(w, h), used

@@ -1,5 +1,6 @@
 """What a quantisation gives back: the packed matrix and the report of how it went."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from . import _core
 from .arrays import as_scale, as_threads, choose
 from .display import Shown, format_bytes, format_number
-from .formats import MX_RULES, block_format
+from .formats import MX_RULES, SCALE_SEARCHES, block_format
 from .rotations import Identity, Rotation
 
 
@@ -25,6 +26,11 @@ class LayerReport(Shown):
     damping, damping_asked : λ / mean(live diagonal of H) as used and as asked; they differ where the factorisation failed at first. None where nothing was factorised.
     dead_columns : columns that no input reached (diagonal of H zero); they were rounded plainly. None without a Hessian.
     fallback : why another method than the one asked was used, None where none was.
+    rounded_error : the relative error that plain absmax rounding would have had, to set beside ``relative_error``; None without a Hessian.
+    damped_errors : tr(E R E^T) / tr(W R W^T) with R = H + λI, the loss that the solver works on: after the solver, then after each round of refinement. Where a weight was shifted
+        to other inputs (``cross``), E is from the shifted one. Empty for plain rounding.
+    scale_offsets : {steps: groups}, how far the stored scales lie from what absmax would have stored; eight E4M3 steps are a factor of two, an E8M0 step is one.
+    cross : how far the target was moved towards the inputs that the layer will see, 0 for not at all; see ``cross`` of quantize_layer.
     tokens : how many tokens the Hessian saw, None where it came as a plain array.
     seconds : wall time of the layer, its share of a common factor not included.
     """
@@ -40,45 +46,74 @@ class LayerReport(Shown):
     damping_asked: float | None = None
     dead_columns: int | None = None
     fallback: str | None = None
+    rounded_error: float | None = None
+    damped_errors: tuple[float, ...] = ()
+    scale_offsets: dict[int, int] = field(default_factory=dict)
+    cross: float = 0.0
     tokens: int | None = None
     seconds: float = 0.0
 
+    @property
+    def rounds(self) -> int:
+        """Rounds of refinement carried out: as many as asked, or fewer where one changed nothing."""
+        return max(0, len(self.damped_errors) - 1)
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values by name, ready for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Plain values by name as JSON has them: lists for tuples, strings for the offsets."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"damped_errors": list(self.damped_errors), "scale_offsets": {str(steps): count for steps, count in self.scale_offsets.items()}}
 
     def _title(self) -> str:
         return f"{self.method}, {self.format}, {self.rows} x {self.cols}"
 
     def _rows(self) -> list[tuple[str, object]]:
-        rows: list[tuple[str, object]] = [("scales", self.scales), ("relative error", self.relative_error), ("weight error", self.weight_error)]
+        rows: list[tuple[str, object]] = [("scales", self.scales), ("relative error", self.relative_error)]
+        if self.rounded_error is not None:
+            rows.append(("by plain rounding", self.rounded_error))
+        if self.damped_errors:
+            rows.append(("damped, by round", " -> ".join(map(format_number, self.damped_errors))))
+        rows.append(("weight error", self.weight_error))
+        if self.scale_offsets:
+            rows.append(("scales off absmax", format_offsets(self.scale_offsets)))
         if self.damping is not None:
             raised = f" (asked {self.damping_asked:g})" if self.damping != self.damping_asked else ""
             rows.append(("damping", f"{self.damping:g}{raised}"))
+        if self.cross:
+            rows.append(("cross", self.cross))
         rows += [("dead columns", self.dead_columns), ("fallback", self.fallback or "none")]
         if self.tokens is not None:
             rows.append(("tokens", self.tokens))
         return rows + [("seconds", self.seconds)]
 
 
+def format_offsets(offsets: Mapping[Any, int]) -> str:
+    """A report's ``scale_offsets`` in a line, each offset with its share of the groups: "-1: 12 %  0: 80 %  +1: 8 %". Shares below half a percent are left out."""
+    total = sum(offsets.values())
+    shares = [(int(steps), 100 * count / total) for steps, count in sorted(offsets.items(), key=lambda item: int(item[0]))]
+    return "  ".join(f"{steps:+d}: {share:.0f} %" if steps else f"0: {share:.0f} %" for steps, share in shares if share >= 0.5)
+
+
 @dataclass(frozen=True)
 class Activations:
-    """How a layer's inputs are rounded before the product (W4A4): groups along the columns, absmax scales.
+    """How a layer's inputs are rounded before the product (W4A4), in groups along the columns.
 
     Attributes
     ----------
     format : "mxfp4" or "nvfp4".
     mx_rule : how MXFP4 rounds a scale to a power of two.
+    rule : how a group's scale is found, as in ``round_activations``: "absmax" is what stock kernels do, "mse" loses less.
     tensor_scale : the NVFP4 divisor 2688 / amax(X), calibrated; None where it is not known yet, and for MXFP4, which has none.
     """
 
     format: str
     mx_rule: str = "even"
     tensor_scale: float | None = None
+    rule: str = "absmax"
 
     def __post_init__(self) -> None:
         block_format(self.format)
         choose("mx_rule", self.mx_rule, MX_RULES)
+        choose(f"rule for {self.format}", self.rule, SCALE_SEARCHES[self.format])
         if self.tensor_scale is not None:
             object.__setattr__(self, "tensor_scale", as_scale(self.tensor_scale, "tensor_scale"))
 
@@ -99,6 +134,7 @@ class QuantizedMatrix(Shown):
     activations : Activations for W4A4, None for W4A16.
     recipe : the Recipe it was made by, None from plain ``quantize``.
     report : LayerReport, None for a matrix that was read from disk.
+    clip_mask : (rows, cols) bool from the rule "quest": True where a value was not clipped; None from other rules.
     """
 
     format: str
@@ -109,6 +145,7 @@ class QuantizedMatrix(Shown):
     activations: Activations | None = None
     recipe: Any = None
     report: LayerReport | None = None
+    clip_mask: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         group = block_format(self.format).group_size
@@ -142,7 +179,7 @@ class QuantizedMatrix(Shown):
     def _rows(self) -> list[tuple[str, object]]:
         rows: list[tuple[str, object]] = [("size", f"{format_bytes(self.nbytes)}, {8 * self.nbytes / (self.shape[0] * self.shape[1]):.3f} bits a weight"), ("tensor scale", self.tensor_scale), ("rotation", repr(self.rotation))]
         if self.activations is not None:
-            rows.append(("activations", f"{self.activations.format}, tensor scale {format_number(self.activations.tensor_scale)}"))
+            rows.append(("activations", f"{self.activations.format}, {self.activations.rule}, tensor scale {format_number(self.activations.tensor_scale)}"))
         return rows + (self.report._rows() if self.report else [])
 
 

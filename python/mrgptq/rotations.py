@@ -27,6 +27,10 @@ class Identity:
         as_threads(threads)
         return as_symmetric(hessian, None)
 
+    def apply_both(self, matrix: NDArray[np.float64], *, threads: int | None = None) -> NDArray[np.float64]:
+        """``matrix`` (cols, cols) itself."""
+        return matrix
+
     def check_columns(self, cols: int, name: str = "x") -> None:
         """Any number of columns will do."""
 
@@ -106,6 +110,13 @@ class Hadamard:
         rotated = as_symmetric(hessian, None)
         self.check_columns(rotated.shape[0], "hessian")
         _core.rotate_hessian(rotated, self.block_size, as_threads(threads))
+        return rotated
+
+    def apply_both(self, matrix: NDArray[np.float64], *, threads: int | None = None) -> NDArray[np.float64]:
+        """T^T M T of a (cols, cols) float64 matrix that need not be symmetric, such as X^T X̃: both inputs rotated."""
+        rotated = matrix.copy()
+        self.check_columns(rotated.shape[0], "matrix")
+        _core.rotate_both(rotated, self.block_size, as_threads(threads))
         return rotated
 
     def __eq__(self, other: object) -> bool:

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from ..arrays import choose
 from ..recipe import Recipe
 from ..result import LayerReport, QuantizedMatrix
-from . import compressed_tensors, fp_quant
+from . import compressed_tensors, fp_quant, own
 from .card import RECORD_NAME, model_card
 from .reader import CheckpointReader
 from .scheme import Scheme, common_scheme
 from .stored_tensor import StoredTensor
 from .writer import CheckpointWriter
 
-DIALECTS = {dialect.QUANT_METHOD: dialect for dialect in (compressed_tensors, fp_quant)}
+DIALECTS = {dialect.QUANT_METHOD: dialect for dialect in (compressed_tensors, fp_quant, own)}
 _Quantised = dict[str, tuple[Scheme, Recipe | None, LayerReport | None]]
 _NUMPY_NAMES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64", "C64"}
 
@@ -47,7 +47,7 @@ def save(
     path : a folder that does not exist yet.
     tensors : mapping of tensor names to values, or an iterable of such pairs (then they are written as they come). ``"<module>.weight"`` may be a QuantizedMatrix; the
         rest are arrays (numpy or ml_dtypes) or StoredTensors and are stored as they are.
-    dialect : "compressed-tensors" or "fp_quant".
+    dialect : "compressed-tensors", "fp_quant", or "mrgptq" for what only our own runtime carries out.
     config : the model's config.json as a dict; ``quantization_config`` is added.
     side_files : paths of small files to copy beside it, such as the tokenizer's.
     max_shard_bytes : a file is closed before it grows beyond that.

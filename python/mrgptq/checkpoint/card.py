@@ -1,9 +1,11 @@
 """The model card and the record of the run that lie beside the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from ..display import align, format_number
 from ..recipe import Recipe
+from ..result import format_offsets
 from .scheme import Scheme
 
 RECORD_NAME = "mrgptq.json"
@@ -46,7 +48,20 @@ def model_card(scheme: Scheme, dialect: str, loaders: str, recipe: Recipe | None
 
 def error_table(layers: Mapping[str, Mapping[str, object]]) -> str:
     """The layers of a record ({module: report fields}) as aligned text, one line a layer."""
-    header = ("layer", "method", "rows", "cols", "rel. error", "weight error", "damping", "dead", "fallback")
-    fields = ("method", "rows", "cols", "relative_error", "weight_error", "damping", "dead_columns", "fallback")
-    rows = [header] + [(name, *(format_number(report.get(field)) for field in fields)) for name, report in layers.items()]
-    return align(rows, numeric=(2, 3, 4, 5, 6, 7))
+    header = ("layer", "method", "rows", "cols", "rounded", "rel. error", "rounds", "weight error", "damping", "dead", "fallback")
+    before, after = ("method", "rows", "cols", "rounded_error", "relative_error"), ("weight_error", "damping", "dead_columns", "fallback")
+    rows = [header]
+    for name, report in layers.items():
+        damped = cast(Sequence[float], report.get("damped_errors") or ())
+        rounds = str(len(damped) - 1) if damped else "–"
+        rows.append((name, *(format_number(report.get(field)) for field in before), rounds, *(format_number(report.get(field)) for field in after)))
+    return align(rows, numeric=(2, 3, 4, 5, 6, 7, 8, 9)) + "\n(rounded: the relative error that plain absmax rounding would have had; rounds: of refinement)"
+
+
+def offset_table(layers: Mapping[str, Mapping[str, object]]) -> str:
+    """Which scales won in each layer of a record, as steps from absmax with their share of the groups."""
+    rows = [("layer", "stored scales, steps from absmax")]
+    for name, report in layers.items():
+        offsets = cast(Mapping[Any, int], report.get("scale_offsets") or {})
+        rows.append((name, format_offsets(offsets) if offsets else "–"))
+    return align(rows)

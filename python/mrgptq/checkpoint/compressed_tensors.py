@@ -27,6 +27,11 @@ def check(scheme: Scheme) -> None:
     """Raise ValueError, with the reason, for a scheme that this dialect cannot store."""
     if scheme.mx_rule == "four-thirds":
         raise ValueError('compressed-tensors cannot store MXFP4 scales by "four-thirds": it has no tensor-wide divisor for the factor 1/3; use mx_rule "even" or the dialect fp_quant')
+    if scheme.activation_rule != "absmax":
+        raise ValueError(
+            f'the loaders of compressed-tensors find activation scales by "absmax"; the recipe asks for "{scheme.activation_rule}", which the dialect cannot say: '
+            'use activation_rule "absmax" or the dialect "mrgptq"'
+        )
     if scheme.activations == "mxfp4" and scheme.activation_mx_rule != "even":
         raise ValueError(f'compressed-tensors rounds MXFP4 activations by "even"; the recipe asks for "{scheme.activation_mx_rule}", which it cannot say')
 

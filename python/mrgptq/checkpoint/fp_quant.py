@@ -26,6 +26,11 @@ def check(scheme: Scheme) -> None:
     """Raise ValueError, with the reason, for a scheme that this dialect cannot store."""
     if scheme.activations is None:
         raise ValueError(f"fp_quant checkpoints are W4A4: their loaders always round the activations; the recipe says W4A16, so ask for activations {scheme.format!r}")
+    if scheme.activation_rule != "absmax":
+        raise ValueError(
+            f'the loaders of fp_quant find activation scales by "absmax"; the recipe asks for "{scheme.activation_rule}", which this writer cannot say: '
+            'use activation_rule "absmax" or the dialect "mrgptq"'
+        )
     if scheme.rotation is not None and scheme.rotation not in _BLOCK_SIZES[scheme.format]:
         raise ValueError(f"fp_quant stores {scheme.format} rotated by blocks of {', '.join(map(str, _BLOCK_SIZES[scheme.format]))}; the recipe has {scheme.rotation}")
     if scheme.format == "mxfp4" and (scheme.mx_rule, scheme.activation_mx_rule) != ("four-thirds", "four-thirds"):

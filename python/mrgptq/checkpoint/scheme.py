@@ -12,18 +12,21 @@ from ..result import QuantizedMatrix
 
 @dataclass(frozen=True)
 class Scheme:
-    """Format, rotation block size (None: none) and activation format (None: W4A16) of a checkpoint's layers, and the MX rules of both."""
+    """Format, rotation block size (None: none) and activation format (None: W4A16) of a checkpoint's layers, the MX rules of both and how activation scales are found."""
 
     format: str
     rotation: int | None
     activations: str | None
     mx_rule: str
     activation_mx_rule: str
+    activation_rule: str = "absmax"
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> Self:
         """What the layers made by a Recipe will be."""
-        return cls(recipe.format, recipe.rotation, recipe.activations, "four-thirds" if recipe.format == "mxfp4" and recipe.resolved_mx_rule == "four-thirds" else "even", recipe.mx_rule)
+        search, mx_rule = recipe.activation_scales if recipe.activations else ("absmax", "even")
+        four_thirds = recipe.format == "mxfp4" and recipe.resolved_mx_rule == "four-thirds"
+        return cls(recipe.format, recipe.rotation, recipe.activations, "four-thirds" if four_thirds else "even", mx_rule, search)
 
     @classmethod
     def of_matrix(cls, matrix: QuantizedMatrix) -> Self:
@@ -36,6 +39,7 @@ class Scheme:
             activations.format if activations else None,
             "four-thirds" if four_thirds else "even",
             activations.mx_rule if activations else "even",
+            activations.rule if activations else "absmax",
         )
 
     @property
@@ -46,7 +50,9 @@ class Scheme:
             parts.append(f"Hadamard {self.rotation}")
         if self.mx_rule != "even":
             parts.append(self.mx_rule)
-        if self.activations == "mxfp4" and self.activation_mx_rule != self.mx_rule:
+        if self.activation_rule != "absmax":
+            parts.append(f"activations by {self.activation_rule}")
+        elif self.activations == "mxfp4" and self.activation_mx_rule != self.mx_rule:
             parts.append(f"activations by {self.activation_mx_rule}")
         return ", ".join(parts)
 

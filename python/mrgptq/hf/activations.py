@@ -26,7 +26,7 @@ def rounded(x: torch.Tensor, activations: Activations, rotation: Rotation) -> to
     values, dtype = to_numpy(x)
     if rotation.block_size:
         values, dtype = rotation.apply(values, dtype=dtype), None
-    values = round_activations(values, activations.format, mx_rule=activations.mx_rule, tensor_scale=activations.tensor_scale, dtype=dtype)
+    values = round_activations(values, activations.format, rule=activations.rule, mx_rule=activations.mx_rule, tensor_scale=activations.tensor_scale, dtype=dtype)
     if rotation.block_size:
         rotation.apply_inverse(values, out=values)
     return torch.from_numpy(values).to(device=x.device, dtype=x.dtype)

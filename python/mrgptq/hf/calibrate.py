@@ -1,5 +1,6 @@
 """Calibration block by block: each block is quantised under the inputs it gets from the quantised blocks before it."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,9 +11,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..arrays import located
-from ..codecs import nvfp4_tensor_scale, tensor_scale_for
+from ..codecs import nvfp4_tensor_scale
 from ..gptq import Hessian
-from ..layer import make_factor, quantize_layer
+from ..layer import activations_of, make_factor, quantize_layer, shared_tensor_scale
 from ..modules import fused_groups
 from ..recipe import Recipe
 from ..result import Activations, QuantizedMatrix
@@ -57,16 +58,20 @@ def calibrate(
     prefix, blocks = decoder_blocks(model)
     linears = _linears_by_block(model, prefix, blocks, modules)
     hidden, block_kwargs = _enter(model, blocks, inputs, batch_windows)
+    original_hidden = [batch.clone() for batch in hidden] if recipe.cross else []
     for index, block in enumerate(blocks):
         groups = fused_groups(linears.get(index, []))
         named = {name: model.get_submodule(name) for group in groups for name in group}
-        hessians, activations = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads)
+        original = copy.deepcopy(block) if recipe.cross else None
+        hessians, activations, crosses = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
         for group in groups:
-            yield from _quantize_group(group, named, hessians.pop(group), activations.get(group), recipe, threads, progress)
+            yield from _quantize_group(group, named, hessians.pop(group), crosses.pop(group, None), activations.get(group), recipe, threads, progress)
             if group in activations:
                 round_inputs([named[name] for name in group], activations[group], rotation_of(recipe.rotation))
         if index + 1 < len(blocks):
             _run(block, hidden, block_kwargs[index], keep=True)
+            if original is not None:
+                _run(original, original_hidden, block_kwargs[index], keep=True)
 
 
 def _linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.ModuleList, modules: Sequence[str]) -> dict[int, list[str]]:
@@ -117,19 +122,34 @@ def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_
     return hidden, block_kwargs
 
 
+def _forward(block: torch.nn.Module, batch: torch.Tensor, kwargs: _Kwargs) -> torch.Tensor:
+    output = block(batch, use_cache=False, past_key_values=None, **kwargs[len(batch)])
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _run(block: torch.nn.Module, hidden: list[torch.Tensor], kwargs: _Kwargs, *, keep: bool) -> None:
     """Pass every batch through a block; with ``keep`` its outputs take the place of the inputs."""
     for i, batch in enumerate(hidden):
-        output = block(batch, use_cache=False, past_key_values=None, **kwargs[len(batch)])
+        output = _forward(block, batch, kwargs)
         if keep:
-            hidden[i] = output[0] if isinstance(output, tuple) else output
+            hidden[i] = output
 
 
 def _observe(
-    block: torch.nn.Module, groups: list[_Group], named: dict[str, Any], hidden: list[torch.Tensor], kwargs: _Kwargs, recipe: Recipe, threads: int | None
-) -> tuple[dict[_Group, Hessian], dict[_Group, Activations]]:
-    """One pass of a block: {group: Hessian} of the inputs before rounding, and at W4A4 {group: Activations} with the calibrated tensor scale."""
+    block: torch.nn.Module,
+    groups: list[_Group],
+    named: dict[str, Any],
+    hidden: list[torch.Tensor],
+    kwargs: _Kwargs,
+    recipe: Recipe,
+    threads: int | None,
+    original: torch.nn.Module | None,
+    original_hidden: list[torch.Tensor],
+) -> tuple[dict[_Group, Hessian], dict[_Group, Activations], dict[_Group, torch.Tensor]]:
+    """One pass of a block: {group: Hessian} of the inputs before rounding, at W4A4 {group: Activations} with the calibrated tensor scale, and {group: sum of X^T X̃} of the
+    original block's inputs X and the block's own X̃ where there is an original to compare with."""
     rotation = rotation_of(recipe.rotation)
+    crosses: dict[_Group, torch.Tensor] = {}
     hessians = {group: Hessian(named[group[0]].in_features) for group in groups}
     largest = dict.fromkeys(groups, 0.0)
     handles: list[RemovableHandle] = []
@@ -148,32 +168,69 @@ def _observe(
         handles.append(named[group[0]].register_forward_pre_hook(watch(group)))
         if recipe.activations:
             # Until the calibrated scale is known each batch is rounded by its own.
-            handles += round_inputs([named[name] for name in group], Activations(recipe.activations, recipe.mx_rule), rotation)
+            handles += round_inputs([named[name] for name in group], activations_of(recipe), rotation)
     with _removing(handles):
-        _run(block, hidden, kwargs, keep=False)
+        if original is None:
+            _run(block, hidden, kwargs, keep=False)
+        else:
+            crosses = _observe_both(block, original, groups, named, hidden, original_hidden, kwargs)
     for group, hessian in hessians.items():
         if not hessian.tokens:
             raise ValueError(f"{group[0]} never saw an input while the calibration text passed; leave it out with ignore")
     if not recipe.activations:
-        return hessians, {}
+        return hessians, {}, crosses
     scales: dict[_Group, float | None] = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
-    return hessians, {group: Activations(recipe.activations, recipe.mx_rule, scales[group]) for group in groups}
+    return hessians, {group: activations_of(recipe, scales[group]) for group in groups}, crosses
+
+
+def _observe_both(
+    block: torch.nn.Module, original: torch.nn.Module, groups: list[_Group], named: dict[str, Any], hidden: list[torch.Tensor], original_hidden: list[torch.Tensor], kwargs: _Kwargs
+) -> dict[_Group, torch.Tensor]:
+    """Pass every batch through a block and through its original: {group: sum over tokens of X^T X̃}, (cols, cols) float64, products of a batch in float32."""
+    inputs: dict[_Group, torch.Tensor] = {}
+    crosses = {group: torch.zeros(named[group[0]].in_features, named[group[0]].in_features, dtype=torch.float64, device=hidden[0].device) for group in groups}
+    paths = {module: name for name, module in block.named_modules()}
+
+    def keep(group: _Group) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[group] = args[0].flatten(0, -2)
+
+        return hook
+
+    def multiply(group: _Group) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            crosses[group] += inputs.pop(group).T @ args[0].flatten(0, -2)
+
+        return hook
+
+    with _removing([original.get_submodule(paths[named[group[0]]]).register_forward_pre_hook(keep(group)) for group in groups]):
+        # Before the hooks that round: they hand a module other inputs than it was given.
+        with _removing([named[group[0]].register_forward_pre_hook(multiply(group), prepend=True) for group in groups]):
+            for batch, original_batch in zip(hidden, original_hidden, strict=True):
+                _forward(original, original_batch, kwargs)
+                _forward(block, batch, kwargs)
+    return crosses
 
 
 def _quantize_group(
-    group: _Group, named: dict[str, Any], hessian: Hessian, activations: Activations | None, recipe: Recipe, threads: int | None, progress: Callable[[str], None] | None
+    group: _Group,
+    named: dict[str, Any],
+    hessian: Hessian,
+    cross_sum: torch.Tensor | None,
+    activations: Activations | None,
+    recipe: Recipe,
+    threads: int | None,
+    progress: Callable[[str], None] | None,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise the layers of one group under one Hessian, factor and tensor scale, and put their values into the model."""
-    rotation = rotation_of(recipe.rotation)
     weights = {name: to_numpy(named[name].weight)[0] for name in group}
-    tensor_scale = None
-    if recipe.format == "nvfp4":
-        with located(", ".join(group)):
-            tensor_scale = min(tensor_scale_for("nvfp4", rotation.apply(weight, threads=threads), threads=threads) for weight in weights.values())
+    with located(", ".join(group)):
+        tensor_scale = shared_tensor_scale(list(weights.values()), recipe, threads=threads)
     factor = make_factor(hessian, recipe, threads=threads) if recipe.solver == "gptq" else None
+    cross = None if cross_sum is None else cross_sum.cpu().numpy() / hessian.tokens
     for name, weight in weights.items():
         with located(name):
-            matrix = quantize_layer(weight, hessian, recipe, tensor_scale=tensor_scale, factor=factor, threads=threads)
+            matrix = quantize_layer(weight, hessian, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, threads=threads)
         matrix = replace(matrix, activations=activations)
         parameter = named[name].weight
         parameter.copy_(torch.from_numpy(matrix.dequantize(unrotate=True, threads=threads)).to(parameter.device))

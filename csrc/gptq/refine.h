@@ -1,0 +1,39 @@
+// Block coordinate descent on the damped loss: group after group gets the scale and the codes that lose least while all others stand still.
+//
+// With E = W - Ŵ, R = H + λI and P = E R, changing a group's errors by d changes a row's loss by  d · (2 P_g + d R_gg) = d · (P_g + P_g'),  P_g' = P_g + d R_gg.  For the present scale and
+// its storable neighbours the group's codes are found by GPTQ's recursion inside the group, from the values ŵ_g + P_g R_gg⁻¹ that would be best if there were no grid, and mended by one
+// sweep of coordinate descent; the candidate with the least change is taken if that is below zero. So a round never increases the loss but by rounding.
+#pragma once
+
+#include <vector>
+
+#include "gptq/factor.h"
+#include "gptq/tile.h"
+
+namespace mrgptq {
+
+// What refinement knows of each group before it sees a row: the factor of R_gg, all groups packed side by side by position.
+template <class Real>
+struct GroupFactors {
+    Columns<Real> unit;                                // (group_size, cols): group at position p in columns p ... p + group_size - 1, unit lower
+    Eigen::Matrix<Real, Eigen::Dynamic, 1> pivots;     // (cols): squared diagonal of the factor
+    Columns<Real> gram;                                // (group_size, cols): R_gg
+    Eigen::Matrix<Real, Eigen::Dynamic, 1> diagonal;   // (cols): R's
+};
+template <class Real>
+GroupFactors<Real> group_factors(const Factor& factor, Index group_size);
+
+// One round over all groups, in visiting order. Returns how much the damped loss of the tile's rows fell, summed in float64. `factors` and `joint` (Factor::unit) are in Real.
+template <class Format, class Real>
+double refine_tile(RowTile<Real>& tile, const Factor& factor, const Columns<Real>& joint, const GroupFactors<Real>& factors, float tensor_scale);
+
+// By how much rounding alone may raise the loss of a tile whose errors went from `before` to `after` in one round: 4 γ Σ (|e| + |e'|) |R| (|e| + |e'|)ᵀ with γ = m u / (1 - m u),
+// m = cols + 2 group_size + 8. A sum of cols products makes P, two group updates and a few operations follow; each group moves once a round, hence |d| <= |e| + |e'|.
+template <class Real>
+double refinement_slack(const Tile<Real>& before, const Tile<Real>& after, const Factor& factor, Index group_size);
+
+// e R eᵀ summed over the tile's rows, in float64.
+template <class Real>
+double damped_loss(const Tile<Real>& error, const Factor& factor);
+
+}  // namespace mrgptq

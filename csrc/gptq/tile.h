@@ -1,0 +1,51 @@
+// The rows that one thread works off together, one a SIMD lane, and what the solver and the refinement both know of them.
+//
+// Everything by column is kept by position of the factor's order (position 0 is visited last), and a column of the tile is contiguous. Short tiles are padded with zero rows, so that every
+// row sees the same arithmetic whatever tile it falls into.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+
+#include "base/matrix_view.h"
+#include "formats/block_format.h"
+#include "gptq/eigen.h"
+
+namespace mrgptq {
+
+constexpr Index lanes = 64;
+constexpr Index block = 128;  // columns between two GEMMs; every group size divides it
+
+template <class T>
+using Tile = Eigen::Matrix<T, lanes, Eigen::Dynamic, Eigen::ColMajor>;
+
+// The same for the columns of one group.
+template <class T, class Format>
+using GroupTile = Eigen::Matrix<T, lanes, Format::group_size, Eigen::ColMajor>;
+
+template <class T>
+using Lane = Eigen::Array<T, lanes, 1>;
+
+template <class Real>
+struct RowTile {
+    Index first_row = 0, rows = 0;
+    Tile<Real> error;             // the weight until a column is visited, w - q afterwards
+    Tile<std::int8_t> halves;     // twice the E2M1 value of each code, -12 ... 12
+    Tile<std::uint8_t> scales;    // by group of columns, left to right
+    Tile<float> steps;            // likewise
+};
+
+// The float32 value that a reader will decode, widened.
+template <class Real>
+Real value_of(float step, Real e2m1_value) noexcept {
+    return static_cast<Real>(step * static_cast<float>(e2m1_value));
+}
+
+// The E2M1 value nearest to t, signed.
+template <class Real>
+Real round_signed(Real t) noexcept {
+    return std::copysign(e2m1::round_magnitude(std::fabs(t)), t);
+}
+
+}  // namespace mrgptq

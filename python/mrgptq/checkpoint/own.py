@@ -1,0 +1,74 @@
+"""Our own dialect (``mrgptq``): the tensors of compressed-tensors under a configuration that can say everything a recipe can, such as activation scales by "mse".
+
+No stock loader knows the name, so none runs such a checkpoint by other rules than it was made for; `mrgptq evaluate` and ``mrgptq.hf.load_quantized`` do.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..arrays import located
+from ..formats import FORMATS, block_format
+from ..result import Activations, QuantizedMatrix
+from ..rotations import rotation_of
+from . import compressed_tensors
+from .fields import stored_matrix, stored_number
+from .reader import CheckpointReader
+from .scheme import Scheme
+from .stored_tensor import StoredTensor
+
+QUANT_METHOD = "mrgptq"
+_PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+
+
+def check(scheme: Scheme) -> None:
+    """Every scheme can be stored."""
+
+
+def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
+    """A QuantizedMatrix as the tensors that are stored for ``module``; the divisor lies beside MXFP4 too."""
+    tensors = compressed_tensors.encode(module, matrix)
+    divisor = {f"{module}.weight_global_scale": StoredTensor.of(np.array([matrix.tensor_scale], dtype=np.float32))}
+    return {name: tensor for name, tensor in (tensors | divisor).items() if not name.endswith("v_input.weight")}
+
+
+def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
+    activations = {"format": scheme.activations, "rule": scheme.activation_rule, "mx_rule": scheme.activation_mx_rule} if scheme.activations else None
+    return {"quant_method": QUANT_METHOD, "format": scheme.format, "group_size": scheme.group_size, "mx_rule": scheme.mx_rule, "hadamard_block_size": scheme.rotation, "activations": activations, "ignore": ignore}
+
+
+def modules(names: Iterable[str]) -> list[str]:
+    """The quantised modules among a checkpoint's tensor names."""
+    return compressed_tensors.modules(names)
+
+
+def parts(module: str) -> list[str]:
+    """Names of all tensors that ``module`` may have in this dialect."""
+    return [f"{module}.{part}" for part in _PARTS]
+
+
+def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[str, Any]) -> QuantizedMatrix:
+    """The QuantizedMatrix of ``module``; ValueError names the tensor or the key that is missing or different."""
+    where = f"{reader.path}: {module}"
+    format = quantization_config.get("format")
+    if format not in FORMATS:
+        raise ValueError(f"{where}: format is {format!r}; known: {', '.join(FORMATS)}")
+    if quantization_config.get("group_size") != block_format(format).group_size:
+        raise ValueError(f"{where}: group_size is {quantization_config.get('group_size')!r}; {format} has {block_format(format).group_size}")
+    codes = stored_matrix(reader, f"{module}.weight_packed", "U8")
+    scales = stored_matrix(reader, f"{module}.weight_scale", "F8_E4M3" if format == "nvfp4" else "U8")
+    divisor = stored_number(reader, f"{module}.weight_global_scale")
+    stored = quantization_config.get("activations")
+    with located(where):
+        activations = None
+        if stored:
+            tensor_scale = stored_number(reader, f"{module}.input_global_scale") if stored.get("format") == "nvfp4" else None
+            activations = Activations(stored.get("format"), stored.get("mx_rule"), tensor_scale, stored.get("rule"))
+        return QuantizedMatrix(format, codes, scales, divisor, rotation_of(quantization_config.get("hadamard_block_size")), activations)
+
+
+def loaders(scheme: Scheme) -> str:
+    """What reads such a checkpoint, in sentences."""
+    return "Runs in mrgptq alone (`mrgptq evaluate`, mrgptq.hf.load_quantized): no stock loader applies " + (f'activation scales by "{scheme.activation_rule}".' if scheme.activation_rule != "absmax" else "this dialect.")
