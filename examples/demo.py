@@ -1,4 +1,4 @@
-"""The main job on a real model: quantise leaf to NVFP4 and MXFP4 with MR-GPTQ, write checkpoints, then measure what RTN, GPTQ and MR-GPTQ keep of it.
+"""The main job on a real model: quantise leaf to NVFP4 and MXFP4 by the default recipe, write checkpoints, then measure what RTN, GPTQ, MR-GPTQ and ours keep of it.
 
     python examples/demo.py [--out demo] [--model examples/models/leaf]
 """
@@ -34,7 +34,10 @@ def main():
         if status := mrgptq(command):
             sys.exit(status)
 
-    recipes = [(name, mg.Recipe.named(name, format, activations=activations)) for format in ("nvfp4", "mxfp4") for name in ("rtn", "gptq", "mr-gptq") for activations in (None, format)]
+    recipes = []
+    for format in ("nvfp4", "mxfp4"):
+        recipes += [(name, mg.Recipe.named(name, format, activations=activations)) for name in ("rtn", "gptq", "mr-gptq", "best") for activations in (None, format)]
+        recipes.append(("best-online", mg.Recipe.named("best-online", format, dialect="mrgptq", activations=format)))
     print(f"\nPerplexity of {args.model.name} ({args.windows} windows of 512 tokens of {text.name}, lower is better)", flush=True)
     rows = list(
         measure(

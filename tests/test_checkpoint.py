@@ -30,13 +30,19 @@ class Kind:
     format: str
     activations: bool
     rotation: int | None
+    rule: str = "absmax"
+    thirds: bool = False
 
     @property
     def mx_rule(self):
-        return "four-thirds" if (self.dialect, self.format) == ("fp_quant", "mxfp4") else "even"
+        return "four-thirds" if self.thirds or (self.dialect, self.format) == ("fp_quant", "mxfp4") else "even"
 
 
 KINDS = [Kind("compressed-tensors", f, a, r) for f in GROUP for a in (False, True) for r in (None, 16, 64)] + [Kind("fp_quant", f, True, r) for f in GROUP for r in (None, 32, 128)]
+# What our own dialect has to say is everything a recipe can: each activation rule, either MX rule's divisor, rotations that no other dialect stores.
+RULES = {"nvfp4": ("absmax", "fpquant_mse", "mse", "four_over_six"), "mxfp4": ("absmax", "fpquant_mse", "mse", "quest", "floor", "ceil", "even", "four-thirds")}
+KINDS += [Kind("mrgptq", f, False, r, thirds=t) for f in GROUP for r in (None, 2, 128) for t in ((False, True) if f == "mxfp4" else (False,))]
+KINDS += [Kind("mrgptq", f, True, r, rule, t) for f in GROUP for rule in RULES[f] for r in (None, 16) for t in ((False, True) if f == "mxfp4" and rule != "quest" else (False,))]
 
 
 def layer(kind, name, *, input_scale=37.5):
@@ -45,7 +51,7 @@ def layer(kind, name, *, input_scale=37.5):
     weight = rng.standard_normal(SHAPES[name]) * np.exp2(rng.integers(-6, 3, (SHAPES[name][0], 1)))
     weight[:, :32] = 0  # a zero group, whose scale is an edge of both formats
     activations = kind.format if kind.activations else None
-    recipe = replace(mg.Recipe.named("rtn", kind.format, kind.dialect, activations), rotation=kind.rotation)
+    recipe = replace(mg.Recipe.named("rtn", kind.format, kind.dialect, activations), rotation=kind.rotation, activation_rule=kind.rule, mx_rule=kind.mx_rule)
     matrix = mg.quantize_layer(weight, None, recipe)
     if activations == "nvfp4":
         matrix = replace(matrix, activations=replace(matrix.activations, tensor_scale=input_scale))
@@ -76,7 +82,7 @@ def save(path, kind, tensors=None, **options):
     return json.loads((path / "config.json").read_text())
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda k: f"{k.dialect}-{k.format}-{'w4a4' if k.activations else 'w4a16'}-{k.rotation}")
+@pytest.fixture(scope="module", params=KINDS, ids=lambda k: f"{k.dialect}-{k.format}-{'w4a4' if k.activations else 'w4a16'}-{k.rotation}-{k.rule}-{k.mx_rule}")
 def saved(request, tmp_path_factory):
     """(kind, tensors as given, folder, config.json)."""
     tensors = model(request.param)
@@ -91,6 +97,9 @@ def parts(kind, name):
     if kind.dialect == "fp_quant":
         block = (torch.bfloat16, (kind.rotation or GROUP[kind.format],) * 2)
         return {"qweight": packed, "scales": (torch.uint8, scales), "weight_global_scale": one, "act_global_scale": one, "forward_hadamard_matrix": block, "backward_hadamard_matrix": block}
+    if kind.dialect == "mrgptq":  # the divisor beside MXFP4 too; a rotation is said in config.json alone
+        expected = {"weight_packed": packed, "weight_scale": (torch.float8_e4m3fn if kind.format == "nvfp4" else torch.uint8, scales), "weight_global_scale": one}
+        return expected | ({"input_global_scale": one} if kind.activations and kind.format == "nvfp4" else {})
     expected = {"weight_packed": packed, "weight_scale": (torch.float8_e4m3fn if kind.format == "nvfp4" else torch.uint8, scales)}
     if kind.format == "nvfp4":
         expected |= {"weight_global_scale": one} | ({"input_global_scale": one} if kind.activations else {})
@@ -139,6 +148,17 @@ def test_the_configuration_is_what_the_library_means_by_it(saved):
     assert config == {"model_type": "llama", "hidden_size": 128}
     unquantised = ["model.layers.0.mlp.gate", "lm_head"]  # lm_head: its weight is not in the file where embeddings are tied
     stored = on_disk(folder)
+    if kind.dialect == "mrgptq":
+        by_name = kind.rule in ("floor", "ceil", "even", "four-thirds")  # absmax by that MX rule, and stored as what it is
+        mx_rule = (kind.rule if by_name else kind.mx_rule) if kind.format == "mxfp4" else "even"
+        activations = {"format": kind.format, "rule": "absmax" if by_name else kind.rule, "mx_rule": mx_rule} if kind.activations else None
+        assert written == {
+            "quant_method": "mrgptq", "format": kind.format, "group_size": GROUP[kind.format], "mx_rule": kind.mx_rule, "hadamard_block_size": kind.rotation, "activations": activations, "ignore": unquantised,
+        }  # fmt: skip
+        for name in SHAPES:
+            assert kind.format == "nvfp4" or stored[f"{name}.weight_global_scale"].item() == (3 if kind.thirds else 1)
+            assert not (kind.activations and kind.format == "nvfp4") or stored[f"{name}.input_global_scale"].item() == 37.5 + (name == DOWN)
+        return
     if kind.dialect == "fp_quant":
         parsed = FPQuantConfig(**{key: value for key, value in written.items() if key != "quant_method"})
         assert {key: getattr(parsed, key) for key in written} == written and parsed.quant_method == written["quant_method"]
@@ -173,9 +193,17 @@ def test_card_and_record(saved):
     kind, tensors, folder, _ = saved
     card, record = (folder / "README.md").read_text(), json.loads((folder / "mrgptq.json").read_text())
     matrix = tensors[f"{Q}.weight"]
-    assert kind.dialect in card and kind.format.upper() in card and "vLLM" in card and "transformers" in card and repr(matrix.recipe) in card
+    assert kind.dialect in card and kind.format.upper() in card and repr(matrix.recipe) in card
     assert record["dialect"] == kind.dialect and mg.Recipe.from_dict(record["recipe"]) == matrix.recipe
     assert record["layers"] == {name: tensors[f"{name}.weight"].report.as_dict() for name in SHAPES}
+    for name in SHAPES:  # {steps from absmax: groups}: plain rounding has absmax's own
+        assert record["layers"][name]["scale_offsets"] == {"0": SHAPES[name][0] * SHAPES[name][1] // GROUP[kind.format]} and record["layers"][name]["damped_errors"] == []
+    if kind.dialect == "mrgptq":
+        assert "Runs in mrgptq alone" in card and "mrgptq evaluate" in card and "vLLM" not in card and "transformers" not in card
+        stored_rule = tensors[f"{Q}.weight"].activations.rule if kind.activations else "absmax"
+        assert (f'activation scales by "{stored_rule}"' in card) == (stored_rule != "absmax")
+        return
+    assert "vLLM" in card and "transformers" in card
     if kind.dialect == "compressed-tensors":
         assert all((word in card) == bool(kind.rotation) for word in ("apply_transform_config", "transformers ignores it", f"Hadamard {kind.rotation}"))
     else:
@@ -216,6 +244,13 @@ REFUSED = {
     "rotation 256": (lambda: {f"{DOWN}.weight": layer(Kind("fp_quant", "nvfp4", True, 256), DOWN)}, "fp_quant", ("16, 32, 64, 128", "256")),
     "mxfp4 rotation 16": (lambda: weights(replace(FOUR_THIRDS, rotation=16)), "fp_quant", ("mxfp4", "32, 64, 128", "16")),
     "no input scale": (lambda: weights(NV, activations=mg.Activations("nvfp4")), "compressed-tensors", (Q, "W4A4", "no tensor_scale", "calibrate")),
+    "mse activations": (lambda: weights(MX, activations=mg.Activations("mxfp4", rule="mse")), "compressed-tensors", ('"absmax"', '"mse"', 'activation_rule "absmax" or the dialect "mrgptq"')),
+    "quest activations": (lambda: weights(MX, activations=mg.Activations("mxfp4", rule="quest")), "compressed-tensors", ('"absmax"', '"quest"', 'the dialect "mrgptq"')),
+    "mse activations, NVFP4": (lambda: weights(NV, activations=mg.Activations("nvfp4", tensor_scale=2.0, rule="mse")), "compressed-tensors", ('"absmax"', '"mse"', 'the dialect "mrgptq"')),
+    "mse activations, fp_quant": (lambda: weights(FOUR_THIRDS, activations=mg.Activations("mxfp4", "four-thirds", rule="mse")), "fp_quant", ('"absmax"', '"mse"', 'activation_rule "absmax" or the dialect "mrgptq"')),
+    "four_over_six activations, fp_quant": (lambda: weights(NV, activations=mg.Activations("nvfp4", tensor_scale=2.0, rule="four_over_six")), "fp_quant", ('"absmax"', '"four_over_six"', 'the dialect "mrgptq"')),
+    "no input scale, mrgptq": (lambda: weights(NV, activations=mg.Activations("nvfp4", rule="mse")), "mrgptq", (Q, "W4A4", "no tensor_scale", "calibrate")),
+    "two activation searches": (lambda: weights(MX) | {f"{DOWN}.weight": replace(layer(MX, DOWN), activations=mg.Activations("mxfp4", rule="mse"))}, "mrgptq", (Q, DOWN, "activations by mse", "one kind")),
     "no input scale, fp_quant": (lambda: weights(NV, activations=mg.Activations("nvfp4")), "fp_quant", (Q, "W4A4", "no tensor_scale", "calibrate")),
     "two formats": (lambda: weights(NV, MX), "compressed-tensors", (Q, DOWN, "NVFP4 W4A16", "MXFP4 W4A4", "one kind")),
     "two rotations": (lambda: weights(NV, replace(NV, rotation=16)), "compressed-tensors", (Q, DOWN, "Hadamard 16", "one kind")),
@@ -223,7 +258,7 @@ REFUSED = {
     "two activation rules": (lambda: weights(MX) | {f"{DOWN}.weight": replace(layer(MX, DOWN), activations=mg.Activations("mxfp4", "ceil"))}, "compressed-tensors", (Q, DOWN, "activations by ceil", "one kind")),
     "none quantised": (lambda: {"a.weight": np.ones((2, 2), np.float32)}, "compressed-tensors", ("no QuantizedMatrix",)),
     "not called weight": (lambda: {**weights(NV), "model.extra": layer(NV, Q)}, "compressed-tensors", ("'model.extra'", "<module>.weight")),
-    "unknown dialect": (lambda: weights(NV), "gguf", ("dialect", "'gguf'", "compressed-tensors, fp_quant")),
+    "unknown dialect": (lambda: weights(NV), "gguf", ("dialect", "'gguf'", "compressed-tensors, fp_quant, mrgptq")),
 }
 
 
@@ -236,6 +271,70 @@ def test_what_a_dialect_cannot_store_is_refused_and_nothing_is_left(case, stream
         mg.save(tmp_path / "out", iter(tensors.items()) if streamed else tensors, dialect, max_shard_bytes=1000)
     assert all(word in str(refusal.value) for word in words), refusal.value
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- The own dialect's configuration, damaged
+
+
+def changed(path, change):
+    """A checkpoint whose quantization_config went through ``change``."""
+    config = json.loads((path / "config.json").read_text())
+    change(config["quantization_config"])
+    (path / "config.json").write_text(json.dumps(config))
+
+
+OWN = Kind("mrgptq", "nvfp4", True, 16, "mse")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(format="int4"), ("format is 'int4'", "known: mxfp4, nvfp4")),
+        (lambda c: c.pop("format"), ("format is None", "known: mxfp4, nvfp4")),
+        (lambda c: c.update(group_size=32), ("group_size is 32", "nvfp4 has 16")),
+        (lambda c: c.pop("group_size"), ("group_size is None", "nvfp4 has 16")),
+        (lambda c: c.update(format="mxfp4", group_size=32), (".weight_scale is F8_E4M3", "must be a U8 matrix")),
+        (lambda c: c["activations"].update(rule="best"), ("unknown rule for nvfp4 'best'", "known: absmax, fpquant_mse, mse, four_over_six")),
+        (lambda c: c["activations"].pop("rule"), ("unknown rule for nvfp4 None", "known: absmax")),
+        (lambda c: c["activations"].update(rule="quest"), ("unknown rule for nvfp4 'quest'",)),
+        (lambda c: c["activations"].update(mx_rule="odd"), ("unknown mx_rule 'odd'", "floor, ceil, even, four-thirds")),
+        (lambda c: c["activations"].pop("mx_rule"), ("unknown mx_rule None",)),
+        (lambda c: c["activations"].update(format="fp8"), ("unknown format 'fp8'", "known: mxfp4, nvfp4")),
+        (lambda c: c.update(hadamard_block_size=48), ("block_size is 48", "power of two")),
+        (lambda c: c.update(hadamard_block_size=512), ("256 columns", "block size 512")),
+    ],
+)
+def test_a_configuration_that_means_nothing_is_refused_with_its_file_and_layer(change, words, tmp_path):
+    save(tmp_path / "out", OWN)
+    assert mg.load(tmp_path / "out")[f"{Q}.weight"].activations.rule == "mse"
+    changed(tmp_path / "out", change)
+    with pytest.raises(ValueError) as refusal:
+        mg.load(tmp_path / "out")
+    assert all(word in str(refusal.value) for word in (str(tmp_path / "out"), DOWN, *words)), refusal.value  # the first of the file
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "value", "words"),
+    [
+        (OWN, "weight_global_scale", None, ("weight_global_scale",)),
+        (OWN, "input_global_scale", None, ("input_global_scale",)),
+        (replace(OWN, format="mxfp4"), "weight_global_scale", None, ("weight_global_scale",)),
+        (OWN, "weight_global_scale", torch.zeros(1), ("weight_global_scale is [0.0]", "one positive number")),
+        (OWN, "input_global_scale", torch.tensor([1.0, 2.0]), ("input_global_scale is [1.0, 2.0]", "one positive number")),
+        (OWN, "weight_packed", torch.zeros(24, 64), ("weight_packed is F32", "must be a U8 matrix")),
+        (OWN, "weight_packed", torch.zeros(24, 32, dtype=torch.uint8), ("do not fit", "one scale for 16 columns")),
+    ],
+)
+def test_a_layer_of_which_a_part_is_missing_or_another_is_refused_by_the_tensor(kind, part, value, words, tmp_path):
+    save(tmp_path / "out", kind)
+    stored = on_disk(tmp_path / "out")
+    del stored[f"{Q}.{part}"]
+    if value is not None:
+        stored[f"{Q}.{part}"] = value
+    safetensors.torch.save_file(stored, tmp_path / "out" / "model.safetensors")
+    with pytest.raises((ValueError, KeyError)) as refusal:
+        mg.load(tmp_path / "out")
+    assert all(word in str(refusal.value) for word in (str(tmp_path / "out"), Q, *words)), refusal.value
 
 
 def test_a_path_that_exists_is_never_touched(tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -39,8 +40,18 @@ def run(capsys):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, leaf_folder):
     """Leaf at NVFP4 W4A4 by MR-GPTQ, as a stranger makes it, in a process of its own: (folder, CompletedProcess)."""
+    return stranger(tmp_path_factory, leaf_folder, "--recipe", "mr-gptq", "--activations", "nvfp4")
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory, leaf_folder):
+    """The same by the recipe that is taken where none is named."""
+    return stranger(tmp_path_factory, leaf_folder, "--activations", "nvfp4")
+
+
+def stranger(tmp_path_factory, leaf_folder, *options):
     folder = tmp_path_factory.mktemp("cli")
-    command = [sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), "leaf-nvfp4", "--activations", "nvfp4", "--calibration", CALIBRATION, "--tokens", "4096", "--threads", "1"]
+    command = [sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), "leaf-nvfp4", *options, "--calibration", CALIBRATION, "--tokens", "4096", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert os.listdir(folder) == ["leaf-nvfp4"]
@@ -66,6 +77,92 @@ def test_quantize_writes_a_checkpoint_and_says_what_loads_it(finished, leaf_fold
     assert len(lines) == 3 and all(word in lines[2] for word in ("vLLM applies the rotation", "transformers ignores it", "apply_transform_config", "mrgptq evaluate", "--rotation 0"))
 
 
+def layers_of(folder):
+    return json.loads((folder / "mrgptq.json").read_text())["layers"]
+
+
+def recipe_of(folder):
+    return mg.Recipe.from_dict(json.loads((folder / "mrgptq.json").read_text())["recipe"])
+
+
+def test_best_is_the_recipe_where_none_is_named(best, finished):
+    folder, done = best
+    assert recipe_of(folder) == mg.Recipe.named("best", "nvfp4", "compressed-tensors", "nvfp4")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "leaf-nvfp4: 28 layers, NVFP4 W4A4, gptq with gptq scales"
+    assert lines[2:] == ["Loads in transformers (with compressed-tensors), vLLM and SGLang."]
+    matrices = [value for value in mg.load(folder).values() if isinstance(value, mg.QuantizedMatrix)]
+    assert len(matrices) == 28 and all(matrix.rotation == mg.Identity() and matrix.activations.rule == "absmax" for matrix in matrices)
+    # What it is for, layer by layer: less error than the paper's method leaves, and than plain rounding would.
+    ours, theirs = layers_of(folder), layers_of(finished[0])
+    assert all(ours[name]["relative_error"] < theirs[name]["relative_error"] < theirs[name]["rounded_error"] for name in theirs)
+
+
+def test_best_makes_up_for_the_layers_before_unless_told_not_to(run, leaf_folder, tmp_path):
+    options = ["--targets", r"layers\.[01]\.", "--calibration", CALIBRATION, "--tokens", 1024, "--sequence", 128]
+    kept = {}
+    for name, more in (("best", []), ("plain", ["--cross", 0])):
+        status, out, err = run("quantize", leaf_folder, tmp_path / name, *options, *more)
+        assert status == 0, err
+        cross = mg.Recipe.named("best").cross if name == "best" else 0.0
+        assert recipe_of(tmp_path / name) == replace(mg.Recipe.named("best"), cross=cross)
+        assert {layer["cross"] for layer in layers_of(tmp_path / name).values()} == {cross} and len(layers_of(tmp_path / name)) == 14
+        assert out.splitlines()[0] == f"{tmp_path / name}: 14 layers, NVFP4 W4A16, gptq with gptq scales"
+        kept[name] = mg.load(tmp_path / name)
+    assert mg.Recipe.named("best").cross > 0
+    # Where inputs come from quantised layers the targets differ, and so do some codes of every one.
+    later = [name for name in kept["best"] if ".layers.1." in name and isinstance(kept["best"][name], mg.QuantizedMatrix)]
+    assert len(later) == 7 and all(not np.array_equal(kept["best"][name].codes, kept["plain"][name].codes) for name in later)
+
+
+def test_best_online_is_for_our_own_runtime_and_its_dialect(run, leaf_folder, tmp_path):
+    """Rotated inputs whose scales are searched: no other dialect can say that, so none is asked for."""
+    options = ["--recipe", "best-online", "--format", "mxfp4", "--activations", "mxfp4", "--targets", r"layers\.[01]\.", "--calibration", CALIBRATION, "--tokens", 1024, "--sequence", 128]
+    status, out, err = run("quantize", leaf_folder, tmp_path / "out", *options)
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0] == f"{tmp_path / 'out'}: 14 layers, MXFP4 W4A4, Hadamard 32, activations by mse, gptq with gptq scales by the MX rule even"
+    assert lines[2] == 'Runs in mrgptq alone (`mrgptq evaluate`, mrgptq.hf.load_quantized): no stock loader applies activation scales by "mse".'
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"] == "mrgptq"
+    assert recipe_of(tmp_path / "out") == mg.Recipe.named("best-online", "mxfp4", "mrgptq", "mxfp4")
+    matrices = [value for value in mg.load(tmp_path / "out").values() if isinstance(value, mg.QuantizedMatrix)]
+    assert {(m.format, m.rotation, m.activations) for m in matrices} == {("mxfp4", mg.Hadamard(32), mg.Activations("mxfp4", "even", None, "mse"))} and len(matrices) == 14
+    for layer in layers_of(tmp_path / "out").values():
+        assert layer["relative_error"] < layer["rounded_error"] and len(layer["damped_errors"]) > 1 and sum(layer["scale_offsets"].values()) == layer["rows"] * layer["cols"] / 32
+    status, out, _ = run("inspect", tmp_path / "out")
+    assert status == 0 and "MXFP4 W4A4, Hadamard 32, activations by mse, 14 layers" in out and "mxfp4, mse, even" in out
+    # The runtime that it is for runs it: near the original, and by the searched scales, without which the same bytes answer otherwise.
+    perplexities = [evaluated(run, tmp_path / "out")]
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"]["activations"]["rule"] = "absmax"
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    perplexities.append(evaluated(run, tmp_path / "out"))
+    original = evaluated(run, leaf_folder)
+    assert 0.98 * original < perplexities[0] < 1.5 * original and perplexities[0] != perplexities[1]
+
+
+def evaluated(run, folder):
+    status, out, err = run("evaluate", folder, "--text", TEST, "--windows", 4, "--sequence", 128)
+    assert status == 0, err
+    return float(out.splitlines()[1].split()[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "dialect"),
+    [
+        ([], "compressed-tensors"), (["--recipe", "best-online"], "compressed-tensors"), (["--recipe", "best-online", "--activations", "none"], "compressed-tensors"),
+        (["--activations", "nvfp4"], "compressed-tensors"), (["--recipe", "mr-gptq", "--activations", "nvfp4"], "compressed-tensors"),
+        (["--recipe", "best-online", "--activations", "nvfp4"], "mrgptq"), (["--recipe", "best-online", "--format", "mxfp4", "--activations", "mxfp4"], "mrgptq"),
+        (["--recipe", "best-online", "--activations", "nvfp4", "--dialect", "fp_quant"], "fp_quant"), (["--recipe", "rtn", "--dialect", "mrgptq"], "mrgptq"),
+    ],
+)  # fmt: skip
+def test_the_dialect_where_none_is_named(options, dialect, run, leaf_folder, tmp_path):
+    """The one that most loaders know, unless the recipe rounds inputs as only our own runtime does; W4A16 best-online needs nothing of the sort."""
+    status, out, err = run("quantize", leaf_folder, tmp_path / "out", "--dry-run", "--calibration", CALIBRATION, *options)
+    assert status == 0, err
+    assert re.search(r"^  dialect +(\S+)$", out, re.MULTILINE)[1] == dialect
+
+
 def test_progress_goes_to_stderr(finished):
     _, done = finished
     assert "quantise: 100%" in done.stderr and "28/28" in done.stderr and "expected memory" in done.stderr
@@ -78,7 +175,10 @@ def test_progress_goes_to_stderr(finished):
         (["--recipe", "rtn"], 28, ["28, 786,432 weights", "NVFP4 W4A16\n", "calibration         none", "1.837 MB -> 706.8 kB", "solver", "rtn"]),
         (["--recipe", "rtn", "--format", "mxfp4", "--rotation", "64"], 28, ["MXFP4 W4A16, Hadamard 64", "even", "-> 682.2 kB"]),
         (["--recipe", "rtn", "--format", "mxfp4", "--activations", "mxfp4", "--dialect", "fp_quant"], 28, ["MXFP4 W4A4", "four-thirds", "fp_quant"]),
-        (["--calibration", CALIBRATION, "--rotation", "0", "--tokens", "1e4", "--sequence", "100"], 28, ["NVFP4 W4A16\n", "10000 tokens in windows of 100", "gptq", "damping", "0.01"]),
+        (["--calibration", CALIBRATION, "--recipe", "mr-gptq", "--rotation", "0", "--tokens", "1e4", "--sequence", "100"], 28, ["NVFP4 W4A16\n", "10000 tokens in windows of 100", "gptq", "activation\n", "fpquant_mse", "damping", "0.01"]),
+        (["--calibration", CALIBRATION, "--tokens", "1e4"], 28, ["NVFP4 W4A16\n", "9728 tokens in windows of 512", "rotation   none", "scales     gptq", "order      group", "damping    0.03", "cross      0.5"]),
+        (["--calibration", CALIBRATION, "--rotation", "32", "--cross", "0"], 28, ["NVFP4 W4A16, Hadamard 32\n", "scales     gptq"]),
+        (["--calibration", CALIBRATION, "--recipe", "best-online", "--format", "mxfp4", "--activations", "mxfp4"], 28, ["MXFP4 W4A4, Hadamard 32, activations by mse\n", "mrgptq\n"]),
         (["--recipe", "rtn", "--targets", r"layers\.[02].*down"], 2, ["2, 98,304 weights", "model.layers.2.mlp.down_proj"]),
         (["--recipe", "rtn", "--ignore", "lm_head|mlp"], 16, ["16, 196,608 weights"]),
     ],
@@ -91,7 +191,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(options, layers, said, run
     assert len(re.findall(r"^model\.layers\.\d\.\S+ +\d+ +\d+ +[\d.]+ kB$", out, re.MULTILINE)) == layers
 
 
-@pytest.mark.parametrize("dialect", ["compressed-tensors", "fp_quant"])
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "fp_quant", "mrgptq"])
 def test_the_options_reach_the_files(dialect, run, leaf_folder, tmp_path):
     options = ["--format", "mxfp4", "--activations", "mxfp4", "--recipe", "gptq", "--rotation", 64, "--targets", r"layers\.[01]\.", "--ignore", "up_proj", "--max-shard-bytes", 100_000]
     status, out, err = run("quantize", leaf_folder, tmp_path / "out", *options, "--dialect", dialect, "--calibration", CALIBRATION, "--tokens", 512, "--sequence", 64)
@@ -129,6 +229,10 @@ REFUSED = {
     "no calibration": (lambda leaf, tmp: [leaf, tmp / "out"], ["needs a calibration text", "solver"]),
     "gptq without": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "gptq", "--format", "mxfp4"], ["needs a calibration text"]),
     "W4A4 NVFP4 without": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "rtn", "--activations", "nvfp4"], ["needs a calibration text", "W4A4 NVFP4"]),
+    "best without": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "best", "--format", "mxfp4"], ["needs a calibration text"]),
+    "searched activations in compressed-tensors": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "best-online", "--activations", "nvfp4", "--calibration", CALIBRATION, "--dialect", "compressed-tensors"], ["compressed-tensors", '"absmax"', '"mse"', 'the dialect "mrgptq"']),
+    "cross beyond": (lambda leaf, tmp: [leaf, tmp / "out", "--calibration", CALIBRATION, "--cross", "1.5"], ["cross is 1.5; it must be from 0 to 1"]),
+    "cross of rounding": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "rtn", "--cross", "0.5"], ['cross 0.5 needs the solver "gptq"']),
     "out exists": (lambda leaf, tmp: [leaf, tmp, "--recipe", "rtn"], ["exists already", "never overwritten"]),
     "out's parent": (lambda leaf, tmp: [leaf, tmp / "a" / "out", "--recipe", "rtn"], ["the folder", "does not exist"]),
     "no model": (lambda leaf, tmp: [tmp / "nowhere", tmp / "out", "--recipe", "rtn"], ["no checkpoint at", "nowhere"]),
@@ -172,7 +276,7 @@ def test_an_interrupt_leaves_nothing(run, leaf_folder, tmp_path, monkeypatch):
     assert (status, out) == (130, "") and "interrupted; nothing was written" in err and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["quantize"], ["quantize", "a"], ["quantize", "a", "b", "--format", "int4"], ["quantize", "a", "b", "--recipe", "best"], ["quantize", "a", "b", "--tokens", "0"], ["quantize", "a", "b", "--tokens", "1e400"], ["quantize", "a", "b", "--tokens", "1.5"], ["quantize", "a", "b", "--dialect", "gguf"], ["quantize", "a", "b", "--unknown"], ["evaluate", "a"], ["inspect"]])
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["quantize"], ["quantize", "a"], ["quantize", "a", "b", "--format", "int4"], ["quantize", "a", "b", "--recipe", "better"], ["quantize", "a", "b", "--cross", "much"], ["quantize", "a", "b", "--tokens", "0"], ["quantize", "a", "b", "--tokens", "1e400"], ["quantize", "a", "b", "--tokens", "1.5"], ["quantize", "a", "b", "--dialect", "gguf"], ["quantize", "a", "b", "--unknown"], ["evaluate", "a"], ["inspect"]])
 def test_wrong_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -183,7 +287,7 @@ def test_wrong_usage_is_status_2(arguments, capsys):
     ("arguments", "words"),
     [
         (["--help"], ["quantize", "evaluate", "inspect", "Hugging Face layout", "Exit status: 0 done, 1 refused", "2 wrong usage", "on a CPU"]),
-        (["quantize", "--help"], ["rtn", "gptq", "mr-gptq", "ignores the rotation", "--rotation 0", "--dry-run", "examples", "mxfp4", "must not exist", "compressed-tensors", "fp_quant", "default: lm_head", "65536", "UTF-8"]),
+        (["quantize", "--help"], ["default: best)", "best-online", "the least error", "default: compressed-tensors; mrgptq for W4A4 best-online", "--cross", "rtn", "gptq", "mr-gptq", "ignores the rotation", "--rotation 0", "--dry-run", "examples", "mxfp4", "must not exist", "compressed-tensors", "fp_quant", "default: lm_head", "65536", "UTF-8"]),
         (["evaluate", "--help"], ["--reference", "rotations applied", "W4A4 inputs rounded", "other than the calibration"]),
         (["inspect", "--help"], ["histogram of scales", "fallbacks"]),
         (["--version"], [f"mrgptq {mg.__version__}"]),
@@ -220,16 +324,38 @@ def histogram(folder, dtype):
     return {f"2^{power:.0f}": (int(count), f"{100 * count / scales.size:.1f}") for power, count in zip(powers, counts, strict=True)}
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_inspect_shows_errors_bits_and_the_histogram_of_scales(recorded, finished, run, leaf_folder, tmp_path):
+def offset_shares(folder, name, leaf_folder):
+    """The words of a layer's line of offsets, counted from the stored bytes and from the weights: absmax by ml_dtypes under the stored divisor."""
+    with safetensors.safe_open(leaf_folder / "model.safetensors", "pt") as file:
+        weight = file.get_tensor(f"{name}.weight").float().numpy()
+    matrix = mg.load(folder)[f"{name}.weight"]
+    weight = matrix.rotation.apply(weight)
+    sixth = np.abs(weight.reshape(len(weight), -1, 16)).max(-1) / np.float32(6) * np.float32(matrix.tensor_scale)
+    steps, counts = np.unique(matrix.scales.astype(int) - sixth.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), return_counts=True)
+    for step, share in zip(steps, counts / counts.sum(), strict=True):
+        if share >= 0.005:
+            yield from (f"{step:+d}:" if step else "0:", f"{100 * share:.0f}", "%")
+
+
+@pytest.mark.parametrize("recorded", ["mr-gptq", "best", None])
+def test_inspect_shows_errors_bits_and_the_histogram_of_scales(recorded, finished, best, run, leaf_folder, tmp_path):
     if recorded:
-        folder, dtype = finished[0], ml_dtypes.float8_e4m3fn
+        folder, dtype = (finished if recorded == "mr-gptq" else best)[0], ml_dtypes.float8_e4m3fn
         status, out, _ = run("inspect", folder)
-        layers = json.loads((folder / "mrgptq.json").read_text())["layers"]
-        table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("model.layers")}
-        assert table == {name: ["gptq", str(r["rows"]), str(r["cols"]), f"{r['relative_error']:.4g}", f"{r['weight_error']:.4g}", "0.01", "0", "–"] for name, r in layers.items()}
+        layers = layers_of(folder)
+        errors, offsets = (
+            {line.split()[0]: line.split()[1:] for line in part.splitlines() if line.startswith("model.layers")} for part in out.split("\nlayer", 2)[1:]
+        )  # two tables, one below the other
+        rounds, damping = {"mr-gptq": (0, "0.01"), "best": (recipe_of(folder).rounds, "0.03")}[recorded]
+        for name, r in layers.items():
+            assert 0 <= len(r["damped_errors"]) - 1 <= rounds and (recorded == "mr-gptq" or len(r["damped_errors"]) > 1)
+            assert errors.pop(name) == [
+                "gptq", str(r["rows"]), str(r["cols"]), f"{r['rounded_error']:.4g}", f"{r['relative_error']:.4g}", str(len(r["damped_errors"]) - 1), f"{r['weight_error']:.4g}", damping, "0", "–",
+            ]  # fmt: skip
+            assert " ".join(offsets.pop(name)) == " ".join(offset_shares(folder, name, leaf_folder))
+        assert not errors and not offsets and "rounded: the relative error that plain absmax rounding would have had" in out and "steps from absmax" in out
         bits = 8 * (786432 * (1 / 2 + 1 / 16) + 28 * 4) / 786432
-        assert "NVFP4 W4A4, Hadamard 16, 28 layers" in out and "fallback" in out and "Recipe for nvfp4, W4A4" in out
+        assert f"NVFP4 W4A4{', Hadamard 16' if recorded == 'mr-gptq' else ''}, 28 layers" in out and "fallback" in out and "Recipe for nvfp4, W4A4" in out
     else:
         assert run("quantize", leaf_folder, tmp_path / "out", "--recipe", "rtn", "--format", "mxfp4")[0] == 0
         folder, dtype, bits = tmp_path / "out", ml_dtypes.float8_e8m0fnu, 4.25

@@ -95,7 +95,8 @@ def test_core_needs_numpy_alone():
 def test_there_is_one_version():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert declared == mrgptq.__version__ == version("mrgptq") == mrgptq.build_info()["version"]
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == declared
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[headings[0] == "Unreleased"] == declared and "Unreleased" not in headings[1:]  # what is not released yet stands first and has no number
     numbered = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts and "build" not in path.parts and re.search(r"__version__\s*=\s*[\"']", path.read_text())]
     assert not numbered
 
@@ -156,12 +157,14 @@ def test_constraints_satisfy_the_declared_bounds():
         assert [int(part) for part in pins[name].split(".")[:2]] >= [int(part) for part in bound.split(".")[:2]], requirement
 
 
-@pytest.mark.parametrize("script", ["examples/quantize_array.py", "examples/demo.py", "bench/bench_accuracy.py"])
+@pytest.mark.parametrize("script", ["examples/quantize_array.py", "examples/demo.py", "bench/bench_accuracy.py", "bench/bench_best.py", "bench/bench_layers.py"])
 def test_scripts_run(script, tmp_path):
     leaf, text = ROOT / "examples" / "models" / "leaf", ROOT / "examples" / "text"
     arguments = {
         "demo.py": ["--out", str(tmp_path / "demo"), "--windows", "2"],
         "bench_accuracy.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--text", str(text / "test.txt"), "--windows", "2", "--test-windows", "2", "--rows", "mr-gptq 16"],
+        "bench_best.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--text", str(text / "test.txt"), "--far", str(text / "test.txt"), "--sets", "2", "--windows", "2", "--test-windows", "2", "--rows", "nvfp4 W4A16"],
+        "bench_layers.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--held-out", str(text / "test.txt"), "--windows", "2", "--rows", "nvfp4 16 even mr-gptq"],
     }.get(Path(script).name, [])
     done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

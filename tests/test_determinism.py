@@ -32,10 +32,11 @@ def note(name, *arrays):
     hashes[name] = digest.hexdigest()
 
 for format in ("nvfp4", "mxfp4"):
-    for scales in ("absmax", "fpquant_mse") + (("floor", "ceil", "four-thirds") if format == "mxfp4" else ()):
+    for scales in ("absmax", "fpquant_mse", "mse") + (("floor", "ceil", "four-thirds", "quest") if format == "mxfp4" else ("four_over_six",)):
         q = mg.quantize(w, format, scales=scales, threads=threads)
         note(f"codec {format} {scales}", q.codes, q.scales, np.float64(q.tensor_scale), q.dequantize(threads=threads))
     note(f"codec activations {format}", mg.round_activations(x, format, threads=threads))
+note("codec alternating", np.float64(mg.alternating_tensor_scale([w, w[:70] * 2], threads=threads)))
 for k in (2, 16, 32):
     note(f"rotation {k}", mg.Hadamard(k).apply(x, threads=threads), mg.Hadamard(k).apply_hessian(exact.T @ exact, threads=threads))
 h = mg.Hessian(288)
@@ -51,6 +52,19 @@ for rotation in (None, 32):
                 recipe = mg.Recipe(format, rotation=rotation, order=order, precision=precision)
                 q = mg.quantize_layer(w, h, recipe, factor=factor, threads=threads)
                 note(f"solver {format} {rotation} {order} {precision}", q.codes, q.scales, np.array([q.tensor_scale, q.report.relative_error, q.report.weight_error]))
+    for format, group in (("nvfp4", 16), ("mxfp4", 32)):
+        factor = mg.Factor(h, rotation=None if rotation is None else mg.Hadamard(rotation), order="group", group_size=group, threads=threads)
+        for precision in ("float32", "float64"):
+            for scales, rounds in (("gptq", 0), ("gptq", 3), ("hessian", 2), ("hessian_block", 0)):
+                recipe = mg.Recipe(format, rotation=rotation, order="group", scales=scales, rounds=rounds, precision=precision)
+                q = mg.quantize_layer(w, h, recipe, factor=factor, threads=threads)
+                note(f"solver {format} {rotation} {scales} {rounds} {precision}", q.codes, q.scales, np.array([q.tensor_scale, q.report.relative_error, *q.report.damped_errors]))
+        cross = np.triu(h.matrix)  # not symmetric
+        q = mg.quantize_layer(w, h, mg.Recipe(format, rotation=rotation, order="group", scales="gptq", rounds=2, cross=0.5), factor=factor, cross=cross, threads=threads)
+        note(f"solver {format} {rotation} cross", q.codes, q.scales, np.array(q.report.damped_errors))
+        part = mg.quantize_layer(w[70:140], h, mg.Recipe(format, rotation=rotation, order="group", scales="gptq", rounds=3), factor=factor, tensor_scale=q.tensor_scale if format == "nvfp4" else None, threads=threads)
+        whole = mg.quantize_layer(w, h, mg.Recipe(format, rotation=rotation, order="group", scales="gptq", rounds=3), factor=factor, tensor_scale=q.tensor_scale if format == "nvfp4" else None, threads=threads)
+        assert np.array_equal(part.codes, whole.codes[70:140]) and np.array_equal(part.scales, whole.scales[70:140])  # other tiles, the same rows
 print(json.dumps({"isa": mg.build_info()["isa"], "threads": mg.build_info()["threads"], "hashes": hashes}))
 """
 
@@ -73,8 +87,8 @@ def one_thread():
 
 
 def test_the_script_covers_every_room(one_thread):
-    assert len(one_thread["hashes"]) == 7 + 2 + 3 + 1 + 4 + 16
-    assert len(set(one_thread["hashes"].values())) >= 33 - 8  # different questions have different answers, but the two precisions may agree
+    assert len(one_thread["hashes"]) == 11 + 2 + 1 + 3 + 1 + 4 + 16 + 32 + 4
+    assert len(set(one_thread["hashes"].values())) >= 74 - 8 - 16  # different questions have different answers, but the two precisions may agree
     assert one_thread["threads"] == 1
 
 
@@ -109,7 +123,7 @@ def test_codecs_and_rotations_give_the_same_bytes_on_every_level_built(one_threa
         result = outputs(isa=level, openmp_threads=2)
         assert result["isa"] == level
         ran[level] = {name: value for name, value in result["hashes"].items() if not name.startswith("solver")}
-        assert len(ran[level]) == 12
+        assert len(ran[level]) == 11 + 2 + 1 + 3
     assert set(ran) == set(built) & set(supported)
     assert len(ran) >= 2 or len(built) == 1 or supported == ["v2"]  # nothing was compared: legal only where there is but one to run
     for level, hashes in ran.items():

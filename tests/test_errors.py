@@ -31,7 +31,9 @@ def put(array, value, *where):
 TAKES_A_MATRIX = {
     "quantize_layer": (lambda a, h: mg.quantize_layer(a, h), "weight"),
     "quantize_layer rtn": (lambda a, h: mg.quantize_layer(a, None, "rtn"), "weight"),
+    "quantize_layer best": (lambda a, h: mg.quantize_layer(a, h, "best"), "weight"),
     "quantize": (lambda a, h: mg.quantize(a), "weight"),
+    "alternating_tensor_scale": (lambda a, h: mg.alternating_tensor_scale([a]), "weights"),
 }
 TAKES_ANY_RANK = {
     "round_activations": (lambda a, h: mg.round_activations(a, "mxfp4"), "x"),
@@ -124,7 +126,7 @@ def test_columns_that_no_group_or_rotation_divides(w, h):
 # ---- The Hessian
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "mr-gptq"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "mr-gptq", "best"])
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -182,10 +184,40 @@ def test_a_missing_hessian_and_foreign_objects(w, h):
     with pytest.raises(TypeError, match=r"rotation is 16; it must be None, Identity\(\) or Hadamard"):
         mg.Factor(h, rotation=16)
     for recipe in (3, None, {"format": "nvfp4"}):
-        with pytest.raises(TypeError, match=f"recipe is {type(recipe).__name__}; it must be a Recipe or a name: rtn, gptq, mr-gptq"):
+        with pytest.raises(TypeError, match=f"recipe is {type(recipe).__name__}; it must be a Recipe or a name: rtn, gptq, mr-gptq, best, best-online$"):
             mg.quantize_layer(w, h, recipe)
     with pytest.raises(ValueError, match="format is 'nvfp4', but the recipe is for 'mxfp4'"):
         mg.quantize_layer(w, h, mg.Recipe("mxfp4"), format="nvfp4")
+
+
+@pytest.mark.parametrize("scales", ["hessian", "hessian_block"])
+def test_scales_that_weigh_errors_need_something_to_weigh_them_by(scales, w, h):
+    recipe = mg.Recipe(solver="rtn", scales=scales)
+    with pytest.raises(ValueError, match=f'hessian is None; the scales "{scales}" weigh errors by it'):
+        mg.quantize_layer(w, None, recipe)
+    assert mg.quantize_layer(w, h, recipe).report.scales == scales
+
+
+CROSSED = mg.Recipe(cross=0.5)
+
+
+@pytest.mark.parametrize(
+    ("cross", "recipe", "words"),
+    [
+        (lambda h: h[:, :32], CROSSED, r"cross has shape \(64, 32\); a weight of 64 columns needs \(64, 64\)"),
+        (lambda h: h[0], CROSSED, r"cross has shape \(64,\); a weight of 64 columns needs \(64, 64\)"),
+        (lambda h: put(h, np.nan, 5, 6), CROSSED, r"cross\[5, 6\] is not finite"),
+        (lambda h: put(put(h, -np.inf, 7, 0), np.inf, 6, 9), CROSSED, r"cross\[6, 9\] is not finite"),
+        (lambda h: h, mg.Recipe(), "cross is given, but the recipe's cross, how far the target moves, is 0"),
+        (lambda h: h, mg.Recipe.named("rtn"), 'cross is given, but the recipe\'s solver is "rtn"; it needs "gptq"'),
+    ],
+)
+def test_cross_moments_that_are_none(cross, recipe, words, w, h):
+    bad = cross(h)
+    before = bad.tobytes()
+    with pytest.raises(ValueError, match=words):
+        mg.quantize_layer(w, h, recipe, cross=bad)
+    assert bad.tobytes() == before
 
 
 # ---- Names and numbers
@@ -197,15 +229,23 @@ def test_a_missing_hessian_and_foreign_objects(w, h):
         (lambda w, h: mg.quantize(w, "fp8"), "unknown format 'fp8'; known: mxfp4, nvfp4"),
         (lambda w, h: mg.quantize_layer(w, h, format="fp8"), "unknown format 'fp8'; known: mxfp4, nvfp4"),
         (lambda w, h: mg.round_activations(w, "fp8"), "unknown format 'fp8'; known: mxfp4, nvfp4"),
-        (lambda w, h: mg.quantize(w, scales="best"), "unknown scales for nvfp4 'best'; known: absmax, fpquant_mse"),
-        (lambda w, h: mg.quantize(w, "mxfp4", scales="best"), "unknown scales for mxfp4 'best'; known: absmax, fpquant_mse, floor, ceil, even, four-thirds"),
+        (lambda w, h: mg.quantize(w, scales="best"), "unknown scales for nvfp4 'best'; known: absmax, fpquant_mse, mse, four_over_six$"),
+        (lambda w, h: mg.quantize(w, "mxfp4", scales="best"), "unknown scales for mxfp4 'best'; known: absmax, fpquant_mse, mse, quest, floor, ceil, even, four-thirds$"),
+        (lambda w, h: mg.round_activations(w, "nvfp4", rule="best"), "unknown rule for nvfp4 'best'; known: absmax, fpquant_mse, mse, four_over_six$"),
+        (lambda w, h: mg.Activations("mxfp4", rule="best"), "unknown rule for mxfp4 'best'; known: absmax, fpquant_mse, mse, quest$"),
+        (lambda w, h: mg.Activations("nvfp4", rule="even"), "unknown rule for nvfp4 'even'; known: absmax, fpquant_mse, mse, four_over_six$"),
         (lambda w, h: mg.quantize(w, "mxfp4", mx_rule="round"), "unknown mx_rule 'round'; known: floor, ceil, even, four-thirds"),
         (lambda w, h: mg.round_activations(w, "mxfp4", mx_rule="round"), "unknown mx_rule 'round'; known: floor, ceil, even, four-thirds"),
-        (lambda w, h: mg.Factor(h, order="up"), "unknown order 'up'; known: natural, activation"),
-        (lambda w, h: mg.quantize_layer(w, h, "awq"), "unknown recipe 'awq'; known: rtn, gptq, mr-gptq"),
-        (lambda w, h: mg.make_factor(h, "awq"), "unknown recipe 'awq'; known: rtn, gptq, mr-gptq"),
-        (lambda w, h: mg.Recipe.named("gptq", dialect="exl2"), "unknown dialect 'exl2'; known: compressed-tensors, fp_quant"),
-        (lambda w, h: mg.save("never", {}, dialect="exl2"), "unknown dialect 'exl2'; known: compressed-tensors, fp_quant"),
+        (lambda w, h: mg.Factor(h, order="up"), "unknown order 'up'; known: natural, activation, group$"),
+        (lambda w, h: mg.Factor(h, order="group"), 'group_size is None; the order "group" needs the number of columns in a group'),
+        (lambda w, h: mg.Factor(h, order="group", group_size=0), 'group_size is 0; the order "group" needs'),
+        (lambda w, h: mg.Factor(h, order="group", group_size=True), 'group_size is True; the order "group" needs'),
+        (lambda w, h: mg.Factor(h, order="group", group_size=16.0), r'group_size is 16\.0; the order "group" needs'),
+        (lambda w, h: mg.Factor(h, order="group", group_size=48), "hessian has 64 columns; groups of 48 do not divide them"),
+        (lambda w, h: mg.quantize_layer(w, h, "awq"), "unknown recipe 'awq'; known: rtn, gptq, mr-gptq, best, best-online$"),
+        (lambda w, h: mg.make_factor(h, "awq"), "unknown recipe 'awq'; known: rtn, gptq, mr-gptq, best, best-online$"),
+        (lambda w, h: mg.Recipe.named("gptq", dialect="exl2"), "unknown dialect 'exl2'; known: compressed-tensors, fp_quant, mrgptq$"),
+        (lambda w, h: mg.save("never", {}, dialect="exl2"), "unknown dialect 'exl2'; known: compressed-tensors, fp_quant, mrgptq$"),
         (lambda w, h: mg.Factor(h, damping=-1), "damping is -1; it must be a finite number from 0 on"),
         (lambda w, h: mg.Factor(h, damping=float("nan")), "damping is nan; it must be a finite number from 0 on"),
     ],
@@ -226,6 +266,9 @@ def test_threads(threads, w, h):
         lambda: mg.Hessian(COLS).update(w, threads=threads),
         lambda: mg.Hessian(COLS).merge(mg.Hessian(COLS), threads=threads),
         lambda: mg.make_factor(h, "gptq", threads=threads),
+        lambda: mg.quantize_layer(w, h, "best", threads=threads),
+        lambda: mg.shared_tensor_scale([w], mg.Recipe(), threads=threads),
+        lambda: mg.alternating_tensor_scale([w], threads=threads),
     ):
         with pytest.raises(ValueError, match=f"threads is {threads!r}; it must be None or an integer from 1 on"):
             call()
@@ -251,7 +294,8 @@ def test_tensor_scales_of_another_kind(w, h):
 def test_a_call_that_goes_through_changes_nothing_either(w, h):
     before = w.tobytes(), h.tobytes()
     w.flags.writeable = h.flags.writeable = False
-    for recipe in ("rtn", "gptq", "mr-gptq"):
+    for recipe in ("rtn", "gptq", "mr-gptq", "best", "best-online"):
         mg.quantize_layer(w, h, recipe, format="mxfp4")
+    mg.quantize_layer(w, h, CROSSED, cross=h), mg.alternating_tensor_scale([w, w]), mg.quantize_layer(w, h, mg.Recipe(tensor_scale="alternating", scales="hessian_block"))
     mg.Hadamard(16).apply(w), mg.Hadamard(16).apply_hessian(h), mg.round_activations(w, "nvfp4"), mg.make_factor(h, "mr-gptq")
     assert (w.tobytes(), h.tobytes()) == before

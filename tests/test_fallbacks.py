@@ -67,7 +67,7 @@ def test_damping_rises_tenfold_until_the_smallest_eigenvalue_is_lifted(lowest, a
     assert q.report.damping_asked == asked
     if used is None:
         assert q.report.method == "rounding" and q.report.damping == pytest.approx(rungs[-1], rel=1e-12)
-        assert q.report.fallback == f"rounded plainly: the Hessian could not be factorised, not even with damping {rungs[-1]:g}"
+        assert q.report.fallback == f"rounded plainly, scales by absmax: the Hessian could not be factorised, not even with damping {rungs[-1]:g}"
         assert np.array_equal(q.codes, rounded_codes(w, "nvfp4", rotation))
     else:
         assert (q.report.method, q.report.fallback) == ("gptq", None)
@@ -97,16 +97,85 @@ def test_a_zero_hessian_is_legal_and_rounds_plainly(source, rotation, damping):
     h = {"array": np.zeros((64, 64)), "Hessian": mg.Hessian(64), "integers": np.zeros((64, 64), dtype=int)}[source]
     q = mg.quantize_layer(w, h, mg.Recipe("mxfp4", rotation=rotation, damping=damping, scales="absmax"))
     assert np.array_equal(q.codes, rounded_codes(w, "mxfp4", rotation))
+    searched = mg.quantize_layer(w, h, mg.Recipe("mxfp4", rotation=rotation, damping=damping, scales="gptq", order="group", rounds=3))
+    nearest = mg.quantize_layer(w, None, mg.Recipe("mxfp4", rotation=rotation, scales="mse", solver="rtn"))  # every column weighs alike
+    assert np.array_equal(searched.codes, nearest.codes) and np.array_equal(searched.scales, nearest.scales)
     assert (q.report.dead_columns, q.report.relative_error, q.report.damping, q.report.fallback) == (64, None, damping, None)
     assert q.report.weight_error > 0
     assert q.report.tokens == (0 if source == "Hessian" else None)
 
 
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("scales", "instead"), [("gptq", "mse"), ("mse", "mse"), ("fpquant_mse", "fpquant_mse"), ("absmax", "absmax"), ("hessian", "hessian"), ("hessian_block", "hessian_block")])
+def test_plain_rounding_says_which_scales_it_used(scales, instead, format, rotation):
+    """Where no factor can be had there is no GPTQ to choose scales in, nor a loss to refine: their counterpart without a Hessian is mse. A rule that weighs errors still has its weights."""
+    rotation = None if (format, rotation) == ("mxfp4", 16) else rotation
+    w, h = weight(8), with_lowest_eigenvalue(-5)
+    recipe = mg.Recipe(format, rotation=rotation, scales=scales, order="group", rounds=2)
+    q = mg.quantize_layer(w, h, recipe)
+    assert (q.report.method, q.report.rounds, q.report.damped_errors) == ("rounding", 0, ())
+    assert q.report.fallback == f"rounded plainly, scales by {instead}: the Hessian could not be factorised, not even with damping 1"
+    plain = mg.quantize_layer(w, h, mg.Recipe(format, rotation=rotation, scales=instead, solver="rtn"))
+    assert np.array_equal(q.codes, plain.codes) and np.array_equal(q.scales, plain.scales) and q.tensor_scale == plain.tensor_scale
+    assert q.report.scale_offsets == plain.report.scale_offsets and plain.report.fallback is None
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_target_is_not_moved_where_there_is_no_factor(format):
+    w, h = weight(9), with_lowest_eigenvalue(-5)
+    recipe = mg.Recipe(format, scales="absmax", cross=1.0)
+    q = mg.quantize_layer(w, h, recipe, cross=2 * np.eye(64))
+    assert q.report.fallback and q.report.cross == 0 and np.array_equal(q.codes, rounded_codes(w, format))
+
+
 # ---- Dead columns
 
 
+@pytest.mark.parametrize("asked", [0.0, 0.001, 0.01, 0.02, 0.05])
+@pytest.mark.parametrize("raised", [False, True])
+def test_a_dead_column_weighs_the_damping_asked_but_a_hundredth_at_least(asked, raised):
+    """The damped loss of a layer whose live columns cost nothing is that of its dead one: (w - q)² times the weight. A damping that had to be raised for the live ones does not count."""
+    w, h = weight(10), np.zeros((64, 64))
+    h[:48, :48] = with_lowest_eigenvalue(-asked - 0.005 if raised else 1.0, 48)
+    w[:, :48] = np.sign(w[:, :48])  # codes 6 and -6 of an absmax scale, without an error
+    w[:, 48:] = np.clip(w[:, 48:], -1, 1)
+    w[:, 48] = 1
+    mean = h.diagonal()[:48].mean()
+    q = mg.quantize_layer(w, h, mg.Recipe("nvfp4", scales="absmax", damping=asked), tensor_scale=6.0)
+    assert q.report.dead_columns == 16 and q.report.method == "gptq"
+    assert (q.report.damping > asked) == raised
+    dead_weight, damping = max(asked, 0.01) * mean, q.report.damping * mean
+    live = reference.loss(w[:, :48], h[:48, :48] + damping * np.eye(48))
+    error = np.square(w.astype(np.float64) - q.dequantize()).sum(0)
+    assert not error[:48].any() and error[48:].sum() > 0
+    # Sums of 20 * 64² float64 terms.
+    assert q.report.damped_errors == pytest.approx((dead_weight * error.sum() / (live + dead_weight * np.square(w[:, 48:].astype(np.float64)).sum()),), rel=1e-11)
+    assert reference.damped(h, q.report.damping, asked)[63, 63] == pytest.approx(dead_weight, rel=1e-15)
+
+
+@pytest.mark.parametrize("raised", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_searched_scales_and_refinement_weigh_dead_columns_as_the_reference_does(format, raised):
+    """Where a group holds live and dead columns its scale depends on what the dead ones weigh."""
+    w, x = weight(11, rows=70), inputs(300)
+    dead = [0, 5, 6, 7, 8, 31, 40, 41, 42, 63]
+    x[:, dead] = 0
+    h = second_moment(x)
+    if raised:
+        h -= 1.2 * np.linalg.eigvalsh(h[np.ix_(np.setdiff1d(np.arange(64), dead), np.setdiff1d(np.arange(64), dead))])[0] * np.diag((h.diagonal() != 0).astype(float))
+    damping = 0.02
+    for rounds in (0, 2):
+        q = mg.quantize_layer(w, h, mg.Recipe(format, scales="gptq", order="group", rounds=rounds, damping=damping))
+        codes, scales, _, _, used = reference.quantize_layer(w, h, format, None, "gptq", order="group", damping=damping, rounds=rounds)
+        assert np.array_equal(q.scales, scales) and np.array_equal(mg.unpack(q.codes), codes)
+        assert q.report.damping == used and (used > damping) == raised and q.report.dead_columns == 10
+    other = reference.quantize_layer(w, h + np.diag((h.diagonal() == 0) * 100.0), format, None, "gptq", order="group", damping=damping)
+    assert not np.array_equal(other[1], reference.quantize_layer(w, h, format, None, "gptq", order="group", damping=damping)[1])  # the weight does count
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.01])
-@pytest.mark.parametrize("order", ["natural", "activation"])
+@pytest.mark.parametrize("order", ["natural", "activation", "group"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_dead_columns_are_rounded_plainly_and_the_others_do_not_feel_them(format, order, damping):
     """A column that no input reaches costs nothing and gets nothing: its codes are rounding's. What the live ones do equals GPTQ on a layer without it, the scales being given."""
@@ -119,7 +188,12 @@ def test_dead_columns_are_rounded_plainly_and_the_others_do_not_feel_them(format
     assert q.report.dead_columns == 6 and q.report.damping == damping
     assert np.array_equal(codes[:, dead], mg.unpack(rounded_codes(w, format))[:, dead])
     live = np.setdiff1d(np.arange(64), dead)
-    alone = reference.gptq_textbook(w[:, live], h[np.ix_(live, live)], steps[:, live], order, damping)
+    if order == "group":  # groups without their dead columns are none any more; the order among the live ones is what the core says it is
+        visit = [c for c in mg.make_factor(h, q.recipe).order if c not in dead]
+        place = np.argsort(visit)
+        alone = reference.gptq_textbook(w[:, visit], h[np.ix_(visit, visit)], steps[:, visit], "natural", damping)[:, place]
+    else:
+        alone = reference.gptq_textbook(w[:, live], h[np.ix_(live, live)], steps[:, live], order, damping)
     assert np.array_equal(codes[:, live], alone)
     assert np.isfinite(q.report.relative_error)
 
@@ -171,6 +245,6 @@ def test_off_diagonal_entries_of_a_dead_column_are_cut_out():
     h[9], h[:, 9] = 0, 0
     odd = h.copy()
     odd[9, 3] = odd[3, 9] = 0.5
-    for order in ("natural", "activation"):
-        a, b = (mg.quantize_layer(w, m, mg.Recipe(order=order)) for m in (h, odd))
+    for recipe in (mg.Recipe(order="natural"), mg.Recipe(order="activation"), mg.Recipe.named("best")):
+        a, b = (mg.quantize_layer(w, m, recipe) for m in (h, odd))
         assert np.array_equal(a.codes, b.codes) and a.report.dead_columns == b.report.dead_columns == 1

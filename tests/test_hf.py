@@ -85,6 +85,12 @@ def quantise(model, inputs, recipe, noted=None, **options):
     return matrices if noted is None else (matrices, dict(zip(names, noted, strict=True)))
 
 
+def assert_is_cross_moment(cross, x, seen):
+    """X^T X̃ / tokens. Calibration multiplies a batch in float32, 8 windows of 24 tokens: gamma = 192 u / (1 - 192 u), u = 2^-24, of the sum of magnitudes, and sums batches in float64."""
+    x, seen = x.double().numpy(), seen.double().numpy()
+    assert np.all(np.abs(cross - x.T @ seen / len(x)) <= 1.2e-5 * (np.abs(x).T @ np.abs(seen)) / len(x) + 1e-300)
+
+
 def assert_is_second_moment(hessian, x):
     """X^T X / tokens. Ours sums panels of 256 products in float32: each entry is off by at most gamma = 256 u / (1 - 256 u), u = 2^-24, of the sum of magnitudes."""
     x = x.double().numpy()
@@ -121,6 +127,60 @@ def test_each_block_is_calibrated_on_what_the_quantised_blocks_before_it_give(na
             assert len(x) == 11 * SEQUENCE == matrices[layer].report.tokens
             assert_is_second_moment(hessians[layer], x)
         put(independent, matrices, names_in(block))
+
+
+@pytest.fixture
+def crossed(monkeypatch):
+    """The cross moments that calibration hands to quantize_layer, in order; None where it hands none."""
+    seen = []
+    calibration = importlib.import_module("mrgptq.hf.calibrate")
+    original = calibration.quantize_layer
+
+    def spy(weight, hessian, recipe, **options):
+        seen.append(options.get("cross"))
+        return original(weight, hessian, recipe, **options)
+
+    monkeypatch.setattr(calibration, "quantize_layer", spy)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "format", "rotation", "activations"), [("Llama", "nvfp4", None, None), ("Gemma2", "mxfp4", 32, None), ("Qwen3", "nvfp4", 16, "nvfp4"), ("Qwen3", "mxfp4", None, "mxfp4")])
+def test_the_cross_moment_sets_the_original_models_inputs_against_those_of_the_quantised_one(name, format, rotation, activations, noted, crossed):
+    """X by a pass through the untouched model; X̃ by one through a model that holds the dequantised weights of the blocks before and, at W4A4, rounds as calibration does, noted before rounding.
+    In the first block of W4A16 they are the same. 11 windows: two batches, and the cross moment is in the original basis."""
+    inputs = random_tokens(11)
+    recipe = mg.Recipe(format, rotation=rotation, scales="gptq", order="group", rounds=1, cross=0.5, activations=activations)
+    matrices, hessians = quantise(decoder(name), inputs, recipe, noted)
+    crosses = dict(zip(matrices, crossed, strict=True))
+    turn = mg.Hadamard(rotation) if rotation else mg.Identity()
+    original = Captured(decoder(name), list(matrices), inputs)
+    apart = 0
+    for block in range(3):
+        independent = decoder(name)
+        for before in range(block):
+            put(independent, matrices, names_in(before), hooks=activations is not None)
+        if activations:
+            for layer in names_in(block):
+                round_inputs(independent.get_submodule(layer), format, turn)
+        for layer, seen in Captured(independent, names_in(block), inputs).items():
+            assert_is_second_moment(hessians[layer], seen)
+            assert_is_cross_moment(crosses[layer], original[layer], seen)
+            assert matrices[layer].report.cross == 0.5
+            apart += np.abs(crosses[layer] - crosses[layer].T).max() > 1e-3 * np.abs(crosses[layer]).max()  # what tells X^T X̃ from X̃^T X
+    assert apart >= 10
+
+
+def test_without_cross_no_second_pass_is_made_and_nothing_changes(noted, crossed, monkeypatch):
+    """The original block is copied for cross alone; where it is 0 the codes are those of each layer alone, under the Hessian noted."""
+    model, inputs = decoder("Llama"), random_tokens(3)
+    monkeypatch.setattr(type(model.model.layers[0]), "__deepcopy__", lambda *_: pytest.fail("a block was copied"), raising=False)
+    weights = {name: model.get_submodule(name).weight.detach().numpy().copy() for name in names_in(0)}
+    matrices, hessians = quantise(model, inputs, mg.Recipe("mxfp4", scales="gptq", order="group", rounds=1), noted)
+    assert crossed == [None] * 21
+    for name, weight in weights.items():
+        alone = mg.quantize_layer(weight, hessians[name], matrices[name].recipe)
+        assert np.array_equal(matrices[name].codes, alone.codes) and np.array_equal(matrices[name].scales, alone.scales)
+        assert matrices[name].report.cross == 0.0
 
 
 @pytest.mark.parametrize(("format", "rotation"), [("nvfp4", None), ("nvfp4", 16), ("mxfp4", 32)])

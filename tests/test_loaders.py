@@ -24,19 +24,23 @@ SCHEMES = [(format, activations, rotation) for format, k in (("nvfp4", 16), ("mx
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, leaf_folder, calibration_text):
-    """A function that gives the folder of leaf quantised by MR-GPTQ under 2048 tokens, so with real calibrated input scales; made once. In shards: read and saved anew."""
+    """A function that gives the folder of leaf quantised by MR-GPTQ, or another recipe as it stands, under 2048 tokens, so with real calibrated input scales; made once. In shards: read and
+    saved anew."""
     folder, made = tmp_path_factory.mktemp("exported"), {}
 
-    def export(format, activations, rotation, shard_bytes=None):
-        key = (format, activations, rotation, shard_bytes)
+    def export(format, activations, rotation, shard_bytes=None, name="mr-gptq"):
+        key = (format, activations, rotation, shard_bytes, name)
         if key in made:
             pass
         elif shard_bytes:
-            whole = export(format, activations, rotation)
+            whole = export(format, activations, rotation, name=name)
             made[key] = folder / "-".join(map(str, key))
             mg.save(made[key], mg.load(whole), config=json.loads((whole / "config.json").read_text()), max_shard_bytes=shard_bytes)
         else:
-            recipe = with_rotation(mg.Recipe.named("mr-gptq", format, activations=activations), rotation or 0)
+            recipe = mg.Recipe.named(name, format, activations=activations)
+            if name == "mr-gptq":
+                recipe = with_rotation(recipe, rotation or 0)
+            assert recipe.rotation == rotation
             plan = make_plan(leaf_folder, folder / "-".join(map(str, key)), recipe, tokens=2048, sequence=256)
             quantize_checkpoint(plan, calibration_text)
             made[key] = plan.out
@@ -104,6 +108,19 @@ def test_transformers_computes_what_a_dense_model_of_our_values_does(format, act
     assert (len(list(folder.glob("*.safetensors"))) > 2) == bool(shard_bytes)
     model = run_card(folder) if rotation else AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(model, tokens), logits(dense(leaf_folder, folder), tokens))
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 300_000], ids=["one file", "shards"])
+@pytest.mark.parametrize(("format", "activations"), [(format, activations) for format, activations, rotation in SCHEMES if rotation is None])
+def test_the_recipe_best_is_loaded_by_from_pretrained_alone(format, activations, shard_bytes, exported, leaf_folder, tokens):
+    """Scales chosen inside GPTQ and refined are bytes like any others: without a rotation there is nothing that a loader must do for them."""
+    folder = exported(format, activations, None, shard_bytes, "best")
+    answers = logits(AutoModelForCausalLM.from_pretrained(folder), tokens)
+    assert torch.equal(answers, logits(dense(leaf_folder, folder), tokens))
+    assert not torch.equal(answers, logits(AutoModelForCausalLM.from_pretrained(exported(format, activations, None)), tokens))  # these are not mr-gptq's
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors" and not config["transform_config"]
+    assert not any(name.endswith("v_input.weight") for path in folder.glob("*.safetensors") for name in safetensors.torch.load_file(path))
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])

@@ -7,7 +7,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import fake_quantize
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
-from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx
+from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMode, to_mx
 
 import mrgptq as mg
 
@@ -118,16 +118,16 @@ def test_bytes_are_those_of_torchao(rule, matrices):
         assert np.array_equal(ours, theirs)
 
 
-def assert_rounds_like_compressed_tensors(x, format, global_scale):
+def assert_rounds_like_compressed_tensors(x, format, global_scale, rule="absmax"):
     """x: a float32 or bfloat16 tensor of any rank."""
     arguments = preset_name_to_scheme(format.upper(), ["Linear"]).input_activations
     scales, zero_points = compute_dynamic_scales_and_zp(x, arguments, None, global_scale=global_scale)
     expected = fake_quantize(x, scales, zero_points, arguments, global_scale=global_scale)
     assert expected.dtype == x.dtype
     if x.dtype == torch.bfloat16:
-        rounded = mg.round_activations(x.view(torch.int16).numpy().view(np.uint16), format, dtype="bfloat16", tensor_scale=divisor(global_scale))
+        rounded = mg.round_activations(x.view(torch.int16).numpy().view(np.uint16), format, rule=rule, dtype="bfloat16", tensor_scale=divisor(global_scale))
     else:
-        rounded = mg.round_activations(x.numpy(), format, tensor_scale=divisor(global_scale))
+        rounded = mg.round_activations(x.numpy(), format, rule=rule, tensor_scale=divisor(global_scale))
     assert torch.equal(torch.from_numpy(rounded).to(x.dtype), expected)  # -0 equals 0
 
 
@@ -156,3 +156,29 @@ def test_the_bfloat16_rule_is_another_than_the_float32_rule():
     differing = (mg.round_activations(bits, "nvfp4", dtype="bfloat16") != mg.round_activations(wide, "nvfp4")).reshape(-1, 16).any(axis=1)
     assert 0.001 < differing.mean() < 0.1
     assert np.array_equal(mg.round_activations(bits, "mxfp4", dtype="bfloat16"), mg.round_activations(wide, "mxfp4"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_by_even_round_like_compressed_tensors_and_by_others_do_not(dtype, leaf):
+    x = torch.from_numpy(leaf.inputs["layers.3.mlp.down_proj"][:512].copy()).to(DTYPES[dtype])
+    assert_rounds_like_compressed_tensors(x, "mxfp4", None, rule="even")
+    for rule in ("floor", "ceil", "mse", "quest"):
+        with pytest.raises(AssertionError):
+            assert_rounds_like_compressed_tensors(x, "mxfp4", None, rule=rule)
+    for rule in ("mse", "four_over_six"):
+        with pytest.raises(AssertionError):
+            assert_rounds_like_compressed_tensors(x, "nvfp4", generate_gparam(x.min(), x.max()), rule=rule)
+
+
+@pytest.mark.parametrize("rule", TORCHAO_MODES)
+@pytest.mark.parametrize("name", ["leaf", "ties", "edges"])
+def test_activations_round_like_torchao(rule, name, leaf):
+    x = leaf.inputs["layers.2.mlp.down_proj"][:512].copy() if name == "leaf" else ties() if name == "ties" else edges_of_mx_rules()
+    theirs = MXTensor.to_mx(torch.from_numpy(x), torch.float4_e2m1fn_x2, 32, TORCHAO_MODES[rule]).dequantize(torch.float32).numpy()
+    ours = mg.round_activations(x, "mxfp4", rule=rule)
+    decided = np.ones((len(x), x.shape[1] // 32), dtype=bool)
+    if rule == "ceil":  # as above: torchao's logarithm loses a little excess
+        mantissa = 2 * np.frexp(np.abs(x).reshape(*decided.shape, 32).max(-1))[0]
+        decided = ~((mantissa > 1.5) & (mantissa < 1.5 * (1 + 2.0**-16)))
+        assert decided.mean() > 0.8
+    assert np.array_equal(ours.reshape(*decided.shape, 32)[decided], theirs.reshape(*decided.shape, 32)[decided])

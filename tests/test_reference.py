@@ -221,3 +221,76 @@ def test_rotation_is_the_product_with_scipys_hadamard_matrix(k):
     rotated = reference.rotate_hessian(h, k)
     assert np.array_equal(rotated, rotated.T)
     assert (np.abs(rotated - t.T @ h @ t) <= (2 * np.log2(k) + 520) * 2.0**-53 * (np.abs(t.T) @ np.abs(h) @ np.abs(t))).all()  # 512: NumPy's own two products
+
+
+# ---- Searches over storable scales
+
+
+def test_group_losses_are_the_quadratic_forms_they_are_named_after():
+    rng = np.random.default_rng(40)
+    errors = rng.standard_normal((5, 6, 16))
+    x = rng.standard_normal((300, 96)) @ rng.standard_normal((96, 96))
+    h = x.T @ x
+    for r in range(5):
+        for g in range(6):
+            e, block = errors[r, g], h[16 * g : 16 * g + 16, 16 * g : 16 * g + 16]
+            wide = {"mse": e @ e, "hessian": e @ np.diag(block.diagonal()) @ e, "hessian_block": e @ block @ e}
+            for search, expected in wide.items():
+                # 256 products of three factors, each sum and product rounded once; relative to the sum of magnitudes
+                bound = 600 * 2.0**-53 * float(np.abs(e) @ np.abs(block if search != "mse" else np.eye(16)) @ np.abs(e))
+                assert abs(reference.group_losses(errors, search, h)[r, g] - expected) <= bound
+
+
+def test_rounding_errors_are_those_of_the_values_that_are_read_back():
+    rng = np.random.default_rng(41)
+    w = rng.standard_t(3, (8, 96)).astype(np.float32)
+    for format, size in FORMATS.items():
+        codes, scales, g = reference.quantize(w, format)
+        errors = reference.rounding_errors(w.reshape(8, -1, size), scales, format, g).reshape(w.shape)
+        steps = scales.view({"nvfp4": ml_dtypes.float8_e4m3fn, "mxfp4": ml_dtypes.float8_e8m0fnu}[format]).astype(np.float32) / g
+        steps = np.repeat(steps, size, axis=1)
+        assert np.array_equal(errors, w.astype(np.float64) - steps * (w / steps).astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
+
+
+def test_moved_scales_stop_where_a_step_vanishes_or_overflows():
+    for format, g in (("nvfp4", 1.0), ("mxfp4", 1.0), ("mxfp4", 3.0)):
+        every = np.arange(1 if format == "nvfp4" else 0, 127 if format == "nvfp4" else 254 if g == 3 else 253)
+        for offset in (-300, -8, -1, 0, 1, 7, 300):
+            moved = reference.moved_scale(every, offset, format, g)
+            steps = reference.steps_of(moved, format, g)
+            assert (steps > 0).all() and np.isfinite(np.float32(6) * steps).all()
+            free = (every + offset >= every[0]) & (every + offset <= every[-1])
+            assert np.array_equal(moved[free], (every + offset)[free])
+            assert (moved[~free] == (every[0] if offset < 0 else every[-1])).all()
+    with np.errstate(over="ignore"):  # the last one allowed is the last one possible
+        assert not np.isfinite(np.float32(6) * reference.steps_of(253, "mxfp4", 1.0)) and not np.isfinite(np.float32(6) * reference.steps_of(254, "mxfp4", 3.0))
+
+
+def test_quest_takes_numpys_standard_deviation():
+    rng = np.random.default_rng(42)
+    groups = (rng.standard_normal((300, 32)) + rng.normal(0, 2, (300, 1))) * np.exp2(rng.uniform(-60, 60, (300, 1)))
+    exponent = np.log2(groups.astype(np.float32).astype(np.float64).std(-1) * (2.92247856 / 6))
+    clear = np.abs(exponent - np.rint(exponent)) > 1e-9  # sums of 32 in another order, 1e-14, and the logarithm
+    assert clear.mean() > 0.99
+    assert np.array_equal(reference.quest_scale(groups.astype(np.float32))[clear], np.floor(exponent[clear]) + 127)
+
+
+def test_the_alternating_divisor_falls_by_least_squares_until_nothing_is_gained():
+    """Step by step with numpy's least squares in the place of the formula: every divisor that is accepted loses less than the one before."""
+    rng = np.random.default_rng(43)
+    weights = [rng.standard_t(5, (rows, 64)).astype(np.float32) for rows in (8, 12)]
+    flat = np.concatenate([w.reshape(-1) for w in weights]).astype(np.float64)
+
+    def values(g):
+        return np.concatenate([reference.dequantize(*reference.quantize(w, "nvfp4", "mse", g=g)[:2], "nvfp4", g).reshape(-1) for w in weights]).astype(np.float64)
+
+    g = min(np.float32(2688) / np.abs(w).max() for w in weights)
+    steps = 0
+    while True:
+        following = np.float32(float(g) / np.linalg.lstsq(values(g)[:, None], flat, rcond=None)[0][0])
+        if np.square(flat - values(following)).sum() >= np.square(flat - values(g)).sum():
+            break
+        g, steps = following, steps + 1
+    assert steps > 0
+    assert abs(float(reference.alternating_tensor_scale(weights)) / float(g) - 1) <= 2.0**-23  # a sum in another order may push it over one border of float32
+    assert reference.alternating_tensor_scale([np.zeros((2, 16), dtype=np.float32)]) == 1

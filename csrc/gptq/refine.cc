@@ -118,6 +118,7 @@ double refine_tile(RowTile<Real>& tile, const Factor& factor, const Columns<Real
             Lane<std::uint8_t> best_scales = tile.scales.col(group).array();
             best.delta.setZero();  // what standing still changes
             best.change.setZero();
+            best.value = old;
             for (Index j = 0; j < size; ++j) best.rounded.col(j) = static_cast<Real>(0.5) * tile.halves.col(first + j).template cast<Real>();
             for (int offset = -1; offset <= 1; ++offset) {
                 Lane<std::uint8_t> scales;
@@ -127,8 +128,11 @@ double refine_tile(RowTile<Real>& tile, const Factor& factor, const Columns<Real
                     steps[r] = group_step<Format>(scales[r], tensor_scale);
                 }
                 try_steps<Format, Real>(steps, target, old, slope, factors, first, candidate);
+                // Equal values under another scale tie, whatever rounding made of them on the way.
+                Lane<Real> apart = Lane<Real>::Zero();
+                for (Index j = 0; j < size; ++j) apart += (candidate.value.col(j) - best.value.col(j)).array().abs();
                 Lane<Real> better;  // a mask in Real keeps the selects below in one vector width
-                for (Index r = 0; r < lanes; ++r) better[r] = candidate.delta[r] < best.delta[r];
+                for (Index r = 0; r < lanes; ++r) better[r] = candidate.delta[r] < best.delta[r] && apart[r] > 0;
                 if (!(better > 0).any()) continue;
                 for (Index r = 0; r < lanes; ++r) {
                     best_scales[r] = better[r] > 0 ? scales[r] : best_scales[r];
@@ -138,6 +142,7 @@ double refine_tile(RowTile<Real>& tile, const Factor& factor, const Columns<Real
                     for (Index r = 0; r < lanes; ++r) {
                         best.change(r, j) = better[r] > 0 ? candidate.change(r, j) : best.change(r, j);
                         best.rounded(r, j) = better[r] > 0 ? candidate.rounded(r, j) : best.rounded(r, j);
+                        best.value(r, j) = better[r] > 0 ? candidate.value(r, j) : best.value(r, j);
                     }
             }
             if (!(best.delta < 0).any()) continue;

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--targets", metavar="REGEX", default=DEFAULT_TARGETS, help="modules to quantise (default: linear layers inside numbered blocks, without routers)")
     quantize.add_argument("--ignore", metavar="REGEX", default=DEFAULT_IGNORE, help=f"modules to leave as they are (default: {DEFAULT_IGNORE})")
     quantize.add_argument("--rotation", metavar="N", type=int, help="block size of the Hadamard rotation, 0 for none (default: the recipe's)")
+    quantize.add_argument("--cross", metavar="X", type=float, help="how far targets make up for the layers before, 0 … 1, by a second pass through the original model; 0 saves that pass (default: the recipe's)")
     quantize.add_argument("--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size a file of the checkpoint may reach (default: 5e9)")
     quantize.add_argument("--dry-run", action="store_true", help="print the plan, sizes and expected memory, then stop")
     _add_common(quantize)
@@ -146,7 +148,8 @@ def _read_text(path: Path) -> str:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     activations = None if args.activations == "none" else args.activations
-    return with_rotation(Recipe.named(args.recipe, args.format, _dialect(args), activations), args.rotation)
+    recipe = with_rotation(Recipe.named(args.recipe, args.format, _dialect(args), activations), args.rotation)
+    return recipe if args.cross is None else replace(recipe, cross=args.cross)
 
 
 def _dialect(args: argparse.Namespace) -> str:

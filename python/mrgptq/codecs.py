@@ -25,6 +25,8 @@ def resolve_scales(format: str, scales: str | None, mx_rule: str, *, more: tuple
     block_format(format)
     known = SCALE_SEARCHES[format] + more + (MX_RULES if format == "mxfp4" else ())
     scales = "absmax" if scales is None else choose(f"{name} for {format}", scales, known)
+    if scales == "quest" and mx_rule == "four-thirds":
+        raise ValueError(f'{name} is "quest", which makes powers of two; mx_rule is "four-thirds": take another')
     return ("absmax", scales) if scales in MX_RULES else (scales, mx_rule)
 
 
@@ -51,6 +53,11 @@ def tensor_scale_for(format: str, x: NDArray[np.float32], mx_rule: str = "even",
             raise ValueError(f"tensor_scale is {tensor_scale!r}; 6 * 448 / tensor_scale, the largest value it could stand for, overflows float32")
         return divisor
     return nvfp4_tensor_scale(_core.amax(x, as_threads(threads)))
+
+
+def absmax_tensor_scale(matrices: Sequence[NDArray[np.float32]], *, threads: int | None = None) -> float:
+    """2688 / amax over all of some (rows, cols) float32 matrices, so that a zero matrix among them has no say."""
+    return nvfp4_tensor_scale(max(_core.amax(matrix, as_threads(threads)) for matrix in matrices))
 
 
 def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", *, iterations: int = 20, threads: int | None = None) -> float:
@@ -84,7 +91,7 @@ def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", 
             square += float(np.square(value).sum())
         return error, float(np.float32(divisor * square / dot)) if dot > 0 else divisor
 
-    divisor = min(tensor_scale_for("nvfp4", matrix, threads=threads) for matrix in matrices)
+    divisor = absmax_tensor_scale(matrices, threads=threads)
     error, following = fit(divisor)
     for _ in range(iterations):
         next_error, after = fit(following)
@@ -132,9 +139,10 @@ def quantize(
         - None or "absmax": s = e4m3(a / 6 * tensor_scale) (NVFP4; everyone), or what ``mx_rule`` makes of a (MXFP4).
         - "fpquant_mse": a shrunk by the factor among 1 … 0.208 that leaves the least sum of |error|^2.4, then as absmax (FP-Quant's ``--w_observer mse``).
         - "mse": of the storable scales around absmax (E4M3: 8 steps down to 7 up; powers of two: two either way) the one with the least sum of error², the smaller on a tie
-          (ours; ScaleSweep and ModelOpt sweep likewise).
+          (ours; ScaleSweep and ModelOpt sweep likewise). Where NVFP4's absmax would vanish the search begins at the smallest scale there is.
         - "four_over_six" (NVFP4): the better by error² of s for a / 6 and for a / 4, where the grid is finer (arXiv 2512.02010).
-        - "quest" (MXFP4): 2^floor(log2(σ * 2.92247856 / 6)) with σ the group's standard deviation; clips, and the result has a ``clip_mask`` (Quartet, QuTLASS).
+        - "quest" (MXFP4): 2^floor(log2(σ * 2.92247856 / 6)) with σ the group's standard deviation; clips, and the result has a ``clip_mask`` (Quartet; QuTLASS, which adds 1e-8 to
+          the sixth: the same but for σ near 1e-8). σ 0 stores the smallest scale.
         - "floor", "ceil", "even", "four-thirds" (MXFP4): absmax by that rule.
     mx_rule : how MXFP4 rounds to a power of two. "floor" (OCP) may clip: 7.0 comes back as 6.0; "ceil" never clips; "even" is floor but one step up when the
         mantissa is at least 1.75, as compressed-tensors does; "four-thirds" is (4/3) 2^e, which only the fp_quant dialect stores. NVFP4 ignores it.
@@ -209,7 +217,7 @@ def round_activations(
 
     Parameters
     ----------
-    x : (..., cols) array, finite, dtypes as in :func:`quantize`. Of a bfloat16 ``x`` amax / 6 is rounded to bfloat16 before it becomes an NVFP4 scale: compressed-tensors
+    x : (..., cols) array, finite, dtypes as in :func:`quantize`. Of a bfloat16 ``x`` the rule "absmax" rounds amax / 6 to bfloat16 before it becomes an NVFP4 scale: compressed-tensors
         divides in the input's own dtype, and up to 2.4 % of the scales differ from the float32 rule's.
     rule : a scale rule of :func:`quantize`; "absmax" is what stock kernels do, "mse" costs a search a group and loses less.
     tensor_scale : the NVFP4 divisor, calibrated in checkpoints; None takes 2688 / amax(x).

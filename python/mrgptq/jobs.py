@@ -134,13 +134,13 @@ def make_plan(
     bytes_in = sum(reader.nbytes(name) for name in reader.names)
     kept = bytes_in - sum(reader.nbytes(f"{name}.weight") for name in shapes)
     bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
-    memory = _expected_memory(reader, shapes, min(bytes_out, max_shard_bytes), tokens, sequence)
+    memory = _expected_memory(reader, shapes, min(bytes_out, max_shard_bytes), tokens, sequence, twice=recipe.cross > 0)
     return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory)
 
 
-def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int, sequence: int) -> int:
+def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int, sequence: int, *, twice: bool) -> int:
     """Peak bytes: the shard under way, a layer's working copies, and with calibration the float32 model, the tokens' hidden states, one batch inside a block, and
-    one block's Hessians with what the factor takes."""
+    one block's Hessians with what the factor takes; ``twice``: the original's hidden states, block and cross moments beside them."""
     widest = max(cols for _, cols in shapes.values())
     layer = max(rows * cols for rows, cols in shapes.values()) * 4 * 4
     if not tokens:
@@ -152,9 +152,22 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
     batch = min(tokens, _BATCH_WINDOWS * sequence) * (6 * hidden_size + 4 * widest) * 4
     blocks: dict[str, int] = {}
     for group in fused_groups(shapes):
-        key = group[0].split(".layers.")[-1].split(".")[0]
+        key = _block_of(group[0])
         blocks[key] = blocks.get(key, 0) + shapes[group[0]][1] ** 2 * 8
-    return shard_bytes + layer + parameters + hidden + batch + max(blocks.values()) + widest**2 * 8 * 5
+    original = hidden + max(blocks.values()) + max(_block_bytes(shapes).values()) if twice else 0
+    return shard_bytes + layer + parameters + hidden + batch + max(blocks.values()) + widest**2 * 8 * 5 + original
+
+
+def _block_bytes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """float32 bytes of each decoder block's linear layers."""
+    sizes: dict[str, int] = {}
+    for name, (rows, cols) in shapes.items():
+        sizes[_block_of(name)] = sizes.get(_block_of(name), 0) + rows * cols * 4
+    return sizes
+
+
+def _block_of(name: str) -> str:
+    return name.split(".layers.")[-1].split(".")[0]
 
 
 def quantize_checkpoint(

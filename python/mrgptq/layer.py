@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_symmetric, as_threads
-from .codecs import HESSIAN_SEARCHES, alternating_tensor_scale, check_groups, scale_offsets, scales_name, tensor_scale_for, weight_error
+from .codecs import HESSIAN_SEARCHES, absmax_tensor_scale, alternating_tensor_scale, check_groups, scale_offsets, scales_name, tensor_scale_for, weight_error
 from .formats import SCALE_SEARCHES, block_format
 from .gptq import Factor, Hessian, relative_error
 from .recipe import Recipe, as_recipe
@@ -31,7 +31,7 @@ def shared_tensor_scale(weights: Sequence[ArrayLike], recipe: Recipe, *, threads
     if recipe.tensor_scale == "alternating":
         search = recipe.resolved_scales[0]
         return alternating_tensor_scale(rotated, search if search in SCALE_SEARCHES["nvfp4"] else "mse", threads=threads)
-    return min(tensor_scale_for("nvfp4", weight, threads=threads) for weight in rotated)
+    return absmax_tensor_scale(rotated, threads=threads)
 
 
 def _group_size(recipe: Recipe) -> int | None:
@@ -131,8 +131,10 @@ def quantize_layer(
         raise ValueError(f'hessian is None; the scales "{search}" weigh errors by it')
     # Where no factor could be had there is no GPTQ to choose scales in; their plain counterpart is mse.
     first = search if search != "gptq" else "absmax" if usable else "mse"
-    scales = _core.find_scales(recipe.format, first, rule, target, divisor, second_moment if search in HESSIAN_SEARCHES else None, as_threads(threads))
-    method, fallback, losses = "rounding", None, []
+    weights = _with_dead_columns(second_moment, recipe.damping) if search in HESSIAN_SEARCHES and second_moment is not None else None
+    scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
+    losses: list[float] = []
+    method, fallback = "rounding", None
     if factor is not None and factor.usable:
         method = "gptq"
         codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, recipe.precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
@@ -181,14 +183,34 @@ def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, recipe: Recipe, fac
     if recipe.cross == 0:
         raise ValueError("cross is given, but the recipe's cross, how far the target moves, is 0; replace(recipe, cross=0.5) moves it half the way")
     cols = rotated.shape[1]
-    matrix = np.ascontiguousarray(cross, dtype=np.float64)
+    try:
+        given = np.asarray(cross)
+    except ValueError:  # ragged lists
+        raise TypeError("cross is not a matrix of numbers") from None
+    if given.dtype.kind not in "fiu":
+        raise TypeError(f"cross is {given.dtype}; it must be a matrix of real numbers")
+    matrix = np.ascontiguousarray(given, dtype=np.float64)
     if matrix.shape != (cols, cols):
         raise ValueError(f"cross has shape {matrix.shape}; a weight of {cols} columns needs ({cols}, {cols})")
     if not np.isfinite(matrix).all():
         raise ValueError(f"cross[{', '.join(map(str, np.argwhere(~np.isfinite(matrix))[0]))}] is not finite")
     if not factor.usable:
         return rotated
-    return _core.shift_to_inputs(rotated, factor.rotation.apply_both(matrix, threads=threads), factor.hessian, factor.core, recipe.cross, as_threads(threads))
+    target = _core.shift_to_inputs(rotated, factor.rotation.apply_both(matrix, threads=threads), factor.hessian, factor.core, recipe.cross, as_threads(threads))
+    if _core.first_nonfinite(target, as_threads(threads)) >= 0:
+        raise ValueError("cross moves the target beyond float32; it must be of the size of the hessian")
+    return target
+
+
+def _with_dead_columns(hessian: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
+    """The weights of errors in the Hessian's scale rules: a column that no input reached counts as the solver counts it, or its group's scale would follow nothing."""
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    if not dead.any():
+        return hessian
+    weights = hessian.copy()
+    weights[dead, dead] = 1.0 if dead.all() else max(damping, 0.01) * diagonal[~dead].mean()
+    return weights
 
 
 def _rounded_error(

@@ -16,7 +16,7 @@ from .rotations import rotation_of
 
 SOLVERS = ("rtn", "gptq")
 PRECISIONS = ("float32", "float64")
-BEST_ROUNDS, BEST_DAMPING = 4, 0.03
+BEST_ROUNDS, BEST_DAMPING, BEST_CROSS = 6, 0.03, 0.5
 """Of the recipes "best" and "best-online"; bench/accuracy.md has the figures that chose them."""
 NAMES = ("rtn", "gptq", "mr-gptq", "best", "best-online")
 DIALECTS = ("compressed-tensors", "fp_quant", "mrgptq")
@@ -73,8 +73,8 @@ class Recipe(Shown):
         choose("order", self.order, ORDERS)
         choose("solver", self.solver, SOLVERS)
         object.__setattr__(self, "damping", as_damping(self.damping))
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, (int, np.integer)) or self.rounds < 0:
-            raise ValueError(f"rounds is {self.rounds!r}; it must be an integer from 0 on")
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, (int, np.integer)) or not 0 <= self.rounds <= 1000:
+            raise ValueError(f"rounds is {self.rounds!r}; it must be an integer from 0 to 1000")
         object.__setattr__(self, "rounds", int(self.rounds))
         if self.scales == "gptq" or self.rounds:
             asked = 'scales "gptq"' if self.scales == "gptq" else f"rounds {self.rounds}"
@@ -114,6 +114,8 @@ class Recipe(Shown):
         if name == "mr-gptq":
             return replace_checked(base, rotation=block_format(format).group_size, scales="fpquant_mse")
         best = replace_checked(base, scales="gptq", order="group", rounds=BEST_ROUNDS, damping=BEST_DAMPING)
+        if format == "nvfp4" and activations is None:
+            best = replace_checked(best, cross=BEST_CROSS)
         # At W4A4 the inputs' rounding decides, and MXFP4's is better in a rotated basis, NVFP4's in the original one. Loaders of fp_quant always rotate.
         rotated = format == "mxfp4" and activations is not None and (name == "best-online" or dialect == "fp_quant")
         searched = activations is not None and name == "best-online" and dialect != "fp_quant"

@@ -198,7 +198,7 @@ def find_scales(w, format, search="absmax", mx_rule="even", g=None, h=None):
 
 def alternating_tensor_scale(weights, search="mse", iterations=20):
     """NVFP4 divisor of matrices that share one: the least-squares factor for the present codes, then new scales, as long as Σ err² falls."""
-    g = min(tensor_scale(w, "nvfp4") for w in weights)
+    g = tensor_scale(np.concatenate([w.reshape(-1) for w in weights]), "nvfp4")
 
     def fit(g):
         values = [dequantize(*quantize(w, "nvfp4", search, g=g)[:2], "nvfp4", g).astype(np.float64) for w in weights]
@@ -300,6 +300,12 @@ def damped(h, damping, dead_damping=None):
     r = np.where(dead[:, None] | dead[None, :], 0.0, h)
     r[np.diag_indices(len(h))] = np.where(dead, dead_weight, h.diagonal() + damping * mean)
     return r
+
+
+def with_dead_columns(h, damping):
+    """H as the Hessian's scale rules weigh errors by it: a dead column counts as in damped()."""
+    dead = h.diagonal() == 0
+    return np.where(np.diag(dead), damped(h, damping), h)
 
 
 def factorise(h, order, damping, group_size=1):
@@ -433,13 +439,14 @@ def refine(w, h, codes, scales, format, g, damping=0.01, rounds=1, damping_asked
                 steps = steps_of(bits, format, g)
                 z, q = np.empty((len(w), size), dtype=np.uint8), np.empty((len(w), size))
                 for j in range(size - 1, -1, -1):
-                    z[:, j], q[:, j] = _nearest(target[:, j] + (target - q)[:, j + 1 :] @ unit[j + 1 :, j], steps)
+                    z[:, j], q[:, j] = _nearest(target[:, j] + (target[:, j + 1 :] - q[:, j + 1 :]) @ unit[j + 1 :, j], steps)
                 gradient = slope + (old - q) @ gram
                 for j in range(size - 1, -1, -1):
                     before = q[:, j].copy()
                     z[:, j], q[:, j] = _nearest(before + gradient[:, j] / gram[j, j], steps)
                     gradient += np.outer(before - q[:, j], gram[j])
                 change = old - q
+                gradient = slope + change @ gram  # of the values alone, however they were found: equal values under two scales tie exactly
                 tried.append((np.einsum("ij,ij->i", change, slope + gradient), bits, change, z))
             best = np.stack([t[0] for t in tried]).argmin(0)
             _, bits, change, z = (np.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
@@ -472,7 +479,7 @@ def quantize_layer(w, h, format, rotation=None, search="absmax", mx_rule="even",
     if search == "gptq":
         codes, scales, used = gptq_searched(w, h, format, g, mx_rule, damping)
     else:
-        scales = find_scales(w, format, search, mx_rule, g, h)
+        scales = find_scales(w, format, search, mx_rule, g, with_dead_columns(h, damping))
         steps = np.repeat(steps_of(scales, format, g), GROUP_SIZE[format], axis=1)
         codes, _, used = gptq(w, h, steps, order, damping, GROUP_SIZE[format])
     if rounds and used is not None:

@@ -114,6 +114,8 @@ class Activations:
         block_format(self.format)
         choose("mx_rule", self.mx_rule, MX_RULES)
         choose(f"rule for {self.format}", self.rule, SCALE_SEARCHES[self.format])
+        if self.rule == "quest" and self.mx_rule == "four-thirds":
+            raise ValueError('rule is "quest", which makes powers of two; mx_rule is "four-thirds": take another')
         if self.tensor_scale is not None:
             object.__setattr__(self, "tensor_scale", as_scale(self.tensor_scale, "tensor_scale"))
 

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -20,6 +22,7 @@ using testing::contiguous, testing::expect_refused, testing::Layout, testing::la
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr Index rows = 37, cols = 96;  // neither a multiple of the rows that a thread takes at a time
+constexpr MatrixView<const double> no_hessian{nullptr, 0, 0, 0};
 
 struct Case {
     const char* format;
@@ -36,7 +39,7 @@ protected:
     Matrix<float> values{rows, cols}, rounded{rows, cols};
 
     void SetUp() override {
-        find_scales(c.format, c.rule, weight.view(), c.tensor_scale, scales.view(), 1);
+        find_scales(c.format, c.rule, weight.view(), c.tensor_scale, no_hessian, scales.view(), 1);
         encode(c.format, weight.view(), scales.view(), c.tensor_scale, codes.view(), 1);
         dequantize(c.format, codes.view(), scales.view(), c.tensor_scale, values.view(), 1);
         round_to_grid(c.format, c.rule, weight.view(), c.tensor_scale, rounded.view(), 1);
@@ -48,7 +51,10 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(Case{"nvfp4", 16, {ScaleSearch::absmax, MxRule::even, false}, 100.0f}, Case{"nvfp4", 16, {ScaleSearch::absmax, MxRule::even, true}, 100.0f},
                       Case{"nvfp4", 16, {ScaleSearch::fpquant_mse, MxRule::even, false}, 100.0f}, Case{"mxfp4", 32, {ScaleSearch::absmax, MxRule::floor, false}, 1.0f},
                       Case{"mxfp4", 32, {ScaleSearch::absmax, MxRule::ceil, false}, 1.0f}, Case{"mxfp4", 32, {ScaleSearch::absmax, MxRule::even, false}, 1.0f},
-                      Case{"mxfp4", 32, {ScaleSearch::absmax, MxRule::four_thirds, false}, 3.0f}, Case{"mxfp4", 32, {ScaleSearch::fpquant_mse, MxRule::even, false}, 1.0f}));
+                      Case{"mxfp4", 32, {ScaleSearch::absmax, MxRule::four_thirds, false}, 3.0f}, Case{"mxfp4", 32, {ScaleSearch::fpquant_mse, MxRule::even, false}, 1.0f},
+                      Case{"nvfp4", 16, {ScaleSearch::mse, MxRule::even, false}, 100.0f}, Case{"nvfp4", 16, {ScaleSearch::four_over_six, MxRule::even, false}, 100.0f},
+                      Case{"mxfp4", 32, {ScaleSearch::mse, MxRule::even, false}, 1.0f}, Case{"mxfp4", 32, {ScaleSearch::mse, MxRule::four_thirds, false}, 3.0f},
+                      Case{"mxfp4", 32, {ScaleSearch::quest, MxRule::even, false}, 1.0f}));
 
 TEST_P(Codec, LayoutAndThreadsDoNotReachTheBytes) {
     for (const Layout in : layouts)
@@ -57,7 +63,7 @@ TEST_P(Codec, LayoutAndThreadsDoNotReachTheBytes) {
                 const Matrix<float> w(weight, in, nan);
                 Matrix<std::uint8_t> s(rows, cols / c.group_size, out, 0xEE), q(rows, cols / 2, out, 0xEE);
                 Matrix<float> v(rows, cols, out, nan), r(rows, cols, out, nan);
-                find_scales(c.format, c.rule, w.view(), c.tensor_scale, s.view(), threads);
+                find_scales(c.format, c.rule, w.view(), c.tensor_scale, no_hessian, s.view(), threads);
                 encode(c.format, w.view(), s.view(), c.tensor_scale, q.view(), threads);
                 dequantize(c.format, q.view(), s.view(), c.tensor_scale, v.view(), threads);
                 round_to_grid(c.format, c.rule, w.view(), c.tensor_scale, r.view(), threads);
@@ -93,7 +99,7 @@ TEST_P(Codec, RoundingIsEncodingAndDecoding) {
 TEST_P(Codec, NoRowsAreNoWork) {
     Matrix<float> none(0, cols);
     Matrix<std::uint8_t> no_scales(0, cols / c.group_size), no_codes(0, cols / 2);
-    find_scales(c.format, c.rule, none.view(), c.tensor_scale, no_scales.view(), 2);
+    find_scales(c.format, c.rule, none.view(), c.tensor_scale, no_hessian, no_scales.view(), 2);
     encode(c.format, none.view(), no_scales.view(), c.tensor_scale, no_codes.view(), 2);
     dequantize(c.format, no_codes.view(), no_scales.view(), c.tensor_scale, none.view(), 2);
     round_to_grid(c.format, c.rule, none.view(), c.tensor_scale, none.view(), 2);
@@ -103,25 +109,102 @@ TEST_P(Codec, RefusesShapesThatDoNotFit) {
     Matrix<float> narrow(rows, cols - 8), short_by_one(rows - 1, cols);
     Matrix<std::uint8_t> more_scales(rows, cols / c.group_size + 1), fewer_codes(rows, cols / 2 - 1);
     const std::string group = std::to_string(c.group_size), wanted = "(37, " + std::to_string(cols / c.group_size) + ")";
-    expect_refused("weight has 88 columns; the format needs a multiple of " + group, [&] { find_scales(c.format, c.rule, narrow.view(), 1, scales.view(), 1); });
-    expect_refused("weight needs " + wanted, [&] { find_scales(c.format, c.rule, weight.view(), 1, more_scales.view(), 1); });
+    expect_refused("weight has 88 columns; the format needs a multiple of " + group, [&] { find_scales(c.format, c.rule, narrow.view(), 1, no_hessian, scales.view(), 1); });
+    expect_refused("weight needs " + wanted, [&] { find_scales(c.format, c.rule, weight.view(), 1, no_hessian, more_scales.view(), 1); });
     expect_refused("weight needs " + wanted, [&] { encode(c.format, weight.view(), more_scales.view(), 1, codes.view(), 1); });
     expect_refused("codes have shape (37, 47)", [&] { encode(c.format, weight.view(), scales.view(), 1, fewer_codes.view(), 1); });
     expect_refused("codes have shape (37, 47)", [&] { dequantize(c.format, fewer_codes.view(), scales.view(), 1, values.view(), 1); });
     expect_refused("codes needs " + wanted, [&] { dequantize(c.format, codes.view(), more_scales.view(), 1, values.view(), 1); });
     expect_refused("out has another shape", [&] { round_to_grid(c.format, c.rule, weight.view(), 1, short_by_one.view(), 1); });
     expect_refused("x has 88 columns; " + std::string(c.format) + " needs a multiple of " + group, [&] { round_to_grid(c.format, c.rule, narrow.view(), 1, narrow.view(), 1); });
-    expect_refused("unknown format \"fp4\"; known: mxfp4, nvfp4", [&] { find_scales("fp4", c.rule, weight.view(), 1, scales.view(), 1); });
+    expect_refused("unknown format \"fp4\"; known: mxfp4, nvfp4", [&] { find_scales("fp4", c.rule, weight.view(), 1, no_hessian, scales.view(), 1); });
+}
+
+// ---- Scales whose errors a Hessian weighs
+
+class WeightedScales : public ::testing::TestWithParam<Case> {};
+
+INSTANTIATE_TEST_SUITE_P(Formats, WeightedScales,
+                         ::testing::Values(Case{"nvfp4", 16, {ScaleSearch::hessian, MxRule::even, false}, 100.0f}, Case{"nvfp4", 16, {ScaleSearch::hessian_block, MxRule::even, false}, 100.0f},
+                                           Case{"mxfp4", 32, {ScaleSearch::hessian, MxRule::floor, false}, 1.0f}, Case{"mxfp4", 32, {ScaleSearch::hessian_block, MxRule::four_thirds, false}, 3.0f}));
+
+TEST_P(WeightedScales, LayoutAndThreadsDoNotReachTheBytesAndOnlyTheGroupsOwnBlocksAreRead) {
+    const Case c = GetParam();
+    const Matrix<float> weight = random_matrix(rows, cols);
+    const Matrix<double> h = testing::random_second_moment(cols);
+    Matrix<std::uint8_t> expected(rows, cols / c.group_size), unweighed(rows, cols / c.group_size);
+    find_scales(c.format, c.rule, weight.view(), c.tensor_scale, h.view(), expected.view(), 1);
+    for (const Layout layout : layouts)
+        for (const int threads : thread_counts) {
+            const Matrix<float> w(weight, layout, nan);
+            Matrix<double> block_diagonal(h, layout, std::numeric_limits<double>::quiet_NaN());
+            for (Index i = 0; i < cols; ++i)
+                for (Index j = 0; j < cols; ++j)
+                    if (c.rule.search == ScaleSearch::hessian ? i != j : i / c.group_size != j / c.group_size) block_diagonal(i, j) = nan;
+            Matrix<std::uint8_t> s(rows, cols / c.group_size, layout, 0xEE);
+            find_scales(c.format, c.rule, w.view(), c.tensor_scale, block_diagonal.view(), s.view(), threads);
+            EXPECT_EQ(s, expected);
+            EXPECT_TRUE(s.padding_untouched());
+        }
+    find_scales(c.format, {ScaleSearch::mse, c.rule.mx, false}, weight.view(), c.tensor_scale, no_hessian, unweighed.view(), 1);
+    EXPECT_FALSE(unweighed == expected);  // the weights do count
+    // Errors weighed alike are mse's: by powers of two, so that no product rounds.
+    Matrix<double> equal(cols, cols);
+    for (Index i = 0; i < cols; ++i) equal(i, i) = 0x1p-7;
+    find_scales(c.format, c.rule, weight.view(), c.tensor_scale, equal.view(), expected.view(), 3);
+    EXPECT_EQ(expected, unweighed);
+}
+
+TEST_P(WeightedScales, NeedAHessianOfTheirSize) {
+    const Case c = GetParam();
+    Matrix<float> weight = random_matrix(rows, cols);
+    Matrix<std::uint8_t> scales(rows, cols / c.group_size);
+    expect_refused("weighs errors by a hessian of shape (96, 96); got (0, 0)", [&] { find_scales(c.format, c.rule, weight.view(), c.tensor_scale, no_hessian, scales.view(), 1); });
+    expect_refused("got (96, 95)", [&] { find_scales(c.format, c.rule, weight.view(), c.tensor_scale, Matrix<double>(96, 95).view(), scales.view(), 1); });
+}
+
+template <class Format>
+void expect_moves_inside(int lowest, int highest, float tensor_scale) {
+    for (int bits = lowest; bits <= highest; ++bits)
+        for (int offset = -130; offset <= 130; ++offset) {
+            const std::uint8_t moved = moved_scale<Format>(static_cast<std::uint8_t>(bits), offset, tensor_scale);
+            ASSERT_EQ(moved, std::min(std::max(bits + offset, lowest), highest));
+            const float step = group_step<Format>(moved, tensor_scale);
+            ASSERT_TRUE(step > 0 && 6 * step < infinity);
+        }
+}
+
+TEST(MovedScale, StaysPositiveAndFiniteWhateverTheOffset) {
+    expect_moves_inside<Nvfp4>(1, 0x7E, 100.0f);       // E4M3: 0 is no scale, 0x7F is NaN
+    expect_moves_inside<Mxfp4>(0, 127 + 125, 1.0f);    // 6 * 2^126 overflows float32
+    expect_moves_inside<Mxfp4>(0, 127 + 126, 3.0f);    // 6 * 2^126 / 3 does not, 6 * 2^127 / 3 does
+    EXPECT_EQ(6 * std::ldexp(1.0f, 126), infinity);
+    EXPECT_EQ(6 * (std::ldexp(1.0f, 127) / 3), infinity);
+}
+
+TEST(SearchStart, IsAbsmaxButForANvfp4ScaleThatWouldVanish) {
+    EXPECT_EQ(search_start<Nvfp4>(6.0f, MxRule::even, 1.0f), 0x38);              // 6 / 6 = 1 = 0b0'0111'000
+    EXPECT_EQ(search_start<Nvfp4>(6e9f, MxRule::even, 1.0f), 0x7E);              // saturated at 448
+    EXPECT_EQ(search_start<Nvfp4>(6e-9f, MxRule::even, 1.0f), 1);                // 1e-9 is far below half of 2^-9, the smallest
+    EXPECT_EQ(search_start<Nvfp4>(0.0f, MxRule::even, 1.0f), 0x20);              // a group of zeros keeps compressed-tensors' 0.125
+    EXPECT_EQ(search_start<Mxfp4>(7.0f, MxRule::even, 1.0f), 127 + 1);           // 1.75 * 2^2: one step up
+    EXPECT_EQ(search_start<Mxfp4>(7.0f, MxRule::floor, 1.0f), 127);
+    EXPECT_EQ(search_start<Mxfp4>(7.0f, MxRule::four_thirds, 3.0f), 127 + 2);    // 4/3 * 2^0 = 2^2 / 3
 }
 
 TEST(Names, UnknownOnesAreRefusedWithTheKnownOnes) {
     EXPECT_EQ(scale_search_named("absmax"), ScaleSearch::absmax);
     EXPECT_EQ(scale_search_named("fpquant_mse"), ScaleSearch::fpquant_mse);
+    EXPECT_EQ(scale_search_named("mse"), ScaleSearch::mse);
+    EXPECT_EQ(scale_search_named("hessian"), ScaleSearch::hessian);
+    EXPECT_EQ(scale_search_named("hessian_block"), ScaleSearch::hessian_block);
+    EXPECT_EQ(scale_search_named("four_over_six"), ScaleSearch::four_over_six);
+    EXPECT_EQ(scale_search_named("quest"), ScaleSearch::quest);
     EXPECT_EQ(mx_rule_named("floor"), MxRule::floor);
     EXPECT_EQ(mx_rule_named("ceil"), MxRule::ceil);
     EXPECT_EQ(mx_rule_named("even"), MxRule::even);
     EXPECT_EQ(mx_rule_named("four-thirds"), MxRule::four_thirds);
-    expect_refused("unknown scale search \"mse\"; known: absmax, fpquant_mse", [] { scale_search_named("mse"); });
+    expect_refused("unknown scale search \"gptq\"; known: absmax, fpquant_mse, mse, hessian, hessian_block, four_over_six, quest", [] { scale_search_named("gptq"); });
     expect_refused("unknown MX rule \"four_thirds\"; known: floor, ceil, even, four-thirds", [] { mx_rule_named("four_thirds"); });
 }
 

@@ -50,7 +50,7 @@ def error_table(layers: Mapping[str, Mapping[str, object]]) -> str:
     """The layers of a record ({module: report fields}) as aligned text, one line a layer."""
     header = ("layer", "method", "rows", "cols", "rounded", "rel. error", "rounds", "weight error", "damping", "dead", "fallback")
     before, after = ("method", "rows", "cols", "rounded_error", "relative_error"), ("weight_error", "damping", "dead_columns", "fallback")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for name, report in layers.items():
         damped = cast(Sequence[float], report.get("damped_errors") or ())
         rounds = str(len(damped) - 1) if damped else "–"

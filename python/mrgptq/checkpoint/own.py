@@ -1,6 +1,6 @@
 """Our own dialect (``mrgptq``): the tensors of compressed-tensors under a configuration that can say everything a recipe can, such as activation scales by "mse".
 
-No stock loader knows the name, so none runs such a checkpoint by other rules than it was made for; `mrgptq evaluate` and ``mrgptq.hf.load_quantized`` do.
+`mrgptq evaluate` and ``mrgptq.hf.load_quantized`` run it. No stock loader knows the name; vLLM refuses it, transformers skips it with a warning and leaves the weights uninitialised.
 """
 
 from collections.abc import Iterable, Mapping
@@ -60,7 +60,11 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
     codes = stored_matrix(reader, f"{module}.weight_packed", "U8")
     scales = stored_matrix(reader, f"{module}.weight_scale", "F8_E4M3" if format == "nvfp4" else "U8")
     divisor = stored_number(reader, f"{module}.weight_global_scale")
+    if (quantization_config.get("mx_rule") == "four-thirds") != (format == "mxfp4" and divisor == 3):
+        raise ValueError(f"{where}: mx_rule is {quantization_config.get('mx_rule')!r}, but the divisor {divisor:g} says otherwise")
     stored = quantization_config.get("activations")
+    if stored is not None and (not isinstance(stored, Mapping) or stored.get("format") != format):
+        raise ValueError(f"{where}: activations are {stored!r}; they must be null or a table whose format is that of the weights, {format!r}")
     with located(where):
         activations = None
         if stored:
@@ -71,4 +75,8 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
 
 def loaders(scheme: Scheme) -> str:
     """What reads such a checkpoint, in sentences."""
-    return "Runs in mrgptq alone (`mrgptq evaluate`, mrgptq.hf.load_quantized): no stock loader applies " + (f'activation scales by "{scheme.activation_rule}".' if scheme.activation_rule != "absmax" else "this dialect.")
+    reason = f'; none applies activation scales by "{scheme.activation_rule}"' if scheme.activation_rule != "absmax" else ""
+    return (
+        f"Runs in mrgptq alone (`mrgptq evaluate`, mrgptq.hf.load_quantized). No other loader knows this dialect{reason}: transformers warns of an unknown quantization type, "
+        "leaves the quantised weights uninitialised and answers nonsense."
+    )

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ def calibrate(
     """Quantise a decoder's linear layers in order, and the model with them.
 
     The Hessian of a layer is taken from its inputs before they are rounded. At W4A4 the layers of a block compute with rounded inputs meanwhile, its weights being the original
-    ones; then the block's weights are replaced and its outputs feed the next block.
+    ones; then the block's weights are replaced and its outputs feed the next block. Where ``recipe.cross`` is above 0, the original blocks are run beside the quantised ones on what the
+    original model would have handed them, and each layer's target makes up for part of the difference.
 
     Parameters
     ----------
@@ -168,7 +169,7 @@ def _observe(
         handles.append(named[group[0]].register_forward_pre_hook(watch(group)))
         if recipe.activations:
             # Until the calibrated scale is known each batch is rounded by its own.
-            handles += round_inputs([named[name] for name in group], activations_of(recipe), rotation)
+            handles += round_inputs([named[name] for name in group], cast(Activations, activations_of(recipe)), rotation)
     with _removing(handles):
         if original is None:
             _run(block, hidden, kwargs, keep=False)
@@ -180,7 +181,7 @@ def _observe(
     if not recipe.activations:
         return hessians, {}, crosses
     scales: dict[_Group, float | None] = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
-    return hessians, {group: activations_of(recipe, scales[group]) for group in groups}, crosses
+    return hessians, {group: cast(Activations, activations_of(recipe, scales[group])) for group in groups}, crosses
 
 
 def _observe_both(

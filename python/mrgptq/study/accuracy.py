@@ -1,6 +1,7 @@
 """How much accuracy a model keeps under each recipe: layer error and perplexity, W4A16 and W4A4."""
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,10 +13,16 @@ from ..modules import select_modules
 from ..recipe import Recipe
 from ..result import layer_report
 
+_DIVERGENCE_WINDOWS = 64
+"""Of the test's windows, at most: it needs the logits of two models, and tells methods apart on far fewer tokens than perplexity does."""
+
 
 @dataclass(frozen=True)
 class AccuracyRow:
-    """One cell: a recipe on a model. ``relative_error`` is the unweighted mean over its layers; None, as is the format, for the unquantised model."""
+    """One cell: a recipe on a model. ``relative_error`` is the unweighted mean over its layers; None, as is the format, for the unquantised model.
+
+    ``far_perplexity`` is that of a text of another kind, ``divergence`` KL(original || quantised) in nats per token on the first; None where not asked for. ``seconds``: quantising.
+    """
 
     recipe: str
     format: str | None
@@ -24,6 +31,9 @@ class AccuracyRow:
     mx_rule: str | None
     relative_error: float | None
     perplexity: float
+    far_perplexity: float | None = None
+    divergence: float | None = None
+    seconds: float = 0.0
 
 
 def measure(
@@ -35,6 +45,10 @@ def measure(
     windows: int = 128,
     test_windows: int = 256,
     sequence: int = 512,
+    skip: int = 0,
+    far: str | None = None,
+    divergence: bool = False,
+    device: str = "cpu",
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[AccuracyRow]:
@@ -45,6 +59,8 @@ def measure(
     folder : model folder. calibration, text : str, from different sources.
     recipes : iterable of (label, Recipe).
     windows, test_windows : windows of ``sequence`` tokens for calibration and for the perplexity.
+    skip : calibration windows to pass over, for another calibration set from one text.
+    far : a text of another kind than both, whose perplexity is measured over half as many windows. divergence : measure that too, over the first 64 windows. device : of the forward passes.
     progress : called as progress(label) before each measurement.
 
     Yields
@@ -52,21 +68,37 @@ def measure(
     AccuracyRow, the unquantised model's first.
     """
     tokenizer = hf.load_tokenizer(folder)
-    inputs = hf.token_windows(tokenizer, calibration, windows, sequence)
+    inputs = hf.token_windows(tokenizer, calibration, skip + windows, sequence)[skip:]
+    if not len(inputs):
+        raise ValueError(f"the calibration text has no window left after {skip}")
     test = hf.token_windows(tokenizer, text, test_windows, sequence, targets=True)
+    far_test = None if far is None else hf.token_windows(tokenizer, far, max(1, test_windows // 2), sequence, targets=True)
     reader = CheckpointReader(folder)
     modules = select_modules({name: reader.shape(name) for name in reader.names})
     if progress:
         progress("original")
-    yield AccuracyRow("original", None, None, None, None, None, hf.perplexity(hf.load_model(folder), *test))
+    original = hf.load_model(folder, device=device)
+    yield AccuracyRow("original", None, None, None, None, None, hf.perplexity(original, *test), None if far_test is None else hf.perplexity(original, *far_test))
     for label, recipe in recipes:
         if progress:
             progress(f"{label}, {recipe.format}, W4A{4 if recipe.activations else 16}")
-        model = hf.load_model(folder)
+        model, start = hf.load_model(folder, device=device), time.perf_counter()
         errors = [layer_report(matrix).relative_error for _, matrix in hf.calibrate(model, inputs, recipe, modules, threads=threads)]
         known = [error for error in errors if error is not None]
         mean = sum(known) / len(known) if known else None
-        yield AccuracyRow(label, recipe.format, recipe.activations, recipe.rotation, recipe.resolved_mx_rule if recipe.format == "mxfp4" else None, mean, hf.perplexity(model, *test))
+        seconds = time.perf_counter() - start
+        yield AccuracyRow(
+            label,
+            recipe.format,
+            recipe.activations,
+            recipe.rotation,
+            recipe.resolved_mx_rule if recipe.format == "mxfp4" else None,
+            mean,
+            hf.perplexity(model, *test),
+            None if far_test is None else hf.perplexity(model, *far_test),
+            hf.divergence(model, original, test[0][:_DIVERGENCE_WINDOWS]) if divergence else None,
+            seconds,
+        )
 
 
 def table(rows: Sequence[AccuracyRow]) -> str:

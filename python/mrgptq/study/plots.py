@@ -32,7 +32,7 @@ def accuracy_chart(rows: Sequence[AccuracyRow], path: str | os.PathLike[str], *,
                 panel.annotate(f"{cells[method]:.2f}", (methods.index(method), cells[method]), textcoords="offset points", xytext=(0, offset), ha="center", fontsize=8, color=colour)
         panel.axhline(original.perplexity, color="black", linestyle="--", linewidth=1)
         panel.annotate(f"original {original.perplexity:.2f}", (len(methods) - 1, original.perplexity), textcoords="offset points", xytext=(14, -12), ha="right", fontsize=8)
-        panel.set_xticks(range(len(methods)), [m.upper() if m != "mr-gptq" else "MR-GPTQ" for m in methods])
+        panel.set_xticks(range(len(methods)), [m if m.startswith("best") else m.upper() for m in methods])
         panel.set_xlim(-0.4, len(methods) - 0.6)
         panel.margins(y=0.16)
         panel.set_title("W4A4" if activations else "W4A16", fontsize=10)

@@ -1,0 +1,349 @@
+// Searched scales, rounds of refinement and shifted targets over every layout and number of threads; what refinement knows of a group and what it may do to the loss.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "codecs/codec.h"
+#include "gptq/factor.h"
+#include "gptq/refine.h"
+#include "gptq/solver.h"
+#include "matrices.h"
+#include "refusal.h"
+
+namespace mrgptq {
+namespace {
+
+using testing::contiguous, testing::expect_refused, testing::Layout, testing::layouts, testing::Matrix, testing::random_matrix, testing::random_second_moment, testing::thread_counts;
+
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+const bool blocking_fixed = (fix_eigen_blocking(), true);  // as the module does when it is loaded
+
+enum class Kind { random, scaled, nearly_singular, integers, dead };
+constexpr Kind kinds[] = {Kind::random, Kind::scaled, Kind::nearly_singular, Kind::integers, Kind::dead};
+
+Matrix<double> second_moment(Kind kind, Index cols) {
+    Matrix<double> h = random_second_moment(cols);
+    std::mt19937_64 generator(5);
+    if (kind == Kind::nearly_singular) {  // of a quarter as many tokens as columns
+        const Matrix<float> x = random_matrix(cols / 4, cols);
+        for (Index i = 0; i < cols; ++i)
+            for (Index j = 0; j < cols; ++j) {
+                h(i, j) = 0;
+                for (Index t = 0; t < cols / 4; ++t) h(i, j) += static_cast<double>(x(t, i)) * x(t, j);
+            }
+    }
+    for (Index i = 0; i < cols; ++i)
+        for (Index j = 0; j <= i; ++j) {
+            if (kind == Kind::scaled) h(i, j) = std::ldexp(h(i, j), static_cast<int>(-(i % 12) - (j % 12)));  // diagonals over seven decades
+            if (kind == Kind::integers) h(i, j) = i == j ? 2.0 * static_cast<double>(cols) : static_cast<double>(generator() % 8 == 0);
+            if (kind == Kind::dead && (i % 3 == 0 || j % 3 == 0)) h(i, j) = 0;
+            h(j, i) = h(i, j);
+        }
+    return h;
+}
+
+double damping_of(Kind kind) { return kind == Kind::nearly_singular ? 1e-6 : kind == Kind::integers ? 0.0 : 0.01; }
+
+Matrix<float> weights(Kind kind, Index rows, Index cols) {
+    Matrix<float> w = random_matrix(rows, cols, 3);
+    if (kind == Kind::integers)
+        for (Index r = 0; r < rows; ++r)
+            for (Index c = 0; c < cols; ++c) w(r, c) = static_cast<float>((7 * r + 5 * c) % 25 - 12) / 2;
+    return w;
+}
+
+// R = H + λI, dead columns cut out, as factor.h defines it.
+Matrix<double> damped(const Matrix<double>& h, const Factor& factor) {
+    const Index n = factor.cols();
+    Matrix<double> r = h;
+    for (Index i = 0; i < n; ++i)
+        for (Index j = 0; j < n; ++j) r(i, j) = h(i, i) == 0 || h(j, j) == 0 ? (i == j ? factor.dead_weight() : 0) : h(i, j) + (i == j ? factor.lambda() : 0);
+    return r;
+}
+
+struct Problem {
+    const char* format;
+    Index group_size;
+    Precision precision;
+};
+
+double unit_roundoff(Precision precision) { return precision == Precision::float32 ? 0x1p-24 : 0x1p-53; }
+
+class Refinement : public ::testing::TestWithParam<Problem> {
+protected:
+    static constexpr Index rows = 150, cols = 288;  // three tiles of 64 rows, three blocks of 128 columns
+    const Problem p = GetParam();
+    const float tensor_scale = p.group_size == 16 ? 100.0f : 1.0f;
+
+    struct Solved {
+        Matrix<std::uint8_t> scales, codes;
+        std::vector<double> losses;
+        Matrix<double> error;
+    };
+
+    Solved run(const Matrix<float>& w, const Factor& factor, bool search, int rounds, int threads = 1, Layout layout = contiguous, MxRule mx = MxRule::even) const {
+        Matrix<std::uint8_t> first(w.view().rows, w.view().cols / p.group_size);
+        if (!search) find_scales(p.format, ScaleRule{}, w.view(), tensor_scale, {}, first.view(), 1);
+        Solved s{Matrix<std::uint8_t>(first, layout, 0xFF), {w.view().rows, w.view().cols / 2, layout, 0xEE}, {}, {w.view().rows, w.view().cols}};
+        const Matrix<float> laid(w, layout, static_cast<float>(nan));
+        s.losses = solve(p.format, laid.view(), s.scales.view(), tensor_scale, factor, {p.precision, search, mx, rounds}, s.codes.view(), threads).losses;
+        EXPECT_TRUE(s.scales.padding_untouched() && s.codes.padding_untouched());
+        Matrix<float> values(w.view().rows, w.view().cols);
+        dequantize(p.format, s.codes.view(), s.scales.view(), tensor_scale, values.view(), 1);
+        for (Index r = 0; r < w.view().rows; ++r)
+            for (Index c = 0; c < w.view().cols; ++c) s.error(r, c) = static_cast<double>(w(r, c)) - values(r, c);
+        return s;
+    }
+};
+
+INSTANTIATE_TEST_SUITE_P(Formats, Refinement,
+                         ::testing::Values(Problem{"nvfp4", 16, Precision::float32}, Problem{"nvfp4", 16, Precision::float64}, Problem{"mxfp4", 32, Precision::float32},
+                                           Problem{"mxfp4", 32, Precision::float64}),
+                         [](const auto& info) { return std::string(info.param.format) + (info.param.precision == Precision::float32 ? "InFloat32" : "InFloat64"); });
+
+// Σ e R e over all rows by the double loop; with `magnitudes` of |e| + |before| and |R|.
+long double form(const Matrix<double>& e, const Matrix<double>& r, const Matrix<double>* before = nullptr) {
+    long double sum = 0;
+    const auto view = e.view();
+    for (Index row = 0; row < view.rows; ++row)
+        for (Index i = 0; i < view.cols; ++i) {
+            long double inner = 0;
+            for (Index j = 0; j < view.cols; ++j) inner += before ? std::fabs(r(i, j)) * (std::fabs(e(row, j)) + std::fabs((*before)(row, j))) : r(i, j) * e(row, j);
+            sum += inner * (before ? std::fabs(e(row, i)) + std::fabs((*before)(row, i)) : e(row, i));
+        }
+    return sum;
+}
+
+TEST_P(Refinement, LayoutAndThreadsDoNotReachTheBytes) {
+    const Matrix<double> h = second_moment(Kind::dead, cols);
+    const Matrix<float> w = weights(Kind::dead, rows, cols);
+    const Factor factor(h.view(), Order::group, 0.01, p.group_size);
+    for (const bool search : {true, false}) {
+        const Solved one = run(w, factor, search, 2);
+        for (const Layout layout : layouts)
+            for (const int threads : thread_counts) {
+                const Solved other = run(w, factor, search, 2, threads, layout);
+                EXPECT_EQ(other.codes, one.codes);
+                EXPECT_EQ(other.scales, one.scales);
+                ASSERT_EQ(other.losses.size(), one.losses.size());
+                for (std::size_t k = 0; k < one.losses.size(); ++k) EXPECT_EQ(std::bit_cast<std::uint64_t>(other.losses[k]), std::bit_cast<std::uint64_t>(one.losses[k]));
+            }
+    }
+}
+
+TEST_P(Refinement, NoRoundRaisesTheLossAndReportedFallsAreTrue) {
+    const double u = unit_roundoff(p.precision);
+    const Index n = 160;  // a block of 128 and a rest
+    for (const Kind kind : kinds) {
+        const Matrix<double> h = second_moment(kind, n);
+        const Matrix<float> w = weights(kind, 70, n);
+        const Factor factor(h.view(), Order::group, damping_of(kind), p.group_size);
+        ASSERT_TRUE(factor.usable());
+        EXPECT_EQ(factor.damping(), damping_of(kind));
+        const Matrix<double> r = damped(h, factor);
+        for (const bool search : {true, false}) {
+            Solved before = run(w, factor, search, 0);
+            long double was = form(before.error, r);
+            EXPECT_EQ(before.losses.size(), 1u);
+            for (int rounds = 1; rounds <= 4; ++rounds) {
+                Solved after = run(w, factor, search, rounds);
+                const long double is = form(after.error, r);
+                // See refine.h: m = cols + 2 group_size + 8 roundings meet a term of P and of what is made of it.
+                const double m = static_cast<double>(n + 2 * p.group_size + 8) * u;
+                const long double slack = 4 * m / (1 - m) * form(after.error, r, &before.error);
+                EXPECT_LE(is, was + slack);
+                if (after.losses.size() > before.losses.size()) {
+                    const double fall = after.losses[after.losses.size() - 2] - after.losses.back();
+                    EXPECT_GT(fall, 0);
+                    EXPECT_LE(std::fabs(static_cast<double>(was - is) - fall), slack);
+                } else {
+                    EXPECT_EQ(after.codes, before.codes);
+                    EXPECT_EQ(after.scales, before.scales);
+                }
+                if (rounds == 1 && kind != Kind::integers) {  // whose diagonal outweighs the rest, so that the search may leave nothing to mend
+                    EXPECT_LT(is, was);
+                }
+                before = std::move(after);
+                was = is;
+            }
+        }
+    }
+}
+
+TEST_P(Refinement, RowsAndTheirNumberDoNotMatter) {
+    const Factor factor(second_moment(Kind::random, cols).view(), Order::group, 0.01, p.group_size);
+    const Matrix<float> w = weights(Kind::random, rows, cols);
+    const Solved whole = run(w, factor, true, 3);
+    for (const Index count : {1, 63, 64, 65}) {
+        Matrix<float> last(count, cols);
+        for (Index r = 0; r < count; ++r) std::copy_n(w.view().row(rows - 1 - r), cols, last.view().row(r));
+        const Solved part = run(last, factor, true, 3);
+        for (Index r = 0; r < count; ++r) {
+            EXPECT_TRUE(std::equal(part.codes.view().row(r), part.codes.view().row(r) + cols / 2, whole.codes.view().row(rows - 1 - r)));
+            EXPECT_TRUE(std::equal(part.scales.view().row(r), part.scales.view().row(r) + cols / p.group_size, whole.scales.view().row(rows - 1 - r)));
+        }
+    }
+}
+
+TEST_P(Refinement, SearchedScalesAreWrittenAndNotRead) {
+    const Factor factor(second_moment(Kind::random, 64).view(), Order::group, 0.01, p.group_size);
+    const Matrix<float> w = weights(Kind::random, 9, 64);
+    std::vector<Matrix<std::uint8_t>> codes, scales;
+    for (const std::uint8_t before : {0, 0x7F, 0xFF}) {
+        scales.emplace_back(9, 64 / p.group_size, contiguous, before);
+        codes.emplace_back(9, 32);
+        solve(p.format, w.view(), scales.back().view(), tensor_scale, factor, {p.precision, true, MxRule::even, 1}, codes.back().view(), 1);
+        EXPECT_EQ(scales.back(), scales.front());
+        EXPECT_EQ(codes.back(), codes.front());
+    }
+}
+
+TEST_P(Refinement, EachMxRuleSearchesAroundItsOwnAbsmax) {
+    if (p.group_size == 16) {  // E4M3 needs no MX rule
+        const Factor factor(second_moment(Kind::random, 64).view(), Order::group, 0.01, 16);
+        const Matrix<float> w = weights(Kind::random, 9, 64);
+        EXPECT_EQ(run(w, factor, true, 0, 1, contiguous, MxRule::floor).scales, run(w, factor, true, 0, 1, contiguous, MxRule::ceil).scales);
+        return;
+    }
+    const Factor factor(second_moment(Kind::random, 32).view(), Order::group, 0.01, 32);
+    const Matrix<float> w = weights(Kind::random, 70, 32);
+    for (const MxRule rule : {MxRule::floor, MxRule::ceil, MxRule::even}) {
+        const Solved s = run(w, factor, true, 0, 1, contiguous, rule);
+        Matrix<std::uint8_t> start(70, 1);
+        find_scales(p.format, ScaleRule{ScaleSearch::absmax, rule, false}, w.view(), tensor_scale, {}, start.view(), 1);
+        for (Index r = 0; r < 70; ++r) EXPECT_LE(std::abs(int{s.scales(r, 0)} - int{start(r, 0)}), 2);
+    }
+}
+
+TEST_P(Refinement, RefusesWhatItCannotDo) {
+    const Matrix<double> h = second_moment(Kind::random, 64);
+    const Factor group(h.view(), Order::group, 0.01, p.group_size), activation(h.view(), Order::activation, 0.01);
+    const Matrix<float> w = weights(Kind::random, 3, 64);
+    expect_refused("rounds is -1; it must be 0 or more", [&] { run(w, group, true, -1); });
+    for (const auto& [search, rounds] : {std::pair{true, 0}, {false, 1}, {true, 2}})
+        expect_refused("searched scales and refinement rounds need a factor in group order", [&, search = search, rounds = rounds] { run(w, activation, search, rounds); });
+    EXPECT_EQ(run(w, activation, false, 0).losses.size(), 1u);
+    EXPECT_EQ(run(w, group, false, 0).losses.size(), 1u);  // group order alone needs neither
+}
+
+// ---- The parts
+
+TEST(GroupFactors, AreTheFactorsOfEachGroupsBlock) {
+    const Index n = 96;
+    const Matrix<double> h = second_moment(Kind::dead, n);
+    for (const Index size : {16, 32}) {
+        const Factor factor(h.view(), Order::group, 0.01, size);
+        const Matrix<double> r = damped(h, factor);
+        const GroupFactors<double> factors = group_factors<double>(factor, size);
+        for (Index first = 0; first < n; first += size)
+            for (Index i = 0; i < size; ++i) {
+                EXPECT_EQ(factors.diagonal[first + i], r(factor.column(first + i), factor.column(first + i)));
+                for (Index j = 0; j < size; ++j) {
+                    const double expected = r(factor.column(first + i), factor.column(first + j));
+                    EXPECT_EQ(factors.gram(i, first + j), expected);
+                    if (j > i) continue;
+                    double sum = 0, magnitude = 0;
+                    for (Index k = 0; k <= j; ++k) {
+                        const double term = factors.unit(i, first + k) * factors.pivots[first + k] * factors.unit(j, first + k);
+                        sum += term;
+                        magnitude += std::fabs(term);
+                    }
+                    // Cholesky's residual is (size + 1) u of the product of magnitudes (Higham, theorem 10.3); dividing the columns and squaring the diagonal add six u.
+                    EXPECT_LE(std::fabs(sum - expected), (2.0 * static_cast<double>(size) + 8) * 0x1p-53 * magnitude);
+                }
+            }
+    }
+}
+
+TEST(DampedLoss, AndSlackAreTheDoubleLoop) {
+    const Index n = 160;
+    const Matrix<double> h = second_moment(Kind::dead, n);
+    const Factor factor(h.view(), Order::group, 0.01, 16);
+    const Matrix<double> r = damped(h, factor);
+    Tile<double> before(lanes, n), after(lanes, n);
+    Matrix<double> e(lanes, n), e2(lanes, n);
+    std::mt19937_64 generator(6);
+    std::normal_distribution<double> normal;
+    for (Index row = 0; row < lanes; ++row)
+        for (Index pos = 0; pos < n; ++pos) {
+            before(row, pos) = e(row, factor.column(pos)) = normal(generator);
+            after(row, pos) = e2(row, factor.column(pos)) = normal(generator);
+        }
+    const Matrix<double> none(lanes, n);
+    const auto magnitude = static_cast<double>(form(e, r, &none));
+    EXPECT_LE(std::fabs(damped_loss(before, factor) - static_cast<double>(form(e, r))), 2.0 * static_cast<double>(n + lanes + 8) * 0x1p-53 * magnitude);
+    const double m = (160 + 2 * 16 + 8) * 0x1p-53;
+    EXPECT_NEAR(refinement_slack(before, after, factor, 16) / (4 * m / (1 - m) * static_cast<double>(form(e, r, &e2))), 1, 1e-12);
+    EXPECT_EQ(damped_loss(Tile<float>(Tile<float>::Zero(lanes, n)), factor), 0);
+}
+
+// ---- shift_to_inputs
+
+TEST(ShiftToInputs, AnswersTheNormalEquationsInAnyLayout) {
+    const Index rows = 70, n = 150;
+    const double strength = 0.75;
+    const Matrix<float> w = random_matrix(rows, n, 4), skew = random_matrix(n, n, 5);
+    for (const Kind kind : {Kind::random, Kind::dead}) {
+        const Matrix<double> h = second_moment(kind, n);
+        Matrix<double> cross = h;
+        for (Index i = 0; i < n; ++i)
+            for (Index j = 0; j < n; ++j) cross(i, j) += 0.1 * skew(i, j);
+        for (const Order order : {Order::group, Order::activation}) {
+            const Factor factor(h.view(), order, 0.01, order == Order::group ? 10 : 1);
+            const Matrix<double> r = damped(h, factor);
+            Matrix<float> target(rows, n);
+            shift_to_inputs(w.view(), cross.view(), h.view(), factor, strength, target.view(), 1);
+            double moved = 0;
+            for (Index row = 0; row < rows; ++row)
+                for (Index j = 0; j < n; ++j) {
+                    if (h(j, j) == 0) {
+                        EXPECT_EQ(target(row, j), w(row, j));
+                        continue;
+                    }
+                    // (target - W) R = strength W (cross - H), but for the rounding of target to float32, u |target| |R|; what float64 adds is 1e-9 of that.
+                    double left = 0, right = 0, magnitude = 0;
+                    for (Index k = 0; k < n; ++k) {
+                        left += (static_cast<double>(target(row, k)) - w(row, k)) * r(k, j);
+                        right += strength * w(row, k) * (cross(k, j) - h(k, j));
+                        magnitude += std::fabs(target(row, k) * r(k, j)) + 1e-6 * std::fabs(w(row, k) * cross(k, j));
+                    }
+                    EXPECT_LE(std::fabs(left - right), 1.01 * 0x1p-24 * magnitude);
+                    moved = std::max(moved, std::fabs(right) / magnitude);
+                }
+            EXPECT_GT(moved, 1e-3);
+            for (const Layout layout : layouts)
+                for (const int threads : thread_counts) {
+                    const Matrix<float> w2(w, layout, static_cast<float>(nan));
+                    const Matrix<double> h2(h, layout, nan), cross2(cross, layout, nan);
+                    Matrix<float> target2(rows, n, layout, -7.0f);
+                    shift_to_inputs(w2.view(), cross2.view(), h2.view(), factor, strength, target2.view(), threads);
+                    EXPECT_EQ(target2, target);
+                    EXPECT_TRUE(target2.padding_untouched());
+                }
+        }
+    }
+}
+
+TEST(ShiftToInputs, RefusesShapesThatDoNotFit) {
+    const Matrix<double> h = second_moment(Kind::random, 32), narrow = second_moment(Kind::random, 16);
+    const Factor factor(h.view(), Order::group, 0.01, 16), small(narrow.view(), Order::group, 0.01, 16);
+    const Matrix<float> w = random_matrix(3, 32);
+    Matrix<float> target(3, 32), short_target(2, 32);
+    const auto shift = [&](const Matrix<double>& cross, const Matrix<double>& moment, const Factor& f, Matrix<float>& out) { shift_to_inputs(w.view(), cross.view(), moment.view(), f, 1, out.view(), 1); };
+    for (const auto& call : std::vector<std::function<void()>>{[&] { shift(narrow, h, factor, target); }, [&] { shift(h, narrow, factor, target); }, [&] { shift(h, h, small, target); },
+                                                               [&] { shift(h, h, factor, short_target); }})
+        expect_refused("weight, cross, hessian, factor and target do not have the same columns", call);
+    shift(h, h, factor, target);
+    EXPECT_EQ(target, w);  // the inputs are the same: nothing to answer
+}
+
+}  // namespace
+}  // namespace mrgptq
