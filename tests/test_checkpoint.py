@@ -199,7 +199,7 @@ def test_card_and_record(saved):
     for name in SHAPES:  # {steps from absmax: groups}: plain rounding has absmax's own
         assert record["layers"][name]["scale_offsets"] == {"0": SHAPES[name][0] * SHAPES[name][1] // GROUP[kind.format]} and record["layers"][name]["damped_errors"] == []
     if kind.dialect == "mrgptq":
-        assert "Runs in mrgptq alone" in card and "mrgptq evaluate" in card and "vLLM" not in card and "transformers" not in card
+        assert "Runs in mrgptq alone" in card and "mrgptq evaluate" in card and "vLLM" not in card and "transformers warns" in card and "answers nonsense" in card
         stored_rule = tensors[f"{Q}.weight"].activations.rule if kind.activations else "absmax"
         assert (f'activation scales by "{stored_rule}"' in card) == (stored_rule != "absmax")
         return
@@ -299,7 +299,7 @@ OWN = Kind("mrgptq", "nvfp4", True, 16, "mse")
         (lambda c: c["activations"].update(rule="quest"), ("unknown rule for nvfp4 'quest'",)),
         (lambda c: c["activations"].update(mx_rule="odd"), ("unknown mx_rule 'odd'", "floor, ceil, even, four-thirds")),
         (lambda c: c["activations"].pop("mx_rule"), ("unknown mx_rule None",)),
-        (lambda c: c["activations"].update(format="fp8"), ("unknown format 'fp8'", "known: mxfp4, nvfp4")),
+        (lambda c: c["activations"].update(format="fp8"), ("activations are", "'fp8'", "whose format is that of the weights")),
         (lambda c: c.update(hadamard_block_size=48), ("block_size is 48", "power of two")),
         (lambda c: c.update(hadamard_block_size=512), ("256 columns", "block size 512")),
     ],

@@ -122,7 +122,7 @@ def test_best_online_is_for_our_own_runtime_and_its_dialect(run, leaf_folder, tm
     assert status == 0, err
     lines = out.splitlines()
     assert lines[0] == f"{tmp_path / 'out'}: 14 layers, MXFP4 W4A4, Hadamard 32, activations by mse, gptq with gptq scales by the MX rule even"
-    assert lines[2] == 'Runs in mrgptq alone (`mrgptq evaluate`, mrgptq.hf.load_quantized): no stock loader applies activation scales by "mse".'
+    assert lines[2].startswith("Runs in mrgptq alone (`mrgptq evaluate`, mrgptq.hf.load_quantized).") and 'none applies activation scales by "mse"' in lines[2]
     assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"] == "mrgptq"
     assert recipe_of(tmp_path / "out") == mg.Recipe.named("best-online", "mxfp4", "mrgptq", "mxfp4")
     matrices = [value for value in mg.load(tmp_path / "out").values() if isinstance(value, mg.QuantizedMatrix)]
@@ -176,7 +176,7 @@ def test_progress_goes_to_stderr(finished):
         (["--recipe", "rtn", "--format", "mxfp4", "--rotation", "64"], 28, ["MXFP4 W4A16, Hadamard 64", "even", "-> 682.2 kB"]),
         (["--recipe", "rtn", "--format", "mxfp4", "--activations", "mxfp4", "--dialect", "fp_quant"], 28, ["MXFP4 W4A4", "four-thirds", "fp_quant"]),
         (["--calibration", CALIBRATION, "--recipe", "mr-gptq", "--rotation", "0", "--tokens", "1e4", "--sequence", "100"], 28, ["NVFP4 W4A16\n", "10000 tokens in windows of 100", "gptq", "activation\n", "fpquant_mse", "damping", "0.01"]),
-        (["--calibration", CALIBRATION, "--tokens", "1e4"], 28, ["NVFP4 W4A16\n", "9728 tokens in windows of 512", "rotation   none", "scales     gptq", "order      group", "damping    0.03", "cross      0.5"]),
+        (["--calibration", CALIBRATION, "--tokens", "1e4"], 28, ["NVFP4 W4A16\n", "9728 tokens in windows of 512", "rotation   none", "scales     gptq", "order      group", "damping    0.05", "cross      0.5"]),
         (["--calibration", CALIBRATION, "--rotation", "32", "--cross", "0"], 28, ["NVFP4 W4A16, Hadamard 32\n", "scales     gptq"]),
         (["--calibration", CALIBRATION, "--recipe", "best-online", "--format", "mxfp4", "--activations", "mxfp4"], 28, ["MXFP4 W4A4, Hadamard 32, activations by mse\n", "mrgptq\n"]),
         (["--recipe", "rtn", "--targets", r"layers\.[02].*down"], 2, ["2, 98,304 weights", "model.layers.2.mlp.down_proj"]),
@@ -346,7 +346,7 @@ def test_inspect_shows_errors_bits_and_the_histogram_of_scales(recorded, finishe
         errors, offsets = (
             {line.split()[0]: line.split()[1:] for line in part.splitlines() if line.startswith("model.layers")} for part in out.split("\nlayer", 2)[1:]
         )  # two tables, one below the other
-        rounds, damping = {"mr-gptq": (0, "0.01"), "best": (recipe_of(folder).rounds, "0.03")}[recorded]
+        rounds, damping = {"mr-gptq": (0, "0.01"), "best": (recipe_of(folder).rounds, "0.05")}[recorded]
         for name, r in layers.items():
             assert 0 <= len(r["damped_errors"]) - 1 <= rounds and (recorded == "mr-gptq" or len(r["damped_errors"]) > 1)
             assert errors.pop(name) == [
