@@ -63,11 +63,12 @@ def table(rows):
             cells.setdefault((row["format"], bool(row["activations"]), row["recipe"]), {})[calibration_set] = row
     for (format, quantised_inputs, recipe), by_set in cells.items():
         base = cells.get((format, quantised_inputs, "mr-gptq"), {})
-        sets = [s for s in by_set if s in base] or list(by_set)
+        shared = [s for s in by_set if s in base]
+        sets = shared or list(by_set)  # a gap is compared over the sets that both have
         mine = [by_set[s] for s in sets]
         cut = []
         for field, zero in (("perplexity", original["perplexity"]), ("divergence", 0.0)):
-            if recipe == "mr-gptq" or not base:
+            if recipe == "mr-gptq" or not shared:
                 cut.append("–")
                 continue
             fraction, error = reduction([row[field] - zero for row in mine], [base[s][field] - zero for s in sets])

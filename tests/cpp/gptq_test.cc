@@ -380,7 +380,8 @@ protected:
 
 INSTANTIATE_TEST_SUITE_P(Formats, Solve,
                          ::testing::Values(Problem{"nvfp4", 16, Precision::float32}, Problem{"nvfp4", 16, Precision::float64}, Problem{"mxfp4", 32, Precision::float32},
-                                           Problem{"mxfp4", 32, Precision::float64}));
+                                           Problem{"mxfp4", 32, Precision::float64}),
+                         [](const auto& info) { return std::string(info.param.format) + (info.param.precision == Precision::float32 ? "InFloat32" : "InFloat64"); });
 
 TEST_P(Solve, LayoutAndThreadsDoNotReachTheBytesAndTheLossIsTheQuadraticForm) {
     Matrix<double> h = random_second_moment(cols);

@@ -5,7 +5,7 @@ warns and leaves the quantised weights uninitialised.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -70,7 +70,8 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
         activations = None
         if stored:
             tensor_scale = stored_number(reader, f"{module}.input_global_scale") if stored.get("format") == "nvfp4" else None
-            activations = Activations(stored.get("format"), stored.get("mx_rule"), tensor_scale, stored.get("rule"))
+            mx_rule, rule = (cast(str, stored.get(key)) for key in ("mx_rule", "rule"))  # Activations refuses what is missing
+            activations = Activations(format, mx_rule, tensor_scale, rule)
         return QuantizedMatrix(format, codes, scales, divisor, rotation_of(quantization_config.get("hadamard_block_size")), activations)
 
 
