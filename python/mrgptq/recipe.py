@@ -114,7 +114,7 @@ class Recipe(Shown):
         if name == "mr-gptq":
             return replace_checked(base, rotation=block_format(format).group_size, scales="fpquant_mse")
         best = replace_checked(base, scales="gptq", order="group", rounds=BEST_ROUNDS, damping=BEST_DAMPING)
-        if format == "nvfp4" and activations is None:
+        if activations is None:
             best = replace_checked(best, cross=BEST_CROSS)
         # At W4A4 the inputs' rounding decides, and MXFP4's is better in a rotated basis, NVFP4's in the original one. Loaders of fp_quant always rotate.
         rotated = format == "mxfp4" and activations is not None and (name == "best-online" or dialect == "fp_quant")
