@@ -1,0 +1,53 @@
+"""What the measurements rest on: divergence against the sum over the vocabulary, second moments and weights against transformers' own, layer rows against the layers' reports."""
+
+import numpy as np
+import pytest
+import torch
+
+import mrgptq as mg
+from mrgptq import hf
+from mrgptq.study.layers import compare_layers
+
+NAMES = [f"model.layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")]
+
+
+@pytest.fixture(scope="module")
+def model_and_inputs(leaf_folder, calibration_text):
+    return hf.load_model(leaf_folder), hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 3, 64)
+
+
+def test_divergence_is_that_of_the_original_from_the_other_per_token(model_and_inputs, leaf_folder):
+    original, inputs = model_and_inputs
+    other = hf.load_model(leaf_folder)
+    with torch.no_grad():
+        other.get_submodule(NAMES[-1]).weight.mul_(0.5)
+        p, q = (torch.softmax(m(input_ids=inputs).logits.double(), -1) for m in (original, other))
+    expected = float((p * (p.log() - q.log())).sum(-1).mean())
+    backwards = float((q * (q.log() - p.log())).sum(-1).mean())
+    # float32 log-probabilities are off by some 1e-6, and 1024 of them are weighed by probabilities that sum to one
+    assert hf.divergence(other, original, inputs) == pytest.approx(expected, abs=1e-5) and abs(expected - backwards) > 1e-4
+    assert hf.divergence(original, original, inputs) == 0
+
+
+def test_moments_weights_and_layer_rows_are_the_layers_own(model_and_inputs):
+    model, inputs = model_and_inputs
+    seen = {}
+    handles = [model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0].flatten(0, 1).double().numpy())) for name in NAMES]
+    with torch.no_grad():
+        model(input_ids=inputs)
+    for handle in handles:
+        handle.remove()
+    hessians, weights = hf.collect_hessians(model, inputs, NAMES, batch_windows=2), hf.layer_weights(model, NAMES)
+    for name in NAMES:
+        x = seen[name]
+        assert np.array_equal(weights[name], model.get_submodule(name).weight.detach().numpy())
+        # batches of other sizes change the inputs' last bits, panels are summed in float32: 256 units of 2^-24 each way are ample
+        assert np.abs(hessians[name] - x.T @ x / len(x)).max() <= 512 * 2.0**-24 * np.abs(x).max() ** 2, name
+    recipe = mg.Recipe("mxfp4", rotation=32, scales="gptq", order="group", rounds=1)
+    other = {name: h + np.diag(h.diagonal()) for name, h in hessians.items()}
+    (row,) = compare_layers(weights, hessians, other, [("mine", recipe)])
+    matrices = {name: mg.quantize_layer(weights[name], hessians[name], recipe) for name in NAMES}
+    assert row.relative_error == pytest.approx(np.mean([q.report.relative_error for q in matrices.values()]), rel=1e-12)
+    errors = {name: (weights[name] - q.dequantize(unrotate=True)).astype(np.float64) for name, q in matrices.items()}
+    held_out = np.mean([np.trace(e @ other[n] @ e.T) / np.trace(weights[n] @ other[n] @ weights[n].T) for n, e in errors.items()])
+    assert row.held_out_error == pytest.approx(held_out, rel=1e-4) and row.held_out_error != row.relative_error  # rotating to and fro rounds float32 weights, whose errors are a tenth of them
