@@ -26,12 +26,13 @@ def recipes(which):
     for format, paper in (("nvfp4", "even"), ("mxfp4", "four-thirds")):
         shipped = replace(mg.Recipe.named("mr-gptq", format), mx_rule=paper)
         best = mg.Recipe.named("best", format)
-        rows += [("mr-gptq", shipped), *((f"best, cross {cross:g}" if cross != best.cross else "best", replace(best, cross=cross)) for cross in (0.0, 0.5))]
-        rows += [("mr-gptq", replace(shipped, activations=format)), ("best", mg.Recipe.named("best", format, activations=format))]
+        rows += [("mr-gptq", shipped), ("best", best), *((f"best, cross {cross:g}", replace(best, cross=cross)) for cross in (0.0, 0.25, 0.5, 0.75) if cross != best.cross)]
+        rows.append(("best, outputs alike", replace(best, output_hessian=None)))
+        rows.append(("mr-gptq", replace(shipped, activations=format)))
         if format == "mxfp4":
             rows.append(("best, rotated 32", replace(mg.Recipe.named("best", format, activations=format), rotation=32)))
-        online = mg.Recipe.named("best-online", format, dialect="mrgptq", activations=format)
-        rows += [("best-online", online), ("best-online, cross 0.25", replace(online, cross=0.25))]
+        rows.append(("best-online", mg.Recipe.named("best-online", format, dialect="mrgptq", activations=format)))
+        rows.append(("best", mg.Recipe.named("best", format, activations=format)))
     return [(label, recipe) for label, recipe in rows if not which or which in f"{label} {recipe.format} W4A{4 if recipe.activations else 16}"]
 
 
@@ -55,8 +56,8 @@ def mean_and_error(values):
 def table(rows):
     """Rows (set, AccuracyRow as dict) as aligned text, a line for each recipe and use."""
     original = next(row for _, row in rows if row["format"] is None)
-    lines = [("use", "recipe", "sets", "layer error", "perplexity", "gap", "less", "far perplexity", "divergence", "less", "seconds")]
-    lines.append(("–", "original", "–", "–", f"{original['perplexity']:.3f}", "–", "–", f"{original['far_perplexity']:.2f}", "–", "–", "–"))
+    lines = [("use", "recipe", "sets", "layer error", "perplexity", "gap", "less", "far perplexity", "divergence", "less", "far divergence", "less", "seconds")]
+    lines.append(("–", "original", "–", "–", f"{original['perplexity']:.3f}", "–", "–", f"{original['far_perplexity']:.2f}", "–", "–", "–", "–", "–"))
     cells = {}
     for calibration_set, row in rows:
         if row["format"]:
@@ -67,7 +68,7 @@ def table(rows):
         sets = shared or list(by_set)  # a gap is compared over the sets that both have
         mine = [by_set[s] for s in sets]
         cut = []
-        for field, zero in (("perplexity", original["perplexity"]), ("divergence", 0.0)):
+        for field, zero in (("perplexity", original["perplexity"]), ("divergence", 0.0), ("far_divergence", 0.0)):
             if recipe == "mr-gptq" or not shared:
                 cut.append("–")
                 continue
@@ -85,10 +86,12 @@ def table(rows):
                 mean_and_error(row["far_perplexity"] for row in mine),
                 f"{statistics.fmean(row['divergence'] for row in mine):.5f}",
                 cut[1],
+                f"{statistics.fmean(row['far_divergence'] for row in mine):.5f}",
+                cut[2],
                 f"{statistics.median(row['seconds'] for row in mine):.0f}",
             )
         )
-    return align(lines, numeric=(2, 3, 5, 8, 10))
+    return align(lines, numeric=(2, 3, 5, 8, 10, 12))
 
 
 def main():

@@ -14,11 +14,11 @@ from mrgptq.recipe import DIALECTS, NAMES, replace_checked
 BASES = {"mxfp4": mg.Recipe("mxfp4", order="group"), "nvfp4": mg.Recipe("nvfp4", order="group")}
 CHANGES = {
     "mxfp4": {
-        "rotation": 64, "scales": "gptq", "mx_rule": "floor", "order": "natural", "solver": "rtn", "damping": 0.5, "rounds": 3, "cross": 0.25, "activations": "mxfp4", "activation_rule": "even",
+        "rotation": 64, "scales": "gptq", "mx_rule": "floor", "order": "natural", "solver": "rtn", "damping": 0.5, "rounds": 3, "cross": 0.25, "output_hessian": "fisher", "activations": "mxfp4", "activation_rule": "even",
         "precision": "float32",
     },
     "nvfp4": {
-        "rotation": 64, "scales": "four_over_six", "mx_rule": "floor", "tensor_scale": "alternating", "order": "natural", "solver": "rtn", "damping": 0.5, "rounds": 3, "cross": 0.25,
+        "rotation": 64, "scales": "four_over_six", "mx_rule": "floor", "tensor_scale": "alternating", "order": "natural", "solver": "rtn", "damping": 0.5, "rounds": 3, "cross": 0.25, "output_hessian": "fisher",
         "activations": "nvfp4", "activation_rule": "mse", "precision": "float32",
     },
 }  # fmt: skip
@@ -45,16 +45,16 @@ def test_named_recipes(name, format, dialect, expected, quantise_activations):
     """The paper's: Hadamard 16 for NVFP4 and 32 for MXFP4, damping 0.01, static activation order; only fp_quant can store four-thirds."""
     activations = format if quantise_activations else None
     common = {
-        "rotation": None, "mx_rule": "even", "tensor_scale": "absmax", "order": "activation", "solver": "gptq", "damping": 0.01, "rounds": 0, "cross": 0.0, "activation_rule": "absmax",
-        "precision": "float64",
+        "rotation": None, "mx_rule": "even", "tensor_scale": "absmax", "order": "activation", "solver": "gptq", "damping": 0.01, "rounds": 0, "cross": 0.0, "output_hessian": None,
+        "activation_rule": "absmax", "precision": "float64",
     }  # fmt: skip
     recipe = mg.Recipe.named(name, format, dialect, activations)
     assert recipe.as_dict() == common | {"format": format, "activations": activations} | expected
 
 
 # What measured best, see bench/accuracy.md.
-BEST = {"scales": "gptq", "order": "group", "solver": "gptq", "damping": 0.05, "rounds": 6, "tensor_scale": "absmax", "precision": "float64"}
-BEST_CROSS = {False: 0.5, True: 0.0}  # by whether inputs are rounded
+BEST = {"scales": "gptq", "order": "group", "solver": "gptq", "damping": 0.05, "rounds": 6, "tensor_scale": "absmax", "precision": "float64", "output_hessian": "fisher"}
+BEST_CROSS = {False: 0.25, True: 0.0}  # by whether inputs are rounded
 
 
 @pytest.mark.parametrize("activations", [False, True], ids=["w4a16", "w4a4"])

@@ -1,6 +1,6 @@
 """Scales searched inside GPTQ, rounds of refinement and shifted targets: against reference.py on leaf, and against first principles.
 
-Leaf in full would take reference.py minutes: of each layer the first 130 rows are solved (two tiles of 64 and a rest), without rotation every layer in both formats, with four-thirds and
+Leaf in full would take reference.py minutes: of each layer the first 130 rows are solved (four tiles of 32 rows and a rest), without rotation every layer in both formats, with four-thirds and
 with the paper's rotation those of two blocks each.
 """
 

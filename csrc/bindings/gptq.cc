@@ -44,14 +44,14 @@ void register_gptq(py::module_& module) {
         .def_property_readonly("lambda_", &Factor::lambda)
         .def_property_readonly("dead_weight", &Factor::dead_weight)
         .def_property_readonly("usable", &Factor::usable);
-    module.def("solve", [](const std::string& format, const py::array& weight, py::array& scales, float tensor_scale, const Factor& factor, const std::string& precision, bool search_scales,
+    module.def("solve", [](const std::string& format, const py::array& weight, py::array& scales, float tensor_scale, const Factor& factor, const Factor* outputs, const std::string& precision, bool search_scales,
                            const std::string& mx_rule, int rounds, int threads) {
         const auto in = view<float>(weight);
         const auto in_out_scales = writable<std::uint8_t>(scales);
         auto codes = matrix<std::uint8_t>(in.rows, in.cols / 2);
         const auto out = writable<std::uint8_t>(codes);
         const SolverOptions options{precision_named(precision), search_scales, mx_rule_named(mx_rule), rounds};
-        const SolverResult result = without_gil([&] { return solve(format, in, in_out_scales, tensor_scale, factor, options, out, threads); });
+        const SolverResult result = without_gil([&] { return solve(format, in, in_out_scales, tensor_scale, factor, outputs, options, out, threads); });
         return py::make_tuple(codes, result.losses);
     });
     module.def("shift_to_inputs", [](const py::array& weight, const py::array& cross, const py::array& h, const Factor& factor, double strength, int threads) {
@@ -66,6 +66,11 @@ void register_gptq(py::module_& module) {
         const auto in = view<float>(e);
         const auto in_h = view<double>(h);
         return without_gil([&] { return quadratic_form(in, in_h, threads); });
+    });
+    module.def("coupled_form", [](const py::array& e, const py::array& a, const py::array& h, int threads) {
+        const auto in = view<float>(e);
+        const auto in_a = view<double>(a), in_h = view<double>(h);
+        return without_gil([&] { return coupled_form(in, in_a, in_h, threads); });
     });
 }
 

@@ -10,6 +10,7 @@
 #include "base/parallel.h"
 #include "codecs/packing.h"
 #include "formats/block_format.h"
+#include "gptq/outputs.h"
 #include "gptq/refine.h"
 #include "gptq/tile.h"
 
@@ -19,7 +20,6 @@ namespace {
 // What all tiles of one call share.
 template <class Real>
 struct Problem {
-    MatrixView<const float> weight;
     float tensor_scale;
     const Factor& factor;
     const SolverOptions& options;
@@ -27,12 +27,12 @@ struct Problem {
     const Eigen::Matrix<Real, Eigen::Dynamic, 1> pivots;
 };
 
-template <class Format, class Real>
-RowTile<Real> load(const Problem<Real>& problem, MatrixView<const std::uint8_t> scales, Index first_row) {
-    const Index n = problem.weight.cols, rows = std::min(lanes, problem.weight.rows - first_row);
+template <class Format, class Real, class Weight>
+RowTile<Real> load(const Problem<Real>& problem, MatrixView<const Weight> weight, MatrixView<const std::uint8_t> scales, Index first_row) {
+    const Index n = weight.cols, rows = std::min(lanes, weight.rows - first_row);
     RowTile<Real> tile{first_row, rows, Tile<Real>::Zero(lanes, n), Tile<std::int8_t>::Zero(lanes, n), Tile<std::uint8_t>::Constant(lanes, scales.cols, 1), Tile<float>::Ones(lanes, scales.cols)};
     for (Index r = 0; r < rows; ++r) {
-        for (Index p = 0; p < n; ++p) tile.error(r, p) = problem.weight.row(first_row + r)[problem.factor.column(p)];
+        for (Index p = 0; p < n; ++p) tile.error(r, p) = static_cast<Real>(weight.row(first_row + r)[problem.factor.column(p)]);
         for (Index g = 0; g < scales.cols && !problem.options.search_scales; ++g) {
             tile.scales(r, g) = scales.row(first_row + r)[g];
             tile.steps(r, g) = group_step<Format>(tile.scales(r, g), problem.tensor_scale);
@@ -129,11 +129,21 @@ void check_round(const Tile<Real>& before, const Tile<Real>& after, const Factor
     check(is <= was + slack, "a round of refinement raised the damped loss from " + std::to_string(was) + " to " + std::to_string(is) + ", more than rounding explains (" + std::to_string(slack) + ")");
 }
 
+// sum += losses, both after the recursion and after each round; where rounds ended early the last loss stands for those left out.
+void add_losses(std::vector<double>& sum, const std::vector<double>& losses) {
+    if (sum.empty()) {
+        sum = losses;
+        return;
+    }
+    if (sum.size() < losses.size()) sum.resize(losses.size(), sum.back());
+    for (std::size_t k = 0; k < sum.size(); ++k) sum[k] += losses[std::min(k, losses.size() - 1)];
+}
+
 // The losses of one tile: after the recursion and after each of the rounds; a round left out because nothing moved any more repeats the last.
-template <class Format, class Real>
-std::vector<double> solve_tile(const Problem<Real>& problem, const GroupFactors<Real>& factors, Index first_row, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes) {
-    RowTile<Real> tile = load<Format>(problem, scales, first_row);
-    const Index n = problem.weight.cols;
+template <class Format, class Real, class Weight>
+std::vector<double> solve_tile(const Problem<Real>& problem, const GroupFactors<Real>& factors, MatrixView<const Weight> weight, Index first_row, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes) {
+    RowTile<Real> tile = load<Format>(problem, weight, MatrixView<const std::uint8_t>(scales), first_row);
+    const Index n = weight.cols;
     Tile<Real> feedback(lanes, block);
     double loss = 0;
     for (Index end = n; end > 0; end -= std::min(block, end)) {
@@ -167,20 +177,62 @@ std::vector<double> solve_tile(const Problem<Real>& problem, const GroupFactors<
     return losses;
 }
 
-template <class Format, class Real>
-SolverResult solve_rows(MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const SolverOptions& options, const Columns<Real>& joint,
-                        MatrixView<std::uint8_t> codes, int threads) {
-    const Problem<Real> problem{weight, tensor_scale, factor, options, joint, factor.pivots().cast<Real>()};
-    const GroupFactors<Real> factors = options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{};
+// All rows of a weight, tile by tile: the losses summed over them.
+template <class Format, class Real, class Weight>
+std::vector<double> solve_rows(const Problem<Real>& problem, const GroupFactors<Real>& factors, MatrixView<const Weight> weight, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes, int threads) {
     const Index tiles = (weight.rows + lanes - 1) / lanes;
     std::vector<std::vector<double>> losses(static_cast<std::size_t>(tiles));
-    parallel_for(tiles, threads, [&](Index i) { losses[static_cast<std::size_t>(i)] = solve_tile<Format>(problem, factors, i * lanes, scales, codes); });
-    std::size_t count = 1;
-    for (const auto& tile : losses) count = std::max(count, tile.size());
-    SolverResult result{std::vector<double>(count, 0.0)};
-    for (const auto& tile : losses)
-        for (std::size_t k = 0; k < count; ++k) result.losses[k] += tile[std::min(k, tile.size() - 1)];
-    return result;
+    parallel_for(tiles, threads, [&](Index i) { losses[static_cast<std::size_t>(i)] = solve_tile<Format>(problem, factors, weight, i * lanes, scales, codes); });
+    std::vector<double> sum;
+    for (const auto& tile : losses) add_losses(sum, tile);
+    return sum;
+}
+
+// Rows in blocks, in the order of the outputs' factor: each block's target makes up for the errors of the blocks before it as far as the outputs are alike (outputs.h), and is then solved like
+// any other weight.
+template <class Format, class Real>
+std::vector<double> solve_coupled(const Problem<Real>& problem, const GroupFactors<Real>& factors, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, const Factor& outputs,
+                                  MatrixView<std::uint8_t> codes, int threads) {
+    const Index rows = weight.rows, n = weight.cols, height = row_block(rows);
+    // By position of the outputs' factor: row 0 is solved last.
+    std::vector<float> errors(static_cast<std::size_t>(rows * n));
+    const MatrixView<float> error{errors.data(), rows, n, n};
+    std::vector<double> sum;
+    for (Index end = rows; end > 0; end -= std::min(height, end)) {
+        const Index begin = std::max<Index>(end - height, 0), count = end - begin;
+        std::vector<Real> targets(static_cast<std::size_t>(count * n));
+        const MatrixView<Real> target{targets.data(), count, n, n};
+        std::vector<std::uint8_t> block_scales(static_cast<std::size_t>(count * scales.cols)), block_codes(static_cast<std::size_t>(count * codes.cols));
+        const MatrixView<std::uint8_t> own_scales{block_scales.data(), count, scales.cols, scales.cols}, own_codes{block_codes.data(), count, codes.cols, codes.cols};
+        owed<Real>(outputs, begin, end, error, target, threads);
+        for (Index i = 0; i < count; ++i) {
+            const Index row = outputs.column(begin + i);
+            for (Index c = 0; c < n; ++c) target.row(i)[c] += static_cast<Real>(weight.row(row)[c]);
+            std::copy_n(scales.row(row), scales.cols, own_scales.row(i));
+        }
+        add_losses(sum, solve_rows<Format>(problem, factors, MatrixView<const Real>(target), own_scales, own_codes, threads));
+        parallel_for(count, threads, [&](Index i) {
+            const Index row = outputs.column(begin + i);
+            std::copy_n(own_scales.row(i), scales.cols, scales.row(row));
+            std::copy_n(own_codes.row(i), codes.cols, codes.row(row));
+            std::vector<std::uint8_t> unpacked(static_cast<std::size_t>(n));
+            unpack_row(own_codes.row(i), n, unpacked.data());
+            for (Index c = 0; c < n; ++c) {
+                const float step = group_step<Format>(own_scales.row(i)[c / Format::group_size], problem.tensor_scale);
+                error.row(begin + i)[c] = weight.row(row)[c] - step * e2m1::decode(unpacked[static_cast<std::size_t>(c)]);
+            }
+        });
+    }
+    return sum;
+}
+
+template <class Format, class Real>
+SolverResult solve_format(MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs, const SolverOptions& options,
+                          const Columns<Real>& joint, MatrixView<std::uint8_t> codes, int threads) {
+    const Problem<Real> problem{tensor_scale, factor, options, joint, factor.pivots().cast<Real>()};
+    const GroupFactors<Real> factors = options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{};
+    if (outputs != nullptr) return {solve_coupled<Format>(problem, factors, weight, scales, *outputs, codes, threads)};
+    return {solve_rows<Format>(problem, factors, weight, scales, codes, threads)};
 }
 
 }  // namespace
@@ -191,17 +243,21 @@ Precision precision_named(std::string_view name) {
     return Precision::float64;
 }
 
-SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const SolverOptions& options,
-                   MatrixView<std::uint8_t> codes, int threads) {
+SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs,
+                   const SolverOptions& options, MatrixView<std::uint8_t> codes, int threads) {
     check(factor.cols() == weight.cols, "the factor has " + std::to_string(factor.cols()) + " columns; weight has " + std::to_string(weight.cols));
     check(factor.usable(), "the factor is not usable: the Hessian could not be factorised at any damping");
+    if (outputs != nullptr) {
+        check(outputs->cols() == weight.rows, "the outputs' factor has " + std::to_string(outputs->cols()) + " columns; weight has " + std::to_string(weight.rows) + " rows");
+        check(outputs->usable(), "the outputs' factor is not usable");
+    }
     check(options.rounds >= 0, "rounds is " + std::to_string(options.rounds) + "; it must be 0 or more");
     check((!options.search_scales && options.rounds == 0) || factor.kind() == Order::group, "searched scales and refinement rounds need a factor in group order");
     return with_format(format, [&]<class Format>(Format) {
         check(scales.rows == weight.rows && scales.cols * Format::group_size == weight.cols, "scales do not have one entry for each group of weight");
         check(codes.rows == weight.rows && codes.cols * 2 == weight.cols, "codes do not have half a byte for each weight");
-        if (options.precision == Precision::float64) return solve_rows<Format, double>(weight, scales, tensor_scale, factor, options, factor.unit(), codes, threads);
-        return solve_rows<Format, float>(weight, scales, tensor_scale, factor, options, factor.unit().cast<float>(), codes, threads);
+        if (options.precision == Precision::float64) return solve_format<Format, double>(weight, scales, tensor_scale, factor, outputs, options, factor.unit(), codes, threads);
+        return solve_format<Format, float>(weight, scales, tensor_scale, factor, outputs, options, factor.unit().cast<float>(), codes, threads);
     });
 }
 
@@ -256,6 +312,32 @@ double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int
             if (below > 0) part.noalias() += 2.0 * x.rightCols(below) * matrix.block(begin + width, begin, below, width);
             sum += part.cwiseProduct(x.middleCols(begin, width)).sum();
         }
+        sums[static_cast<std::size_t>(i)] = sum;
+    });
+    return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+double coupled_form(MatrixView<const float> e, MatrixView<const double> a, MatrixView<const double> h, int threads) {
+    const auto square = [](MatrixView<const double> x, Index n) { return x.rows == n && x.cols == n; };
+    check(square(a, e.rows) && square(h, e.cols), "coupled_form: the second moments of outputs and inputs do not have the rows and columns of the errors");
+    constexpr Index panel = 256;
+    const Index rows = e.rows, n = e.cols, tiles = (rows + lanes - 1) / lanes;
+    // Row-major matrices, read as their transposes; both moments are symmetric.
+    const Strided<double> outputs(a.data, rows, rows, Eigen::OuterStride<>(a.row_stride)), inputs(h.data, n, n, Eigen::OuterStride<>(h.row_stride));
+    std::vector<double> sums(static_cast<std::size_t>(tiles));
+    parallel_for(tiles, threads, [&](Index i) {
+        const Index first_row = i * lanes, count = std::min(lanes, rows - first_row);
+        Columns<double> mixed = Columns<double>::Zero(n, count), wide(n, panel), product(n, count);
+        for (Index first = 0; first < rows; first += panel) {
+            const Index here = std::min(panel, rows - first);
+            for (Index r = 0; r < here; ++r)
+                for (Index c = 0; c < n; ++c) wide(c, r) = static_cast<double>(e.row(first + r)[c]);
+            mixed.noalias() += wide.leftCols(here) * outputs.block(first, first_row, here, count);
+        }
+        product.noalias() = inputs * mixed;
+        double sum = 0;
+        for (Index r = 0; r < count; ++r)
+            for (Index c = 0; c < n; ++c) sum += product(c, r) * static_cast<double>(e.row(first_row + r)[c]);
         sums[static_cast<std::size_t>(i)] = sum;
     });
     return std::accumulate(sums.begin(), sums.end(), 0.0);

@@ -32,9 +32,11 @@ struct SolverResult {
 };
 
 // weight (rows, cols) float32 in the basis of the factor's H, scales (rows, cols / group) read unless searched and written where searched or refined, codes (rows, cols / 2) written.
-// Rows are independent and worked off in tiles of 64: the same bytes for any number of threads.
-SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const SolverOptions& options,
-                   MatrixView<std::uint8_t> codes, int threads);
+// Without `outputs` rows are independent. With it, the factor of the outputs' second moment A (rows, rows) in any order, the loss is tr(A E H Eᵀ) and a block of rows makes up for the blocks
+// solved before it (outputs.h); SolverResult's losses are then those against the targets that the rows were given.
+// Cut into tiles by the number of rows alone: the same bytes for any number of threads.
+SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs,
+                   const SolverOptions& options, MatrixView<std::uint8_t> codes, int threads);
 
 // target = weight + strength * W (cross - H) (H + λI)⁻¹ in the factor's basis, where cross = Xᵀ X̃ / tokens and H = X̃ᵀ X̃ / tokens: the weights that answer the inputs X̃, which the
 // layer will see, most nearly as `weight` answers X. All (rows, cols) or (cols, cols). Dead columns keep their weights.
@@ -42,5 +44,8 @@ void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cr
 
 // tr(E H Eᵀ) in float64 for E (rows, cols) float32 and a symmetric H (cols, cols).
 double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int threads);
+
+// tr(A E H Eᵀ) in float64, A (rows, rows) symmetric too.
+double coupled_form(MatrixView<const float> e, MatrixView<const double> a, MatrixView<const double> h, int threads);
 
 }  // namespace mrgptq

@@ -14,7 +14,7 @@
 
 namespace mrgptq {
 
-constexpr Index lanes = 64;
+constexpr Index lanes = 32;
 constexpr Index block = 128;  // columns between two GEMMs; every group size divides it
 
 template <class T>

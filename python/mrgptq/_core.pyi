@@ -59,6 +59,7 @@ def solve(
     scales: NDArray[np.uint8],
     tensor_scale: float,
     factor: CholeskyFactor,
+    outputs: CholeskyFactor | None,
     precision: str,
     search_scales: bool,
     mx_rule: str,
@@ -70,3 +71,4 @@ def shift_to_inputs(
     weight: NDArray[np.float32], cross: NDArray[np.float64], h: NDArray[np.float64], factor: CholeskyFactor, strength: float, threads: int, /
 ) -> NDArray[np.float32]: ...
 def quadratic_form(e: NDArray[np.float32], h: NDArray[np.float64], threads: int, /) -> float: ...
+def coupled_form(e: NDArray[np.float32], a: NDArray[np.float64], h: NDArray[np.float64], threads: int, /) -> float: ...

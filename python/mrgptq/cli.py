@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--ignore", metavar="REGEX", default=DEFAULT_IGNORE, help=f"modules to leave as they are (default: {DEFAULT_IGNORE})")
     quantize.add_argument("--rotation", metavar="N", type=int, help="block size of the Hadamard rotation, 0 for none (default: the recipe's)")
     quantize.add_argument("--cross", metavar="X", type=float, help="how far targets make up for the layers before, 0 … 1, by a second pass through the original model; 0 saves that pass (default: the recipe's)")
+    quantize.add_argument("--output-hessian", choices=("none", "fisher"), help="weigh each layer's outputs by what they matter to the predictions, found by a backward pass; none saves that pass (default: the recipe's)")
     quantize.add_argument("--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size a file of the checkpoint may reach (default: 5e9)")
     quantize.add_argument("--dry-run", action="store_true", help="print the plan, sizes and expected memory, then stop")
     _add_common(quantize)
@@ -149,7 +150,11 @@ def _read_text(path: Path) -> str:
 def _recipe(args: argparse.Namespace) -> Recipe:
     activations = None if args.activations == "none" else args.activations
     recipe = with_rotation(Recipe.named(args.recipe, args.format, _dialect(args), activations), args.rotation)
-    return recipe if args.cross is None else replace(recipe, cross=args.cross)
+    if args.cross is not None:
+        recipe = replace(recipe, cross=args.cross)
+    if args.output_hessian is not None:
+        recipe = replace(recipe, output_hessian=None if args.output_hessian == "none" else args.output_hessian)
+    return recipe
 
 
 def _dialect(args: argparse.Namespace) -> str:

@@ -15,15 +15,19 @@ ORDERS = ("natural", "activation", "group")
 scales stay where they are."""
 
 
+OUTPUT_DAMPING = 0.05
+"""Of an output Hessian, relative to its mean diagonal; between 0.01 and 0.2 nothing changes (bench/accuracy.md)."""
+
+
 class Hessian:
-    """The running second moment H = X^T X / tokens of a layer's inputs.
+    """The running second moment H = X^T X / tokens of a layer's inputs, or of the gradients at its outputs.
 
     Tokens are gathered into panels of 256, counted from the start of the stream; a panel's product is float32, the sum over panels float64. So the bytes do
     not depend on how the stream was cut into batches, nor on the number of threads.
 
     Parameters
     ----------
-    cols : int, the layer's in_features.
+    cols : int, the layer's in_features (out_features for gradients).
 
     Examples
     --------
@@ -166,3 +170,9 @@ def as_damping(damping: float) -> float:
 def relative_error(error: NDArray[np.float32], energy: float | None, hessian: NDArray[np.float64], *, threads: int | None = None) -> float | None:
     """tr(E H E^T) / energy in float64, energy being tr(W H W^T); None where that is 0 or not known. error (rows, cols) float32, hessian (cols, cols) float64, in one basis."""
     return _core.quadratic_form(error, hessian, as_threads(threads)) / energy if energy else None
+
+
+def output_error(error: NDArray[np.float32], weight: NDArray[np.float32], outputs: NDArray[np.float64], hessian: NDArray[np.float64], *, threads: int | None = None) -> float | None:
+    """tr(A E H E^T) / tr(A W H W^T) in float64; None where the latter is 0. error E and weight W (rows, cols) float32, outputs A (rows, rows), hessian H (cols, cols)."""
+    energy = _core.coupled_form(weight, outputs, hessian, as_threads(threads))
+    return _core.coupled_form(error, outputs, hessian, as_threads(threads)) / energy if energy > 0 else None

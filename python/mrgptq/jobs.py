@@ -24,6 +24,7 @@ from .rotations import rotation_of
 _log = logging.getLogger("mrgptq")
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their layers are transformers' Conv1D
 
+_OUTPUT_HESSIAN_BYTES = 4 << 30  # as hf.calibrate has it, which only an installed torch can tell
 _BATCH_WINDOWS = 8  # calibration windows in one forward pass of a block
 
 
@@ -134,13 +135,14 @@ def make_plan(
     bytes_in = sum(reader.nbytes(name) for name in reader.names)
     kept = bytes_in - sum(reader.nbytes(f"{name}.weight") for name in shapes)
     bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
-    memory = _expected_memory(reader, shapes, min(bytes_out, max_shard_bytes), tokens, sequence, twice=recipe.cross > 0)
+    memory = _expected_memory(reader, shapes, min(bytes_out, max_shard_bytes), tokens, sequence, twice=recipe.cross > 0, outputs=recipe.output_hessian is not None)
     return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory)
 
 
-def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int, sequence: int, *, twice: bool) -> int:
+def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int, sequence: int, *, twice: bool, outputs: bool) -> int:
     """Peak bytes: the shard under way, a layer's working copies, and with calibration the float32 model, the tokens' hidden states, one batch inside a block, and
-    one block's Hessians with what the factor takes; ``twice``: the original's hidden states, block and cross moments beside them."""
+    one block's Hessians with what the factor takes; ``twice``: the original's hidden states, block and cross moments beside them; ``outputs``: the output Hessians of the blocks that share a backward pass, the
+    widest one's working copies, and what a window's forward pass leaves for the backward one."""
     widest = max(cols for _, cols in shapes.values())
     layer = max(rows * cols for rows, cols in shapes.values()) * 4 * 4
     if not tokens:
@@ -155,7 +157,15 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
         key = _block_of(group[0])
         blocks[key] = blocks.get(key, 0) + shapes[group[0]][1] ** 2 * 8
     original = hidden + max(blocks.values()) + max(_block_bytes(shapes).values()) if twice else 0
-    return shard_bytes + layer + parameters + hidden + batch + max(blocks.values()) + widest**2 * 8 * 5 + original
+    moments = backward = 0
+    if outputs:
+        by_block: dict[str, int] = {}
+        for name, (rows, _) in shapes.items():
+            by_block[_block_of(name)] = by_block.get(_block_of(name), 0) + rows**2 * 8
+        moments = min(sum(by_block.values()), max(_OUTPUT_HESSIAN_BYTES, max(by_block.values()))) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
+        # A linear layer leaves its input and its output, a softmax over the vocabulary four copies of itself.
+        backward = sequence * 4 * (2 * sum(rows + cols for rows, cols in shapes.values()) + 4 * reader.config.get("vocab_size", 0))
+    return shard_bytes + layer + parameters + hidden + max(batch, backward) + max(blocks.values()) + widest**2 * 8 * 5 + original + moments
 
 
 def _block_bytes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
@@ -184,7 +194,7 @@ def quantize_checkpoint(
     Parameters
     ----------
     plan : Plan. calibration : the text, str, where the plan is calibrated.
-    progress : called as progress(stage, done, total).
+    progress : called as progress(stage, done, total); stages "gradients" (windows) and "quantise" (layers).
 
     Returns
     -------
@@ -194,7 +204,7 @@ def quantize_checkpoint(
     reports: dict[str, LayerReport] = {}
     if plan.calibrated and calibration is None:
         raise ValueError("calibration is None, but the plan calibrates: pass the text")
-    layers = _calibrated(plan, calibration or "", device, threads) if plan.calibrated else _data_free(plan, reader, threads)
+    layers = _calibrated(plan, calibration or "", device, threads, progress) if plan.calibrated else _data_free(plan, reader, threads, progress)
 
     def tensors() -> Iterator[tuple[str, StoredTensor | QuantizedMatrix]]:
         quantised = {f"{name}.weight" for name in plan.shapes}
@@ -207,16 +217,15 @@ def quantize_checkpoint(
                 _log.warning("%s: %s", name, report.fallback)
             elif report.damping != report.damping_asked:
                 _log.warning("%s: damping raised from %g to %g", name, report.damping_asked, report.damping)
-            if progress:
-                progress("quantise", len(reports), len(plan.shapes))
             yield f"{name}.weight", matrix
 
     save(plan.out, tensors(), plan.dialect, config=reader.config, side_files=reader.side_files(), max_shard_bytes=max_shard_bytes, expected_bytes=plan.bytes_out)
     return reports
 
 
-def _data_free(plan: Plan, reader: CheckpointReader, threads: int | None) -> Iterator[tuple[str, QuantizedMatrix]]:
+def _data_free(plan: Plan, reader: CheckpointReader, threads: int | None, progress: Callable[[str, int, int], None] | None) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Layers of a recipe that needs no text: read, rounded and given away one group at a time."""
+    done = 0
     for group in fused_groups(plan.shapes):
         weights = {name: reader.tensor(f"{name}.weight") for name in group}
         with located(", ".join(f"{name}.weight" for name in group)):
@@ -224,10 +233,13 @@ def _data_free(plan: Plan, reader: CheckpointReader, threads: int | None) -> Ite
         for name, weight in weights.items():
             with located(f"{name}.weight"):
                 matrix = quantize_layer(weight, None, plan.recipe, tensor_scale=tensor_scale, threads=threads)
+            done += 1
+            if progress:
+                progress("quantise", done, len(plan.shapes))
             yield name, matrix
 
 
-def _calibrated(plan: Plan, text: str, device: str, threads: int | None) -> Iterator[tuple[str, QuantizedMatrix]]:
+def _calibrated(plan: Plan, text: str, device: str, threads: int | None, progress: Callable[[str, int, int], None] | None) -> Iterator[tuple[str, QuantizedMatrix]]:
     try:
         from . import hf
     except ImportError as error:
@@ -238,7 +250,7 @@ def _calibrated(plan: Plan, text: str, device: str, threads: int | None) -> Iter
     if inputs.numel() < plan.tokens:
         _log.warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), plan.tokens)
     model = hf.load_model(plan.model, device=device)
-    yield from hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), batch_windows=_BATCH_WINDOWS, threads=threads)
+    yield from hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), batch_windows=_BATCH_WINDOWS, threads=threads, progress=progress)
 
 
 def with_rotation(recipe: Recipe, block_size: int | None) -> Recipe:

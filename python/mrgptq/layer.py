@@ -10,7 +10,7 @@ from . import _core
 from .arrays import as_float32, as_symmetric, as_threads
 from .codecs import HESSIAN_SEARCHES, absmax_tensor_scale, alternating_tensor_scale, check_groups, scale_offsets, scales_name, tensor_scale_for, weight_error
 from .formats import SCALE_SEARCHES, block_format
-from .gptq import Factor, Hessian, relative_error
+from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_error, relative_error
 from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import rotation_of
@@ -57,6 +57,7 @@ def quantize_layer(
     tensor_scale: float | None = None,
     factor: Factor | None = None,
     cross: ArrayLike | None = None,
+    output_hessian: ArrayLike | None = None,
     dtype: str | None = None,
     threads: int | None = None,
 ) -> QuantizedMatrix:
@@ -73,6 +74,9 @@ def quantize_layer(
     cross : (cols, cols) array X^T X̃ / tokens for callers who have the inputs X of the original model beside the inputs X̃ that the quantised layer will see; ``hessian`` is then that
         of X̃. The solver's target becomes W + recipe.cross * W (cross - H)(H + λI)^-1, at 1 the unconstrained optimum that GPTAQ and Qronos approach; with X from the unquantised
         model that overfitted 65 000 tokens. The report's errors are still measured against W, under the hessian.
+    output_hessian : Hessian or (rows, rows) array A, symmetric: the second moment of the loss's gradients at the layer's outputs, such as ``hf.collect_output_hessians`` gives. Then
+        tr(A E H E^T) is made small instead of tr(E H E^T): rows, worked off in blocks by descending diagonal of A, make up for the errors of those before. Any positive multiple gives the
+        same codes. None: outputs count alike.
     dtype : "bfloat16" where ``weight`` is bfloat16 bits held as uint16.
     threads : None follows OMP_NUM_THREADS. Same bytes for any number.
 
@@ -86,7 +90,8 @@ def quantize_layer(
 
     References
     ----------
-    Egiazarian et al. 2025 (arXiv 2509.23202), section 4; Frantar et al. 2022 (arXiv 2210.17323); the one-factor form after Chen et al. 2025 (arXiv 2507.18553).
+    Egiazarian et al. 2025 (arXiv 2509.23202), section 4; Frantar et al. 2022 (arXiv 2210.17323); the one-factor form after Chen et al. 2025 (arXiv 2507.18553);
+    rounding by the second moments of both sides: Tseng et al. 2025 (arXiv 2505.22988).
 
     Examples
     --------
@@ -119,6 +124,7 @@ def quantize_layer(
         second_moment, tokens = rotation.apply_hessian(_checked_size(hessian, cols), threads=threads), getattr(hessian, "tokens", None)
 
     rotated = values if recipe.rotation is None else rotation.apply(values, threads=threads)
+    outputs = None if output_hessian is None else _output_factor(output_hessian, values.shape[0], recipe, threads)
     search, rule = recipe.resolved_scales
     if tensor_scale is None and recipe.tensor_scale == "alternating":
         tensor_scale = shared_tensor_scale([values], recipe, threads=threads)
@@ -135,14 +141,17 @@ def quantize_layer(
     scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
     losses: list[float] = []
     method, fallback = "rounding", None
+    coupled = usable and outputs is not None and outputs.usable
     if factor is not None and factor.usable:
         method = "gptq"
-        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, recipe.precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
+        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, outputs.core if coupled and outputs is not None else None, recipe.precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
     else:
         if factor is not None:
             fallback = f"rounded plainly, scales by {first}: the Hessian could not be factorised, not even with damping {factor.damping:g}"
         codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
 
+    if outputs is not None and not outputs.usable and fallback is None:
+        fallback = f"outputs counted alike: the output Hessian could not be factorised, not even with damping {outputs.damping:g}"
     rounded = _core.dequantize(recipe.format, codes, scales, divisor, as_threads(threads))
     energy = None if second_moment is None else _core.quadratic_form(rotated, second_moment, as_threads(threads))
     report = LayerReport(
@@ -160,6 +169,7 @@ def quantize_layer(
         damping_asked=recipe.damping if factor else None,
         dead_columns=None if second_moment is None else int((second_moment.diagonal() == 0).sum()),
         fallback=fallback,
+        output_error=output_error(rotated - rounded, rotated, outputs.hessian, second_moment, threads=threads) if outputs is not None and second_moment is not None else None,
         cross=recipe.cross if cross is not None and usable else 0.0,
         tokens=tokens,
         seconds=time.perf_counter() - start,
@@ -200,6 +210,16 @@ def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, recipe: Recipe, fac
     if _core.first_nonfinite(target, as_threads(threads)) >= 0:
         raise ValueError("cross moves the target beyond float32; it must be of the size of the hessian")
     return target
+
+
+def _output_factor(output_hessian: ArrayLike, rows: int, recipe: Recipe, threads: int | None) -> Factor:
+    """The factor of the outputs' second moment, which no rotation of the inputs touches."""
+    if recipe.solver != "gptq":
+        raise ValueError(f'output_hessian is given, but the recipe\'s solver is "{recipe.solver}"; it needs "gptq"')
+    matrix = as_symmetric(output_hessian, None, "output_hessian")
+    if len(matrix) != rows:
+        raise ValueError(f"output_hessian has shape {matrix.shape}; a weight of {rows} rows needs ({rows}, {rows})")
+    return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, threads=threads)
 
 
 def _with_dead_columns(hessian: NDArray[np.float64], damping: float) -> NDArray[np.float64]:

@@ -16,11 +16,12 @@ from .rotations import rotation_of
 
 SOLVERS = ("rtn", "gptq")
 PRECISIONS = ("float32", "float64")
-BEST_ROUNDS, BEST_DAMPING, BEST_CROSS = 6, 0.05, 0.5
+BEST_ROUNDS, BEST_DAMPING, BEST_CROSS = 6, 0.05, 0.25
 """Of the recipes "best" and "best-online"; bench/accuracy.md has the figures that chose them."""
 NAMES = ("rtn", "gptq", "mr-gptq", "best", "best-online")
 DIALECTS = ("compressed-tensors", "fp_quant", "mrgptq")
 TENSOR_SCALES = ("absmax", "alternating")
+OUTPUT_HESSIANS = (None, "fisher")
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,6 +41,8 @@ class Recipe(Shown):
     rounds : rounds of block coordinate descent on scales and codes after GPTQ; need the order "group".
     cross : 0 … 1, how far a layer's target moves from W to what answers the quantised model's inputs most nearly as W answers the original's. Used where the cross moment is at hand:
         calibration of a model collects it, by a second pass through the original blocks; ``quantize_layer`` takes it as ``cross``. 0 for not at all.
+    output_hessian : "fisher" has calibration of a model measure how much its predictions mind each output of a layer, by a backward pass, and rows make up for each other's errors
+        accordingly; None: outputs count alike and rows are independent. ``quantize_layer`` takes such a matrix as ``output_hessian``.
     activations : None for W4A16; the format's own name for W4A4.
     activation_rule : how the scale of a group of inputs is found: "absmax" (for MXFP4 by ``mx_rule``), or another rule of ``quantize`` such as "mse" or, for MXFP4, "even". Stock
         loaders know absmax and even alone; only the dialect "mrgptq" stores the others.
@@ -61,6 +64,7 @@ class Recipe(Shown):
     damping: float = 0.01
     rounds: int = 0
     cross: float = 0.0
+    output_hessian: str | None = None
     activations: str | None = None
     activation_rule: str = "absmax"
     precision: str = "float64"
@@ -87,6 +91,9 @@ class Recipe(Shown):
             raise ValueError(f"cross is {self.cross!r}; it must be from 0 to 1")
         if self.cross and self.solver != "gptq":
             raise ValueError(f'cross {self.cross:g} needs the solver "gptq"; the recipe has {self.solver!r}')
+        choose("output_hessian", self.output_hessian, OUTPUT_HESSIANS)
+        if self.output_hessian and self.solver != "gptq":
+            raise ValueError(f'output_hessian {self.output_hessian!r} needs the solver "gptq"; the recipe has {self.solver!r}')
         choose(f"activations for {self.format}", self.activations, (None, self.format))
         resolve_scales(self.format, self.activation_rule, self.mx_rule, name="activation_rule")
         choose("precision", self.precision, PRECISIONS)
@@ -113,7 +120,7 @@ class Recipe(Shown):
             return base
         if name == "mr-gptq":
             return replace_checked(base, rotation=block_format(format).group_size, scales="fpquant_mse")
-        best = replace_checked(base, scales="gptq", order="group", rounds=BEST_ROUNDS, damping=BEST_DAMPING)
+        best = replace_checked(base, scales="gptq", order="group", rounds=BEST_ROUNDS, damping=BEST_DAMPING, output_hessian="fisher")
         if activations is None:
             best = replace_checked(best, cross=BEST_CROSS)
         # At W4A4 the inputs' rounding decides, and MXFP4's is better in a rotated basis, NVFP4's in the original one. Loaders of fp_quant always rotate.
@@ -166,6 +173,8 @@ class Recipe(Shown):
             rows += [("order", self.order), ("rounds", self.rounds), ("damping", self.damping), ("precision", self.precision)]
         if self.cross:
             rows.append(("cross", self.cross))
+        if self.output_hessian:
+            rows.append(("output Hessian", self.output_hessian))
         if self.tensor_scale != "absmax":
             rows.append(("tensor scale", self.tensor_scale))
         if self.activations:

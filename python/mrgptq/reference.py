@@ -369,6 +369,34 @@ def _nearest(t, steps):
     return codes, (steps * decode_e2m1(codes)).astype(np.float64)
 
 
+def row_block(rows):
+    """Rows that gptq_coupled solves together: a 32nd of them, in sixteens."""
+    return 16 * -(-rows // 512)
+
+
+def gptq_coupled(w, h, a, solve, output_damping=0.05):
+    """GPTQ against tr(A E H E^T): rows in blocks, by descending diagonal of A, each block aiming at what makes up for the blocks before it.
+
+    The form's Cholesky factor is that of A (rows, rows) times that of H, so Babai's plane for a row is that of a row alone, moved: with U the unit factor of the damped A in reversed visiting
+    order, the rows B after the rows D aim at W_B + U_BB^-T U_DB^T E_D. What couples the rows of one block is left out. ``solve(target, rows)`` returns codes and scales of such rows, and
+    the float32 values they decode to. Returns codes, scales, the output damping used.
+    """
+    visit, lower, used = factorise(a, "activation", output_damping)
+    if lower is None:
+        codes, scales, _ = solve(w.astype(np.float64), np.arange(len(w)))
+        return codes, scales, None
+    at, unit = visit[::-1], lower / lower.diagonal()  # row at each position
+    error = np.zeros(w.shape, dtype=np.float32)
+    parts = {}
+    for end in range(len(w), 0, -row_block(len(w))):
+        own = slice(max(end - row_block(len(w)), 0), end)
+        owed = np.linalg.solve(unit[own, own].T, unit[end:, own].T @ error[end:].astype(np.float64))
+        codes, scales, values = solve(w[at[own]].astype(np.float64) + owed, at[own])
+        parts.update(zip(at[own], zip(codes, scales, strict=True), strict=True))
+        error[own] = w[at[own]] - values
+    return *(np.stack([parts[row][i] for row in range(len(w))]) for i in (0, 1)), used
+
+
 def gptq_searched(w, h, format, g, mx_rule="even", damping=0.01):
     """GPTQ over whole groups that chooses each group's scale when it is reached.
 
@@ -471,17 +499,29 @@ def loss(e, h):
     return float(np.einsum("ij,ij->", e @ h, e))
 
 
-def quantize_layer(w, h, format, rotation=None, search="absmax", mx_rule="even", order="activation", damping=0.01, g=None, rounds=0):
-    """Rotation, scales, GPTQ, refinement: (codes (rows, cols), scales, divisor, relative error, damping used). search "gptq" chooses scales inside GPTQ, in group order."""
+def quantize_layer(w, h, format, rotation=None, search="absmax", mx_rule="even", order="activation", damping=0.01, g=None, rounds=0, a=None):
+    """Rotation, scales, GPTQ, refinement: (codes (rows, cols), scales, divisor, relative error, damping used). search "gptq" chooses scales inside GPTQ, in group order; a (rows, rows) is the
+    outputs' second moment."""
     w = rotate(np.asarray(w, dtype=np.float32), rotation)
     h = rotate_hessian(np.asarray(h, dtype=np.float64), rotation)
     g = tensor_scale(w, format, mx_rule) if g is None else np.float32(g)
-    if search == "gptq":
-        codes, scales, used = gptq_searched(w, h, format, g, mx_rule, damping)
+    _, lower, used = factorise(h, "group" if search == "gptq" else order, damping, GROUP_SIZE[format])
+    used = None if lower is None else used
+    static = None if search == "gptq" and used is not None else find_scales(w, format, search if search != "gptq" else "mse", mx_rule, g, with_dead_columns(h, damping))
+
+    def solve(target, rows):
+        if static is None:
+            codes, scales, _ = gptq_searched(target, h, format, g, mx_rule, damping)
+        else:
+            scales = static[rows]
+            codes, *_ = gptq(target, h, np.repeat(steps_of(scales, format, g), GROUP_SIZE[format], axis=1), order, damping, GROUP_SIZE[format])
+        if rounds and used is not None:
+            codes, scales, _ = refine(target, h, codes, scales, format, g, used, rounds, damping)
+        return codes, scales, dequantize(codes, scales, format, g)
+
+    if a is None or used is None:
+        codes, scales, values = solve(w, np.arange(len(w)))
     else:
-        scales = find_scales(w, format, search, mx_rule, g, with_dead_columns(h, damping))
-        steps = np.repeat(steps_of(scales, format, g), GROUP_SIZE[format], axis=1)
-        codes, _, used = gptq(w, h, steps, order, damping, GROUP_SIZE[format])
-    if rounds and used is not None:
-        codes, scales, _ = refine(w, h, codes, scales, format, g, used, rounds, damping)
-    return codes, scales, g, loss(w - dequantize(codes, scales, format, g), h) / loss(w, h), used
+        codes, scales, _ = gptq_coupled(w, h, np.asarray(a, dtype=np.float64), solve)
+        values = dequantize(codes, scales, format, g)
+    return codes, scales, g, loss(w - values, h) / loss(w, h), used

@@ -28,8 +28,9 @@ class LayerReport(Shown):
     fallback : why another method than the one asked was used, None where none was.
     rounded_error : the relative error that plain absmax rounding would have had, to set beside ``relative_error``; None without a Hessian.
     damped_errors : tr(E R E^T) / tr(W R W^T) with R = H + λI, the loss that the solver works on: after the solver, then after each round of refinement. Where a weight was shifted
-        to other inputs (``cross``), E is from the shifted one. Empty for plain rounding.
+        to other inputs (``cross``), or rows make up for each other (``output_error``), E is from the shifted one. Empty for plain rounding.
     scale_offsets : {steps: groups}, how far the stored scales lie from what absmax would have stored; eight E4M3 steps are a factor of two, an E8M0 step is one.
+    output_error : tr(A E H E^T) / tr(A W H W^T), A being the outputs' second moment; None where none was given.
     cross : how far the target was moved towards the inputs that the layer will see, 0 for not at all; see ``cross`` of quantize_layer.
     tokens : how many tokens the Hessian saw, None where it came as a plain array.
     seconds : wall time of the layer, its share of a common factor not included.
@@ -49,6 +50,7 @@ class LayerReport(Shown):
     rounded_error: float | None = None
     damped_errors: tuple[float, ...] = ()
     scale_offsets: dict[int, int] = field(default_factory=dict)
+    output_error: float | None = None
     cross: float = 0.0
     tokens: int | None = None
     seconds: float = 0.0
@@ -70,6 +72,8 @@ class LayerReport(Shown):
         rows: list[tuple[str, object]] = [("scales", self.scales), ("relative error", self.relative_error)]
         if self.rounded_error is not None:
             rows.append(("by plain rounding", self.rounded_error))
+        if self.output_error is not None:
+            rows.append(("by outputs", self.output_error))
         if self.damped_errors:
             rows.append(("damped, by round", " -> ".join(map(format_number, self.damped_errors))))
         rows.append(("weight error", self.weight_error))

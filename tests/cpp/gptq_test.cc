@@ -275,7 +275,7 @@ TEST(FactorOfH, GivesUpBeyondOne) {
         EXPECT_DOUBLE_EQ(factor.damping(), 1.0);
         Matrix<float> w = random_matrix(2, 2);
         Matrix<std::uint8_t> scales(2, 1), codes(2, 1);
-        expect_refused("the factor is not usable", [&] { solve("nvfp4", w.view(), scales.view(), 1, factor, {}, codes.view(), 1); });
+        expect_refused("the factor is not usable", [&] { solve("nvfp4", w.view(), scales.view(), 1, factor, nullptr, {}, codes.view(), 1); });
     }
     EXPECT_EQ(Factor(h.view(), Order::natural, 5).damping(), 5);  // what was asked beyond 1 is tried, and nothing more
     EXPECT_TRUE(Factor(h.view(), Order::natural, 5).usable());
@@ -389,7 +389,7 @@ TEST_P(Solve, LayoutAndThreadsDoNotReachTheBytesAndTheLossIsTheQuadraticForm) {
     const Factor factor(h.view(), Order::activation, 0.01);
     ASSERT_TRUE(factor.usable());
     const Matrix<std::uint8_t> given = scales;
-    const SolverResult result = solve(p.format, weight.view(), scales.view(), tensor_scale, factor, plain, codes.view(), 1);
+    const SolverResult result = solve(p.format, weight.view(), scales.view(), tensor_scale, factor, nullptr, plain, codes.view(), 1);
     EXPECT_EQ(scales, given);
     ASSERT_EQ(result.losses.size(), 1u);
     for (const Layout layout : layouts)
@@ -397,7 +397,7 @@ TEST_P(Solve, LayoutAndThreadsDoNotReachTheBytesAndTheLossIsTheQuadraticForm) {
             const Matrix<float> w(weight, layout, static_cast<float>(nan));
             Matrix<std::uint8_t> s(scales, layout, 0xFF);  // NaN in either format
             Matrix<std::uint8_t> q(rows, cols / 2, layout, 0xEE);
-            const SolverResult same = solve(p.format, w.view(), s.view(), tensor_scale, factor, plain, q.view(), threads);
+            const SolverResult same = solve(p.format, w.view(), s.view(), tensor_scale, factor, nullptr, plain, q.view(), threads);
             EXPECT_EQ(q, codes);
             EXPECT_EQ(s, given);
             EXPECT_TRUE(same_bits(same.losses, result.losses));
@@ -414,14 +414,14 @@ TEST_P(Solve, SearchedScalesAndRefinementAnswerAlikeWhateverTheLayoutAndTheThrea
     for (Index i = 0; i < cols; ++i) h(17, i) = h(i, 17) = 0;
     const Factor factor(h.view(), Order::group, 0.01, p.group_size);
     ASSERT_TRUE(factor.usable());
-    const double given_loss = solve(p.format, weight.view(), Matrix<std::uint8_t>(scales).view(), tensor_scale, factor, plain, codes.view(), 1).losses[0];
+    const double given_loss = solve(p.format, weight.view(), Matrix<std::uint8_t>(scales).view(), tensor_scale, factor, nullptr, plain, codes.view(), 1).losses[0];
     for (const bool search : {false, true}) {
         std::vector<Matrix<double>> errors;
         std::vector<double> losses;
         for (int rounds = 0; rounds <= 3; ++rounds) {
             const SolverOptions options{p.precision, search, MxRule::even, rounds};
             Matrix<std::uint8_t> best(scales), q(rows, cols / 2);
-            const SolverResult result = solve(p.format, weight.view(), best.view(), tensor_scale, factor, options, q.view(), 1);
+            const SolverResult result = solve(p.format, weight.view(), best.view(), tensor_scale, factor, nullptr, options, q.view(), 1);
             ASSERT_EQ(result.losses.size(), static_cast<std::size_t>(rounds) + 1);  // on a matrix like this every round finds something
             EXPECT_TRUE(same_bits(losses, {result.losses.begin(), result.losses.end() - 1}));  // a further round changes nothing about those before it
             losses = result.losses;
@@ -431,7 +431,7 @@ TEST_P(Solve, SearchedScalesAndRefinementAnswerAlikeWhateverTheLayoutAndTheThrea
                     const Matrix<float> w(weight, layout, static_cast<float>(nan));
                     Matrix<std::uint8_t> s(scales, layout, 0xFF), c(rows, cols / 2, layout, 0xEE);
                     if (search) std::fill_n(s.view().row(5), cols / p.group_size, std::uint8_t{0xFF});  // what stands there before a search is not read
-                    const SolverResult same = solve(p.format, w.view(), s.view(), tensor_scale, factor, options, c.view(), threads);
+                    const SolverResult same = solve(p.format, w.view(), s.view(), tensor_scale, factor, nullptr, options, c.view(), threads);
                     EXPECT_EQ(s, best);
                     EXPECT_EQ(c, q);
                     EXPECT_TRUE(same_bits(same.losses, losses));
@@ -465,8 +465,8 @@ TEST_P(Solve, RoundsEndWhereNothingMovesAnyMore) {
     for (Index i = 0; i < cols; ++i) h(i, i) = 1;
     const Factor factor(h.view(), Order::group, 0.01, p.group_size);
     Matrix<std::uint8_t> refined(rows, cols / p.group_size), again(rows, cols / 2);
-    const SolverResult one = solve(p.format, weight.view(), scales.view(), tensor_scale, factor, {p.precision, true, MxRule::even, 0}, codes.view(), 1);
-    const SolverResult many = solve(p.format, weight.view(), refined.view(), tensor_scale, factor, {p.precision, true, MxRule::even, 5}, again.view(), 2);
+    const SolverResult one = solve(p.format, weight.view(), scales.view(), tensor_scale, factor, nullptr, {p.precision, true, MxRule::even, 0}, codes.view(), 1);
+    const SolverResult many = solve(p.format, weight.view(), refined.view(), tensor_scale, factor, nullptr, {p.precision, true, MxRule::even, 5}, again.view(), 2);
     EXPECT_TRUE(same_bits(many.losses, one.losses));
     EXPECT_EQ(refined, scales);
     EXPECT_EQ(again, codes);
@@ -474,7 +474,7 @@ TEST_P(Solve, RoundsEndWhereNothingMovesAnyMore) {
 
 TEST_P(Solve, WithoutAnyInputItRoundsPlainly) {
     const Factor factor(Matrix<double>(cols, cols).view(), Order::natural, 0.01);
-    solve(p.format, weight.view(), scales.view(), tensor_scale, factor, plain, codes.view(), 2);
+    solve(p.format, weight.view(), scales.view(), tensor_scale, factor, nullptr, plain, codes.view(), 2);
     Matrix<std::uint8_t> rounded(rows, cols / 2);
     encode(p.format, weight.view(), scales.view(), tensor_scale, rounded.view(), 1);
     EXPECT_EQ(codes, rounded);
@@ -483,7 +483,7 @@ TEST_P(Solve, WithoutAnyInputItRoundsPlainly) {
 TEST_P(Solve, RefusesShapesThatDoNotFit) {
     const Factor factor(random_second_moment(cols).view(), Order::natural, 0.01), narrow(random_second_moment(32).view(), Order::natural, 0.01);
     Matrix<std::uint8_t> more_scales(rows, cols / p.group_size + 1), fewer_codes(rows - 1, cols / 2);
-    const auto run = [&](const Factor& f, Matrix<std::uint8_t>& s, Matrix<std::uint8_t>& q) { solve(p.format, weight.view(), s.view(), 1, f, plain, q.view(), 1); };
+    const auto run = [&](const Factor& f, Matrix<std::uint8_t>& s, Matrix<std::uint8_t>& q) { solve(p.format, weight.view(), s.view(), 1, f, nullptr, plain, q.view(), 1); };
     expect_refused("the factor has 32 columns; weight has 288", [&] { run(narrow, scales, codes); });
     expect_refused("scales do not have one entry for each group", [&] { run(factor, more_scales, codes); });
     expect_refused("codes do not have half a byte for each weight", [&] { run(factor, scales, fewer_codes); });
@@ -491,7 +491,7 @@ TEST_P(Solve, RefusesShapesThatDoNotFit) {
 
 TEST_P(Solve, SearchAndRoundsNeedAFactorInGroupOrder) {
     const Matrix<double> h = random_second_moment(cols);
-    const auto run = [&](Order order, const SolverOptions& options) { solve(p.format, weight.view(), scales.view(), tensor_scale, Factor(h.view(), order, 0.01, p.group_size), options, codes.view(), 1); };
+    const auto run = [&](Order order, const SolverOptions& options) { solve(p.format, weight.view(), scales.view(), tensor_scale, Factor(h.view(), order, 0.01, p.group_size), nullptr, options, codes.view(), 1); };
     for (const Order order : {Order::natural, Order::activation})
         for (const SolverOptions& options : {SolverOptions{p.precision, true, MxRule::even, 0}, SolverOptions{p.precision, false, MxRule::even, 1}})
             expect_refused("searched scales and refinement rounds need a factor in group order", [&] { run(order, options); });

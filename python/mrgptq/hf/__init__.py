@@ -2,7 +2,8 @@
 
 from .calibrate import calibrate
 from .evaluate import divergence, perplexity
+from .fisher import collect_output_hessians
 from .model import load_model, load_quantized, load_tokenizer, token_windows, use_threads
 from .observe import collect_hessians, layer_weights
 
-__all__ = ["calibrate", "collect_hessians", "divergence", "layer_weights", "load_model", "load_quantized", "load_tokenizer", "perplexity", "token_windows", "use_threads"]
+__all__ = ["calibrate", "collect_hessians", "collect_output_hessians", "divergence", "layer_weights", "load_model", "load_quantized", "load_tokenizer", "perplexity", "token_windows", "use_threads"]

@@ -19,10 +19,14 @@ from ..recipe import Recipe
 from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
 from .activations import round_inputs, to_numpy
+from .fisher import collect_output_hessians
 from .model import decoder_blocks
 
 _Group = tuple[str, ...]  # modules that share an input
 _Kwargs = dict[int, dict[str, Any]]  # what a block is called with, by batch size
+
+OUTPUT_HESSIAN_BYTES = 4 << 30
+"""What the output Hessians of the blocks that one backward pass serves may take together; a single block's may take more."""
 
 
 class _FirstBlockReached(Exception):
@@ -31,13 +35,15 @@ class _FirstBlockReached(Exception):
 
 @torch.no_grad()
 def calibrate(
-    model: Any, inputs: torch.Tensor, recipe: Recipe, modules: Sequence[str], *, batch_windows: int = 8, threads: int | None = None, progress: Callable[[str], None] | None = None
+    model: Any, inputs: torch.Tensor, recipe: Recipe, modules: Sequence[str], *, batch_windows: int = 8, threads: int | None = None, progress: Callable[[str, int, int], None] | None = None
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise a decoder's linear layers in order, and the model with them.
 
     The Hessian of a layer is taken from its inputs before they are rounded. At W4A4 the layers of a block compute with rounded inputs meanwhile, its weights being the original
     ones; then the block's weights are replaced and its outputs feed the next block. Where ``recipe.cross`` is above 0, the original blocks are run beside the quantised ones on what the
-    original model would have handed them, and each layer's target makes up for part of the difference.
+    original model would have handed them, and each layer's target makes up for part of the difference. Where
+    ``recipe.output_hessian`` is set, a backward pass through the model, as far as it is not quantised yet, measures what the outputs of each layer matter; blocks share such a pass as
+    far as their matrices fit into 4 GiB.
 
     Parameters
     ----------
@@ -46,7 +52,7 @@ def calibrate(
     recipe : Recipe.
     modules : names of the linear modules to quantise, all of them inside the decoder's blocks.
     batch_windows : windows in one forward pass of a block.
-    progress : called with the name of each module that is done.
+    progress : called as progress(stage, done, total): "gradients" counts the windows of a backward pass, "quantise" the modules.
 
     Yields
     ------
@@ -60,19 +66,53 @@ def calibrate(
     linears = _linears_by_block(model, prefix, blocks, modules)
     hidden, block_kwargs = _enter(model, blocks, inputs, batch_windows)
     original_hidden = [batch.clone() for batch in hidden] if recipe.cross else []
+    passes = _backward_passes(model, linears) if recipe.output_hessian else {}
+    output_hessians: dict[str, Hessian] = {}
+    done = 0
     for index, block in enumerate(blocks):
+        if index in passes:
+            output_hessians = _output_hessians(model, inputs, passes[index], threads, progress)
         groups = fused_groups(linears.get(index, []))
         named = {name: model.get_submodule(name) for group in groups for name in group}
         original = copy.deepcopy(block) if recipe.cross else None
         hessians, activations, crosses = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
         for group in groups:
-            yield from _quantize_group(group, named, hessians.pop(group), crosses.pop(group, None), activations.get(group), recipe, threads, progress)
+            for name, matrix in _quantize_group(group, named, hessians.pop(group), crosses.pop(group, None), output_hessians, activations.get(group), recipe, threads):
+                done += 1
+                if progress:
+                    progress("quantise", done, len(modules))
+                yield name, matrix
             if group in activations:
                 round_inputs([named[name] for name in group], activations[group], rotation_of(recipe.rotation))
         if index + 1 < len(blocks):
             _run(block, hidden, block_kwargs[index], keep=True)
             if original is not None:
                 _run(original, original_hidden, block_kwargs[index], keep=True)
+
+
+def _backward_passes(model: Any, linears: dict[int, list[str]]) -> dict[int, list[str]]:
+    """{index of the first block: modules} that one backward pass serves, as many blocks as their matrices fit into OUTPUT_HESSIAN_BYTES."""
+    passes: dict[int, list[str]] = {}
+    held, first = 0, -1
+    for index, names in sorted(linears.items()):
+        size = sum(8 * model.get_submodule(name).out_features ** 2 for name in names)
+        if first < 0 or held + size > OUTPUT_HESSIAN_BYTES:
+            held, first = 0, index
+        held += size
+        passes.setdefault(first, []).extend(names)
+    return passes
+
+
+def _output_hessians(model: Any, inputs: torch.Tensor, modules: list[str], threads: int | None, progress: Callable[[str, int, int], None] | None) -> dict[str, Hessian]:
+    done = 0
+
+    def advance(windows: int) -> None:
+        nonlocal done
+        done += windows
+        if progress:
+            progress("gradients", done, len(inputs))
+
+    return collect_output_hessians(model, inputs, modules, threads=threads, progress=advance)
 
 
 def _linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.ModuleList, modules: Sequence[str]) -> dict[int, list[str]]:
@@ -218,10 +258,10 @@ def _quantize_group(
     named: dict[str, Any],
     hessian: Hessian,
     cross_sum: torch.Tensor | None,
+    output_hessians: dict[str, Hessian],
     activations: Activations | None,
     recipe: Recipe,
     threads: int | None,
-    progress: Callable[[str], None] | None,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise the layers of one group under one Hessian, factor and tensor scale, and put their values into the model."""
     weights = {name: to_numpy(named[name].weight)[0] for name in group}
@@ -231,12 +271,10 @@ def _quantize_group(
     cross = None if cross_sum is None else cross_sum.cpu().numpy() / hessian.tokens
     for name, weight in weights.items():
         with located(name):
-            matrix = quantize_layer(weight, hessian, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, threads=threads)
+            matrix = quantize_layer(weight, hessian, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, output_hessian=output_hessians.pop(name, None), threads=threads)
         matrix = replace(matrix, activations=activations)
         parameter = named[name].weight
         parameter.copy_(torch.from_numpy(matrix.dequantize(unrotate=True, threads=threads)).to(parameter.device))
-        if progress:
-            progress(name)
         yield name, matrix
 
 

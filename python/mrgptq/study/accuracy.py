@@ -21,7 +21,8 @@ _DIVERGENCE_WINDOWS = 64
 class AccuracyRow:
     """One cell: a recipe on a model. ``relative_error`` is the unweighted mean over its layers; None, as is the format, for the unquantised model.
 
-    ``far_perplexity`` is that of a text of another kind, ``divergence`` KL(original || quantised) in nats per token on the first; None where not asked for. ``seconds``: quantising.
+    ``far_perplexity`` is that of a text of another kind, ``divergence`` and ``far_divergence`` KL(original || quantised) in nats per token on both; None where not asked for.
+    ``seconds``: quantising.
     """
 
     recipe: str
@@ -33,6 +34,7 @@ class AccuracyRow:
     perplexity: float
     far_perplexity: float | None = None
     divergence: float | None = None
+    far_divergence: float | None = None
     seconds: float = 0.0
 
 
@@ -60,7 +62,7 @@ def measure(
     recipes : iterable of (label, Recipe).
     windows, test_windows : windows of ``sequence`` tokens for calibration and for the perplexity.
     skip : calibration windows to pass over, for another calibration set from one text.
-    far : a text of another kind than both, whose perplexity is measured over half as many windows. divergence : measure that too, over the first 64 windows. device : of the forward passes.
+    far : a text of another kind than both, whose perplexity is measured over half as many windows. divergence : measure that too, over the first 64 windows of each. device : of the forward passes.
     progress : called as progress(label) before each measurement.
 
     Yields
@@ -97,6 +99,7 @@ def measure(
             hf.perplexity(model, *test),
             None if far_test is None else hf.perplexity(model, *far_test),
             hf.divergence(model, original, test[0][:_DIVERGENCE_WINDOWS]) if divergence else None,
+            hf.divergence(model, original, far_test[0][:_DIVERGENCE_WINDOWS]) if divergence and far_test is not None else None,
             seconds,
         )
 

@@ -1,0 +1,81 @@
+"""How much a model's predictions mind each output of a linear layer: the Fisher information, one factor of it a layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..arrays import located
+from ..gptq import Hessian
+from .activations import to_numpy
+
+_SEED = 0x2509
+
+
+def collect_output_hessians(
+    model: Any, inputs: torch.Tensor, modules: Sequence[str], *, batch_windows: int = 1, threads: int | None = None, progress: Callable[[int], None] | None = None
+) -> dict[str, Hessian]:
+    """Second moments of the gradients at linear layers' outputs, by one backward pass over a text.
+
+    To second order a change of a model's logits by d moves KL(original || changed) by d^T (diag(p) - p p^T) d / 2 a token, p being the predicted probabilities. With random signs ξ the
+    vector z = sqrt(p) ξ - p (sqrt(p) · ξ) has just this second moment, so the gradient of z · logits at a layer's output has the Fisher information there. Its second moment A and that of
+    the inputs, H, make the usual factored estimate: errors E of a weight cost about tr(A E H E^T) (K-FAC, Martens and Grosse 2015, arXiv 1503.05671).
+
+    Parameters
+    ----------
+    model : a causal language model of transformers, in float32 on any device; it is left as it was.
+    inputs : (windows, sequence) int64 tokens.
+    modules : names of linear modules.
+    batch_windows : windows in one pass; the logits of all their tokens are held, several times over.
+    progress : called with the number of windows done after each pass.
+
+    Returns
+    -------
+    {module: Hessian of out_features columns}. The signs come from a fixed seed for each window, so the same model and text give the same moments.
+
+    Raises
+    ------
+    ValueError : gradients that are not finite, by module.
+    """
+    moments = {name: Hessian(model.get_submodule(name).out_features) for name in modules}
+    device = next(model.parameters()).device
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(gradient: torch.Tensor) -> None:
+            values, dtype = to_numpy(gradient)
+            with located(f"the gradient at {name}"):
+                moments[name].update(values, dtype=dtype, threads=threads)
+
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            # The first layers of a pass have nothing trainable before them: their outputs are where gradients end.
+            (output if output.requires_grad else output.requires_grad_()).register_hook(add)
+
+        return hook
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        for first in range(0, len(inputs), batch_windows):
+            batch = inputs[first : first + batch_windows].to(device)
+            with torch.enable_grad():
+                logits = model(input_ids=batch, use_cache=False).logits
+            p = torch.softmax(logits.detach().float(), -1)
+            signs = torch.stack([_signs(first + i, p.shape[1:]) for i in range(len(batch))]).to(device)
+            root = p.sqrt() * signs
+            logits.backward(gradient=(root - p * root.sum(-1, keepdim=True)).to(logits.dtype))
+            if progress:
+                progress(len(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_()
+    return moments
+
+
+def _signs(window: int, shape: torch.Size) -> torch.Tensor:
+    """Random -1 and 1, the same for a window on every device and in any batch."""
+    bits = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(_SEED + window), dtype=torch.int8)
+    return (2 * bits - 1).to(torch.float32)
