@@ -130,7 +130,7 @@ def test_two_python_threads_at_once_give_what_one_gives():
 @pytest.mark.parametrize("recipe", ["mr-gptq", "best"])
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 129])
 def test_a_row_does_not_know_the_others(rows, recipe):
-    """Rows are solved in tiles of 64, padded: any subset gives the same codes, given the same tensor scale."""
+    """Rows are solved in tiles of 32, padded: any subset gives the same codes, given the same tensor scale."""
     w, x = layer(4, rows=150)
     h = second_moment(x)
     whole = mg.quantize_layer(w, h, recipe)

@@ -231,7 +231,7 @@ def weights_of(kind, rows, cols, seed):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scales", ["gptq", "absmax"])
 def test_no_round_raises_the_damped_loss_whatever_the_hessian(kind, scales, format, precision):
-    """Columns and rows that fill neither blocks of 128 nor tiles of 64. From absmax scales and the static solver too, where the first round finds more to mend."""
+    """Columns and rows that fill neither blocks of 128 nor tiles of 32. From absmax scales and the static solver too, where the first round finds more to mend."""
     for seed in range(3):
         h, damping = hessian_of(kind, 160, seed)
         w = weights_of(kind, 70, 160, seed)
