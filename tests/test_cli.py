@@ -89,6 +89,7 @@ def test_best_is_the_recipe_where_none_is_named(best, finished):
     folder, done = best
     assert recipe_of(folder) == mg.Recipe.named("best", "nvfp4", "compressed-tensors", "nvfp4")
     lines = done.stdout.splitlines()
+    assert "gradients: 100%" in done.stderr and "quantise: 100%" in done.stderr
     assert lines[0] == "leaf-nvfp4: 28 layers, NVFP4 W4A4, gptq with gptq scales"
     assert lines[2:] == ["Loads in transformers (with compressed-tensors), vLLM and SGLang."]
     matrices = [value for value in mg.load(folder).values() if isinstance(value, mg.QuantizedMatrix)]

@@ -246,3 +246,11 @@ def test_expected_memory_is_a_bound_and_not_twice_too_high(format, layers, rows,
     expected, measured = map(int, done.stdout.split())
     assert expected > 40e6
     assert 0.5 * expected < measured < expected + 4e6
+
+
+def test_output_hessians_are_in_the_expected_memory(leaf_folder, tmp_path):
+    """Leaf's four blocks have 128 + 64 + 64 + 128 + 384 + 384 + 128 rows each, squared in float64 and all at hand at once; beside them copies of one and the logits of a window."""
+    best = mg.Recipe.named("best")
+    alike, weighed = (make_plan(leaf_folder, tmp_path / "out", recipe).memory_bytes for recipe in (replace(best, output_hessian=None), best))
+    moments = 8 * 4 * (3 * 128**2 + 2 * 64**2 + 2 * 384**2)
+    assert moments < weighed - alike < 3 * moments + 4 * 4 * 512 * 1024

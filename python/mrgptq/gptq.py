@@ -17,6 +17,8 @@ scales stay where they are."""
 
 OUTPUT_DAMPING = 0.05
 """Of an output Hessian, relative to its mean diagonal; between 0.01 and 0.2 nothing changes (bench/accuracy.md)."""
+OUTPUT_HESSIAN_BYTES = 4 << 30
+"""What the output Hessians of the blocks that share a backward pass may take together; a single block's may take more."""
 
 
 class Hessian:

@@ -15,6 +15,7 @@ from .checkpoint.stored_tensor import StoredTensor
 from .codecs import HESSIAN_SEARCHES, check_groups
 from .display import Shown, align, format_bytes
 from .formats import block_format
+from .gptq import OUTPUT_HESSIAN_BYTES
 from .layer import quantize_layer, shared_tensor_scale
 from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modules
 from .recipe import Recipe
@@ -24,7 +25,6 @@ from .rotations import rotation_of
 _log = logging.getLogger("mrgptq")
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their layers are transformers' Conv1D
 
-_OUTPUT_HESSIAN_BYTES = 4 << 30  # as hf.calibrate has it, which only an installed torch can tell
 _BATCH_WINDOWS = 8  # calibration windows in one forward pass of a block
 
 
@@ -162,7 +162,7 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
         by_block: dict[str, int] = {}
         for name, (rows, _) in shapes.items():
             by_block[_block_of(name)] = by_block.get(_block_of(name), 0) + rows**2 * 8
-        moments = min(sum(by_block.values()), max(_OUTPUT_HESSIAN_BYTES, max(by_block.values()))) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
+        moments = min(sum(by_block.values()), max(OUTPUT_HESSIAN_BYTES, max(by_block.values()))) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
         # A linear layer leaves its input and its output, a softmax over the vocabulary four copies of itself.
         backward = sequence * 4 * (2 * sum(rows + cols for rows, cols in shapes.values()) + 4 * reader.config.get("vocab_size", 0))
     return shard_bytes + layer + parameters + hidden + max(batch, backward) + max(blocks.values()) + widest**2 * 8 * 5 + original + moments

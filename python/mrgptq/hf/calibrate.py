@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..arrays import located
 from ..codecs import nvfp4_tensor_scale
-from ..gptq import Hessian
+from ..gptq import OUTPUT_HESSIAN_BYTES, Hessian
 from ..layer import activations_of, make_factor, quantize_layer, shared_tensor_scale
 from ..modules import fused_groups
 from ..recipe import Recipe
@@ -24,9 +24,6 @@ from .model import decoder_blocks
 
 _Group = tuple[str, ...]  # modules that share an input
 _Kwargs = dict[int, dict[str, Any]]  # what a block is called with, by batch size
-
-OUTPUT_HESSIAN_BYTES = 4 << 30
-"""What the output Hessians of the blocks that one backward pass serves may take together; a single block's may take more."""
 
 
 class _FirstBlockReached(Exception):
