@@ -354,7 +354,7 @@ def test_inspect_shows_errors_bits_and_the_histogram_of_scales(recorded, finishe
         for name, r in layers.items():
             assert 0 <= len(r["damped_errors"]) - 1 <= rounds and (recorded == "mr-gptq" or len(r["damped_errors"]) > 1)
             assert errors.pop(name) == [
-                "gptq", str(r["rows"]), str(r["cols"]), f"{r['rounded_error']:.4g}", f"{r['relative_error']:.4g}", *([f"{r['output_error']:.4g}"] if recorded == "best" else []), str(len(r["damped_errors"]) - 1), f"{r['weight_error']:.4g}", damping, "0", "–",
+                "gptq", str(r["rows"]), str(r["cols"]), f"{r['rounded_error']:.4g}", f"{r['relative_error']:.4g}", *([f"{r['rounded_output_error']:.4g}", f"{r['output_error']:.4g}"] if recorded == "best" else []), str(len(r["damped_errors"]) - 1), f"{r['weight_error']:.4g}", damping, "0", "–",
             ]  # fmt: skip
             assert " ".join(offsets.pop(name)) == " ".join(offset_shares(folder, name, leaf_folder))
         assert not errors and not offsets and "rounded: the relative error that plain absmax rounding would have had" in out and "steps from absmax" in out

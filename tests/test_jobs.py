@@ -254,3 +254,14 @@ def test_output_hessians_are_in_the_expected_memory(leaf_folder, tmp_path):
     alike, weighed = (make_plan(leaf_folder, tmp_path / "out", recipe).memory_bytes for recipe in (replace(best, output_hessian=None), best))
     moments = 8 * 4 * (3 * 128**2 + 2 * 64**2 + 2 * 384**2)
     assert moments < weighed - alike < 3 * moments + 4 * 4 * 512 * 1024
+
+
+def test_a_backward_pass_through_a_large_vocabulary_is_in_the_expected_memory(folder, tmp_path):
+    """Seven copies of a window's logits, which are by far the largest thing here."""
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1_000_000}))
+    best = mg.Recipe.named("best")
+    alike, weighed = (make_plan(folder, tmp_path / "out", recipe, sequence=256) for recipe in (replace(best, output_hessian=None), best))
+    logits = 7 * 256 * 1_000_000 * 4
+    assert 0.95 * logits < weighed.memory_bytes - alike.memory_bytes < 1.05 * logits
+    assert "1 backward pass through the model" in repr(weighed) and "pass through" not in repr(alike)

@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--ignore", metavar="REGEX", default=DEFAULT_IGNORE, help=f"modules to leave as they are (default: {DEFAULT_IGNORE})")
     quantize.add_argument("--rotation", metavar="N", type=int, help="block size of the Hadamard rotation, 0 for none (default: the recipe's)")
     quantize.add_argument("--cross", metavar="X", type=float, help="how far targets make up for the layers before, 0 … 1, by a second pass through the original model; 0 saves that pass (default: the recipe's)")
-    quantize.add_argument("--output-hessian", choices=("none", "fisher"), help="weigh each layer's outputs by what they matter to the predictions, found by a backward pass; none saves that pass (default: the recipe's)")
+    quantize.add_argument("--output-hessian", choices=("none", "fisher"), help="weigh each layer's outputs by what they matter to the predictions, found by backward passes, one for each 4 GiB of matrices (--dry-run counts them); none saves them (default: the recipe's)")
     quantize.add_argument("--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size a file of the checkpoint may reach (default: 5e9)")
     quantize.add_argument("--dry-run", action="store_true", help="print the plan, sizes and expected memory, then stop")
     _add_common(quantize)
@@ -181,7 +181,9 @@ def _quantize(args: argparse.Namespace) -> None:
     fallbacks = sum(report.fallback is not None for report in reports.values())
     print(f"{plan.out}: {len(reports)} layers, {Scheme.of_recipe(recipe).label}, {recipe_line(recipe)}")
     if errors:
-        print(f"mean relative layer error {sum(errors) / len(errors):.3e}, largest {max(errors):.3e}; {fallbacks} fallbacks")
+        minded = [report.output_error for report in reports.values() if report.output_error is not None]
+        by_outputs = f", {sum(minded) / len(minded):.3e} as the predictions mind it" if minded else ""
+        print(f"mean relative layer error {sum(errors) / len(errors):.3e}{by_outputs}, largest {max(errors):.3e}; {fallbacks} fallbacks")
     print(dialect_named(plan.dialect).loaders(Scheme.of_recipe(recipe)))
 
 

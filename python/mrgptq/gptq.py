@@ -1,6 +1,7 @@
 """The second moment of a layer's inputs and the factor GPTQ draws from it."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,23 @@ def relative_error(error: NDArray[np.float32], energy: float | None, hessian: ND
     return _core.quadratic_form(error, hessian, as_threads(threads)) / energy if energy else None
 
 
-def output_error(error: NDArray[np.float32], weight: NDArray[np.float32], outputs: NDArray[np.float64], hessian: NDArray[np.float64], *, threads: int | None = None) -> float | None:
-    """tr(A E H E^T) / tr(A W H W^T) in float64; None where the latter is 0. error E and weight W (rows, cols) float32, outputs A (rows, rows), hessian H (cols, cols)."""
+def output_errors(
+    errors: Sequence[NDArray[np.float32]], weight: NDArray[np.float32], outputs: NDArray[np.float64], hessian: NDArray[np.float64], *, threads: int | None = None
+) -> tuple[float | None, ...]:
+    """tr(A E H E^T) / tr(A W H W^T) of each E in float64; None where the latter is 0. errors E and weight W (rows, cols) float32, outputs A (rows, rows), hessian H (cols, cols)."""
     energy = _core.coupled_form(weight, outputs, hessian, as_threads(threads))
-    return _core.coupled_form(error, outputs, hessian, as_threads(threads)) / energy if energy > 0 else None
+    return tuple(_core.coupled_form(error, outputs, hessian, as_threads(threads)) / energy if energy > 0 else None for error in errors)
+
+
+def backward_passes(rows_by_block: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Blocks, by index, that share a backward pass: as many in a row as their output Hessians, float64, fit into OUTPUT_HESSIAN_BYTES. ``rows_by_block``: out_features of each block's layers."""
+    passes: list[list[int]] = []
+    held = 0
+    for index, rows in enumerate(rows_by_block):
+        size = sum(8 * count**2 for count in rows)
+        if not passes or held + size > OUTPUT_HESSIAN_BYTES:
+            passes.append([])
+            held = 0
+        passes[-1].append(index)
+        held += size
+    return passes

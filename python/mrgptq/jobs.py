@@ -15,7 +15,7 @@ from .checkpoint.stored_tensor import StoredTensor
 from .codecs import HESSIAN_SEARCHES, check_groups
 from .display import Shown, align, format_bytes
 from .formats import block_format
-from .gptq import OUTPUT_HESSIAN_BYTES
+from .gptq import OUTPUT_DAMPING, backward_passes
 from .layer import quantize_layer, shared_tensor_scale
 from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modules
 from .recipe import Recipe
@@ -62,6 +62,11 @@ class Plan(Shown):
         rows = [(name, str(r), str(c), format_bytes(_matrix_bytes(self.recipe.format, r, c))) for name, (r, c) in self.shapes.items()]
         return align([header, *rows], numeric=(1, 2, 3))
 
+    def _passes(self) -> str:
+        """How often the whole model is passed through backwards; deep and wide models' output Hessians do not fit into memory at once."""
+        count = len(backward_passes(_rows_by_block(self.shapes))) if self.recipe.output_hessian else 0
+        return f", {count} backward pass{'es' if count > 1 else ''} through the model" if count else ""
+
     def _title(self) -> str:
         return f"{self.model} -> {self.out}"
 
@@ -71,7 +76,7 @@ class Plan(Shown):
             ("layers to quantise", f"{len(self.shapes)}, {weights:,} weights"),
             ("scheme", Scheme.of_recipe(self.recipe).label),
             ("dialect", self.dialect),
-            ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" if self.calibrated else "none"),
+            ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" + self._passes() if self.calibrated else "none"),
             ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}"),
             ("expected memory", f"{format_bytes(self.memory_bytes)} and what the libraries take"),
         ]
@@ -159,12 +164,11 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
     original = hidden + max(blocks.values()) + max(_block_bytes(shapes).values()) if twice else 0
     moments = backward = 0
     if outputs:
-        by_block: dict[str, int] = {}
-        for name, (rows, _) in shapes.items():
-            by_block[_block_of(name)] = by_block.get(_block_of(name), 0) + rows**2 * 8
-        moments = min(sum(by_block.values()), max(OUTPUT_HESSIAN_BYTES, max(by_block.values()))) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
-        # A linear layer leaves its input and its output, a softmax over the vocabulary four copies of itself.
-        backward = sequence * 4 * (2 * sum(rows + cols for rows, cols in shapes.values()) + 4 * reader.config.get("vocab_size", 0))
+        rows = _rows_by_block(shapes)
+        held = [sum(8 * count**2 for index in blocks_of_pass for count in rows[index]) for blocks_of_pass in backward_passes(rows)]
+        moments = max(held) + 5 * 8 * max(count for block in rows for count in block) ** 2
+        # A linear layer leaves its input and its output; measured, a softmax over the vocabulary and its gradient hold seven copies of the logits.
+        backward = sequence * 4 * (2 * sum(sum(shape) for shape in shapes.values()) + 7 * reader.config.get("vocab_size", 0))
     return shard_bytes + layer + parameters + hidden + max(batch, backward) + max(blocks.values()) + widest**2 * 8 * 5 + original + moments
 
 
@@ -174,6 +178,14 @@ def _block_bytes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     for name, (rows, cols) in shapes.items():
         sizes[_block_of(name)] = sizes.get(_block_of(name), 0) + rows * cols * 4
     return sizes
+
+
+def _rows_by_block(shapes: Mapping[str, tuple[int, int]]) -> list[list[int]]:
+    """out_features of each decoder block's layers."""
+    blocks: dict[str, list[int]] = {}
+    for name, (rows, _) in shapes.items():
+        blocks.setdefault(_block_of(name), []).append(rows)
+    return [blocks[key] for key in sorted(blocks, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0))]
 
 
 def _block_of(name: str) -> str:
@@ -217,6 +229,8 @@ def quantize_checkpoint(
                 _log.warning("%s: %s", name, report.fallback)
             elif report.damping != report.damping_asked:
                 _log.warning("%s: damping raised from %g to %g", name, report.damping_asked, report.damping)
+            if report.output_damping not in (None, OUTPUT_DAMPING):
+                _log.warning("%s: the output Hessian's damping raised from %g to %g", name, OUTPUT_DAMPING, report.output_damping)
             yield f"{name}.weight", matrix
 
     save(plan.out, tensors(), plan.dialect, config=reader.config, side_files=reader.side_files(), max_shard_bytes=max_shard_bytes, expected_bytes=plan.bytes_out)

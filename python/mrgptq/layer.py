@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,7 +11,7 @@ from . import _core
 from .arrays import as_float32, as_symmetric, as_threads
 from .codecs import HESSIAN_SEARCHES, absmax_tensor_scale, alternating_tensor_scale, check_groups, scale_offsets, scales_name, tensor_scale_for, weight_error
 from .formats import SCALE_SEARCHES, block_format
-from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_error, relative_error
+from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_errors, relative_error
 from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import rotation_of
@@ -150,10 +151,11 @@ def quantize_layer(
             fallback = f"rounded plainly, scales by {first}: the Hessian could not be factorised, not even with damping {factor.damping:g}"
         codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
 
-    if outputs is not None and not outputs.usable and fallback is None:
+    if outputs is not None and fallback is None and not outputs.usable:
         fallback = f"outputs counted alike: the output Hessian could not be factorised, not even with damping {outputs.damping:g}"
+    elif outputs is not None and fallback is None and outputs.dead_columns == outputs.cols:
+        fallback = "outputs counted alike: the output Hessian is zero, no gradient reached the layer"
     rounded = _core.dequantize(recipe.format, codes, scales, divisor, as_threads(threads))
-    energy = None if second_moment is None else _core.quadratic_form(rotated, second_moment, as_threads(threads))
     report = LayerReport(
         method=method,
         format=recipe.format,
@@ -161,18 +163,17 @@ def quantize_layer(
         cols=cols,
         scales=scales_name(recipe.format, search if usable else first, rule),
         weight_error=weight_error(rotated, rounded),
-        relative_error=None if second_moment is None else relative_error(rotated - rounded, energy, second_moment, threads=threads),
-        rounded_error=None if second_moment is None else _rounded_error(recipe.format, rotated, rule, divisor, energy, second_moment, threads),
         damped_errors=_damped_errors(losses, target, factor, threads),
         scale_offsets=scale_offsets(recipe.format, rotated, scales, divisor, rule, threads=threads),
         damping=factor.damping if factor else None,
         damping_asked=recipe.damping if factor else None,
         dead_columns=None if second_moment is None else int((second_moment.diagonal() == 0).sum()),
         fallback=fallback,
-        output_error=output_error(rotated - rounded, rotated, outputs.hessian, second_moment, threads=threads) if outputs is not None and second_moment is not None else None,
+        output_damping=outputs.damping if outputs is not None else None,
         cross=recipe.cross if cross is not None and usable else 0.0,
         tokens=tokens,
         seconds=time.perf_counter() - start,
+        **_errors_by_moments(recipe.format, rotated, rounded, rule, divisor, second_moment, outputs, threads),
     )
     activations = activations_of(recipe)
     return QuantizedMatrix(recipe.format, codes, scales, divisor, rotation, activations, recipe, report)
@@ -233,13 +234,20 @@ def _with_dead_columns(hessian: NDArray[np.float64], damping: float) -> NDArray[
     return weights
 
 
-def _rounded_error(
-    format: str, weight: NDArray[np.float32], mx_rule: str, divisor: float, energy: float | None, hessian: NDArray[np.float64], threads: int | None
-) -> float | None:
-    """The relative error of rounding by absmax scales, to set beside a solver's."""
+def _errors_by_moments(
+    format: str, weight: NDArray[np.float32], rounded: NDArray[np.float32], mx_rule: str, divisor: float, hessian: NDArray[np.float64] | None, outputs: Factor | None, threads: int | None
+) -> dict[str, Any]:
+    """The report's errors under the second moments at hand, each beside what plain rounding by absmax scales would have had."""
+    if hessian is None:
+        return {}
     scales = _core.find_scales(format, "absmax", mx_rule, weight, divisor, None, as_threads(threads))
     codes = _core.encode(format, weight, scales, divisor, as_threads(threads))
-    return relative_error(weight - _core.dequantize(format, codes, scales, divisor, as_threads(threads)), energy, hessian, threads=threads)
+    errors = (weight - rounded, weight - _core.dequantize(format, codes, scales, divisor, as_threads(threads)))
+    energy = _core.quadratic_form(weight, hessian, as_threads(threads))
+    values: dict[str, Any] = dict(zip(("relative_error", "rounded_error"), (relative_error(error, energy, hessian, threads=threads) for error in errors), strict=True))
+    if outputs is not None:
+        values |= zip(("output_error", "rounded_output_error"), output_errors(errors, weight, outputs.hessian, hessian, threads=threads), strict=True)
+    return values
 
 
 def _damped_errors(losses: list[float], target: NDArray[np.float32], factor: Factor | None, threads: int | None) -> tuple[float, ...]:

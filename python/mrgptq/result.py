@@ -30,7 +30,8 @@ class LayerReport(Shown):
     damped_errors : tr(E R E^T) / tr(W R W^T) with R = H + λI, the loss that the solver works on: after the solver, then after each round of refinement. Where a weight was shifted
         to other inputs (``cross``), or rows make up for each other (``output_error``), E is from the shifted one. Empty for plain rounding.
     scale_offsets : {steps: groups}, how far the stored scales lie from what absmax would have stored; eight E4M3 steps are a factor of two, an E8M0 step is one.
-    output_error : tr(A E H E^T) / tr(A W H W^T), A being the outputs' second moment; None where none was given.
+    output_error : tr(A E H E^T) / tr(A W H W^T), A being the outputs' second moment; None where none was given, or where it or H is zero. rounded_output_error : the one that plain absmax
+        rounding would have had. output_damping : λ / mean(live diagonal of A) as used, 0.05 unless the factorisation failed at first.
     cross : how far the target was moved towards the inputs that the layer will see, 0 for not at all; see ``cross`` of quantize_layer.
     tokens : how many tokens the Hessian saw, None where it came as a plain array.
     seconds : wall time of the layer, its share of a common factor not included.
@@ -51,6 +52,8 @@ class LayerReport(Shown):
     damped_errors: tuple[float, ...] = ()
     scale_offsets: dict[int, int] = field(default_factory=dict)
     output_error: float | None = None
+    rounded_output_error: float | None = None
+    output_damping: float | None = None
     cross: float = 0.0
     tokens: int | None = None
     seconds: float = 0.0
@@ -73,7 +76,7 @@ class LayerReport(Shown):
         if self.rounded_error is not None:
             rows.append(("by plain rounding", self.rounded_error))
         if self.output_error is not None:
-            rows.append(("by outputs", self.output_error))
+            rows += [("by outputs", self.output_error), ("by outputs, rounded", self.rounded_output_error)]
         if self.damped_errors:
             rows.append(("damped, by round", " -> ".join(map(format_number, self.damped_errors))))
         rows.append(("weight error", self.weight_error))
@@ -82,6 +85,8 @@ class LayerReport(Shown):
         if self.damping is not None:
             raised = f" (asked {self.damping_asked:g})" if self.damping != self.damping_asked else ""
             rows.append(("damping", f"{self.damping:g}{raised}"))
+        if self.output_damping is not None:
+            rows.append(("output damping", self.output_damping))
         if self.cross:
             rows.append(("cross", self.cross))
         rows += [("dead columns", self.dead_columns), ("fallback", self.fallback or "none")]

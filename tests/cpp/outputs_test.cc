@@ -72,7 +72,7 @@ TEST(Owed, SolvesTheTriangularSystemOfTheFactor) {
 }
 
 TEST(CoupledForm, IsTheDoubleLoop) {
-    const Index rows = 70, cols = 33;
+    const Index rows = 270, cols = 11;  // two panels of rows
     const Matrix<float> e = random_matrix(rows, cols);
     const Matrix<double> a = random_second_moment(rows, 4), h = random_second_moment(cols, 5);
     long double sum = 0, magnitude = 0;

@@ -49,14 +49,14 @@ def model_card(scheme: Scheme, dialect: str, loaders: str, recipe: Recipe | None
 def error_table(layers: Mapping[str, Mapping[str, object]]) -> str:
     """The layers of a record ({module: report fields}) as aligned text, one line a layer; the error by outputs only where a layer has one."""
     weighted = any(report.get("output_error") is not None for report in layers.values())
-    columns = ["method", "rows", "cols", "rounded_error", "relative_error", *(["output_error"] if weighted else []), "rounds", "weight_error", "damping", "dead_columns", "fallback"]
-    titles = {"rounded_error": "rounded", "relative_error": "rel. error", "output_error": "by outputs", "weight_error": "weight error", "dead_columns": "dead"}
+    columns = ["method", "rows", "cols", "rounded_error", "relative_error", *(["rounded_output_error", "output_error"] if weighted else []), "rounds", "weight_error", "damping", "dead_columns", "fallback"]
+    titles = {"rounded_error": "rounded", "relative_error": "rel. error", "rounded_output_error": "by outputs: rounded", "output_error": "error", "weight_error": "weight error", "dead_columns": "dead"}
     rows: list[tuple[str, ...]] = [("layer", *(titles.get(column, column) for column in columns))]
     for name, report in layers.items():
         damped = cast(Sequence[float], report.get("damped_errors") or ())
         cells = dict(report) | {"rounds": len(damped) - 1 if damped else None}
         rows.append((name, *(format_number(cells.get(column)) for column in columns)))
-    notes = ["rounded: the relative error that plain absmax rounding would have had", *(["by outputs: the relative error as the model's predictions mind it"] if weighted else []), "rounds: of refinement"]
+    notes = ["rounded: the relative error that plain absmax rounding would have had", *(["by outputs: the same two as the model's predictions mind them"] if weighted else []), "rounds: of refinement"]
     return align(rows, numeric=tuple(range(2, len(columns)))) + f"\n({'; '.join(notes)})"
 
 

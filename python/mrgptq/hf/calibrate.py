@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..arrays import located
 from ..codecs import nvfp4_tensor_scale
-from ..gptq import OUTPUT_HESSIAN_BYTES, Hessian
+from ..gptq import Hessian, backward_passes
 from ..layer import activations_of, make_factor, quantize_layer, shared_tensor_scale
 from ..modules import fused_groups
 from ..recipe import Recipe
@@ -40,7 +40,7 @@ def calibrate(
     ones; then the block's weights are replaced and its outputs feed the next block. Where ``recipe.cross`` is above 0, the original blocks are run beside the quantised ones on what the
     original model would have handed them, and each layer's target makes up for part of the difference. Where
     ``recipe.output_hessian`` is set, a backward pass through the model, as far as it is not quantised yet, measures what the outputs of each layer matter; blocks share such a pass as
-    far as their matrices fit into 4 GiB.
+    far as their matrices fit into 4 GiB (``gptq.backward_passes``).
 
     Parameters
     ----------
@@ -88,16 +88,10 @@ def calibrate(
 
 
 def _backward_passes(model: Any, linears: dict[int, list[str]]) -> dict[int, list[str]]:
-    """{index of the first block: modules} that one backward pass serves, as many blocks as their matrices fit into OUTPUT_HESSIAN_BYTES."""
-    passes: dict[int, list[str]] = {}
-    held, first = 0, -1
-    for index, names in sorted(linears.items()):
-        size = sum(8 * model.get_submodule(name).out_features ** 2 for name in names)
-        if first < 0 or held + size > OUTPUT_HESSIAN_BYTES:
-            held, first = 0, index
-        held += size
-        passes.setdefault(first, []).extend(names)
-    return passes
+    """{index of the first block: modules} of each backward pass."""
+    blocks = sorted(linears)
+    passes = backward_passes([[model.get_submodule(name).out_features for name in linears[index]] for index in blocks])
+    return {blocks[group[0]]: [name for at in group for name in linears[blocks[at]]] for group in passes}
 
 
 def _output_hessians(model: Any, inputs: torch.Tensor, modules: list[str], threads: int | None, progress: Callable[[str, int, int], None] | None) -> dict[str, Hessian]:

@@ -35,20 +35,25 @@ def collect_output_hessians(
 
     Raises
     ------
-    ValueError : gradients that are not finite, by module.
+    ValueError : a module that is not a linear layer or gradients that are not finite, by name; no window, a model in training mode or without a head.
     """
+    _check(model, inputs, modules, batch_windows)
     moments = {name: Hessian(model.get_submodule(name).out_features) for name in modules}
     device = next(model.parameters()).device
 
-    def watch(name: str) -> Callable[..., None]:
+    def watch(name: str) -> Callable[..., torch.Tensor | None]:
         def add(gradient: torch.Tensor) -> None:
             values, dtype = to_numpy(gradient)
             with located(f"the gradient at {name}"):
                 moments[name].update(values, dtype=dtype, threads=threads)
 
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            # The first layers of a pass have nothing trainable before them: their outputs are where gradients end.
-            (output if output.requires_grad else output.requires_grad_()).register_hook(add)
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            if output.requires_grad:
+                output.register_hook(add)
+                return None
+            # The first layers of a pass have nothing trainable before them: their outputs are where gradients end. What follows gets a copy, for it may change it in place.
+            output.requires_grad_().register_hook(add)
+            return output.clone()
 
         return hook
 
@@ -64,7 +69,10 @@ def collect_output_hessians(
             p = torch.softmax(logits.detach().float(), -1)
             signs = torch.stack([_signs(first + i, p.shape[1:]) for i in range(len(batch))]).to(device)
             root = p.sqrt() * signs
-            logits.backward(gradient=(root - p * root.sum(-1, keepdim=True)).to(logits.dtype))
+            gradient = (root - p * root.sum(-1, keepdim=True)).to(logits.dtype)
+            del p, signs, root  # each as large as the logits
+            logits.backward(gradient=gradient)
+            del logits, gradient
             if progress:
                 progress(len(batch))
     finally:
@@ -73,6 +81,23 @@ def collect_output_hessians(
         for parameter in trainable:
             parameter.requires_grad_()
     return moments
+
+
+def _check(model: Any, inputs: torch.Tensor, modules: Sequence[str], batch_windows: int) -> None:
+    known = dict(model.named_modules())
+    for name in modules:
+        if not isinstance(known.get(name), torch.nn.Linear):
+            raise ValueError(f"{name} is not a linear layer of the model; gradients are taken at linear layers' outputs")
+    if not modules:
+        raise ValueError("modules is empty; there is nothing to take gradients at")
+    if inputs.ndim != 2 or not inputs.numel():
+        raise ValueError(f"inputs has shape {tuple(inputs.shape)}; it must be (windows, sequence), with at least one token")
+    if batch_windows < 1:
+        raise ValueError(f"batch_windows is {batch_windows}; it must be 1 or more")
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout would draw another model for each window; call eval() on it")
+    if getattr(model, "get_output_embeddings", lambda: True)() is None:
+        raise ValueError(f"{type(model).__name__} has no head, so it predicts nothing to take gradients of")
 
 
 def _signs(window: int, shape: torch.Size) -> torch.Tensor:
