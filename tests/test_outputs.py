@@ -295,9 +295,9 @@ def test_the_model_is_left_as_it_was_and_batches_do_not_matter(leaf_folder, cali
     trainable = [parameter.requires_grad for parameter in model.parameters()]
     inputs = hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 4, 32)
     names, done = ["model.layers.1.self_attn.q_proj", "model.layers.3.mlp.down_proj"], []
-    one = hf.collect_output_hessians(model, inputs, names, batch_windows=3, progress=done.append)
+    one = hf.collect_output_hessians(model, inputs, names, batch_windows=3, progress=lambda *windows: done.append(windows))
     two = hf.collect_output_hessians(model, inputs, names)
-    assert done == [3, 1] and [parameter.requires_grad for parameter in model.parameters()] == trainable and len(set(trainable)) == 2
+    assert done == [(3, 4), (4, 4)] and [parameter.requires_grad for parameter in model.parameters()] == trainable and len(set(trainable)) == 2
     assert all(parameter.grad is None for parameter in model.parameters()) and not any(module._forward_hooks for module in model.modules())
     for name in names:
         assert one[name].tokens == two[name].tokens == 128

@@ -1,4 +1,4 @@
-"""Scales searched inside GPTQ, rounds of refinement and shifted targets: against reference.py on leaf, and against first principles.
+"""Scales searched inside GPTQ and rounds of refinement: against reference.py on leaf and under Hessians of every kind.
 
 Leaf in full would take reference.py minutes: of each layer the first 130 rows are solved (four tiles of 32 rows and a rest), without rotation every layer in both formats, with four-thirds and
 with the paper's rotation those of two blocks each.
@@ -8,16 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.linalg import block_diag, hadamard
 
 import mrgptq as mg
 from mrgptq import reference
+from searched_problems import FORMATS, PRECISIONS, errors, form, gamma, searched, weights_of
 
-FORMATS = ["nvfp4", "mxfp4"]
-PRECISIONS = ["float32", "float64"]
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
 TIES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-VALUES = np.unique(reference.decode_e2m1(np.arange(16))).astype(np.float64)  # 15 of them
 CONFIGURATIONS = {
     ("nvfp4", None, "even"): (0, 1, 2, 3),
     ("nvfp4", 16, "even"): (0, 2),
@@ -26,25 +23,6 @@ CONFIGURATIONS = {
     ("mxfp4", None, "four-thirds"): (0, 3),
     ("mxfp4", 32, "four-thirds"): (1, 3),
 }
-
-
-def searched(format, **fields):
-    return mg.Recipe(format, **({"scales": "gptq", "order": "group", "precision": "float64"} | fields))
-
-
-def form(e, r):
-    """e R e^T of each row."""
-    return np.einsum("ij,ij->i", e @ r, e)
-
-
-def errors(w, q):
-    """W - Ŵ in float64, Ŵ as a reader decodes it."""
-    steps = np.repeat(reference.steps_of(q.scales, q.format, q.tensor_scale), reference.GROUP_SIZE[q.format], axis=1)
-    return w.astype(np.float64) - (steps * reference.decode_e2m1(mg.unpack(q.codes))).astype(np.float64)
-
-
-def gamma(n, u):
-    return n * u / (1 - n * u)
 
 
 def round_slack(before, after, r, size, u):
@@ -214,16 +192,7 @@ def hessian_of(kind, cols, seed):
         return h + h.T + 2 * cols * np.eye(cols), 0.0
     x[:, rng.permutation(cols)[: cols // 3]] = 0
     return x.T @ x / len(x), 0.03
-
-
 KINDS = ["random", "ill-conditioned", "nearly singular", "integers", "dead columns"]
-
-
-def weights_of(kind, rows, cols, seed):
-    rng = np.random.default_rng(100 + seed)
-    if kind == "integers":
-        return rng.integers(-12, 13, (rows, cols)).astype(np.float32) / 2
-    return (rng.standard_t(4, (rows, cols)) * rng.lognormal(0, 1, (rows, 1))).astype(np.float32)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -270,177 +239,6 @@ def test_a_damping_that_had_to_rise_weighs_dead_columns_as_it_was_asked(format, 
     assert q.report.damping == pytest.approx(used, rel=1e-12) and used > 0.05
     assert np.array_equal(mg.unpack(q.codes), codes) and np.array_equal(q.scales, scales)
     assert q.report.dead_columns == (1 if rotation is None else 0)
-
-
-# ---- First principles
-
-
-def babai(w, h, step, visit):
-    """Codes' values by the definition of GPTQ for one row under one step a column: each takes the value that loses least while those after it may follow with real numbers. Solved anew for each."""
-    q = np.zeros(len(w))
-    for position, c in enumerate(visit):
-        seen, free = visit[: position + 1], visit[position + 1 :]
-        losses = []
-        for value in VALUES:
-            e = np.append((w - q)[visit[:position]], w[c] - np.float32(step) * np.float32(value))
-            follow = np.linalg.solve(h[np.ix_(free, free)], h[np.ix_(free, seen)] @ e) if len(free) else np.zeros(0)
-            losses.append(e @ h[np.ix_(seen, seen)] @ e - (h[np.ix_(free, seen)] @ e) @ follow)
-        q[c] = np.float32(step) * np.float32(VALUES[int(np.argmin(losses))])
-    return q
-
-
-def sweep(w, q, h, step, visit):
-    """Each column in turn takes the value that loses least while all others stand still, every value being tried."""
-    q = q.copy()
-    for c in visit:
-        losses = []
-        for value in VALUES:
-            q[c] = np.float32(step) * np.float32(value)
-            losses.append((w - q) @ h @ (w - q))
-        q[c] = np.float32(step) * np.float32(VALUES[int(np.argmin(losses))])
-    return q
-
-
-def one_group(format, live, seed, rows=12):
-    """A weight of one group, and an H that couples `live` of its columns strongly, the others being independent of all."""
-    rng = np.random.default_rng(seed)
-    size = reference.GROUP_SIZE[format]
-    w = rng.standard_normal((rows, size)).astype(np.float32)
-    columns = np.sort(rng.permutation(size)[:live])
-    x = rng.standard_normal((3 * live, live)) @ (np.eye(live) + 2 * rng.standard_normal((live, live)))
-    h = np.diag(rng.lognormal(0, 1, size))
-    h[np.ix_(columns, columns)] = x.T @ x
-    return w, h, columns
-
-
-def steps_near(format, bits, g, below, above):
-    """(bits, step) of the storable scales around `bits`, as the formats define them."""
-    lowest, highest = (1, 126) if format == "nvfp4" else (0, 252)
-    decode = reference.decode_e4m3 if format == "nvfp4" else reference.decode_e8m0
-    return [(b, np.float32(decode(b) / np.float32(g))) for b in sorted({min(max(int(bits) + k, lowest), highest) for k in range(-below, above + 1)})]
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_searched_scale_is_the_one_whose_recursion_done_by_hand_loses_least(format, precision):
-    """One group, every storable scale a power of two below absmax and seven eighths above it (MXFP4: two powers each way), codes by solving for what the free columns would be."""
-    w, h, _ = one_group(format, 4, 21)
-    q = mg.quantize_layer(w, h, searched(format, damping=0, precision=precision))
-    visit = np.argsort(-h.diagonal(), kind="stable")
-    off_absmax = 0
-    for row, values, bits in zip(w.astype(np.float64), q.dequantize(), q.scales[:, 0], strict=True):
-        start = mg.quantize(row[None], format, tensor_scale=q.tensor_scale if format == "nvfp4" else None).scales[0, 0]
-        tried = []
-        for b, step in steps_near(format, start, q.tensor_scale, *((8, 7) if format == "nvfp4" else (2, 2))):
-            hand = babai(row, h, step, visit)
-            tried.append(((row - hand) @ h @ (row - hand), b, hand))
-        tried.sort(key=lambda t: t[0])
-        assert tried[1][0] - tried[0][0] > 1e-5 * tried[0][0]  # no tie within float32 rounding of 16 or 32 terms, so the best is one
-        assert bits == tried[0][1]
-        assert np.array_equal(values, tried[0][2])
-        off_absmax += bits != start
-    assert off_absmax >= 3
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("scales", ["gptq", "absmax"])
-@pytest.mark.parametrize("live", [2, 4])
-@pytest.mark.parametrize("format", FORMATS)
-def test_refinement_takes_the_best_of_three_scales_by_hand_until_none_is_better(format, live, scales, precision):
-    """In one group the values that would be best without a grid are the weights themselves. So a state that stays loses no more than the recursion and a sweep, both by trying every value, at
-    its own scale and at both neighbours; and no less than the best of all combinations of codes under those and every scale of the search."""
-    w, h, columns = one_group(format, live, 30 + live)
-    recipe = searched(format, scales=scales, damping=0, precision=precision, rounds=30)
-    first, q = mg.quantize_layer(w, h, replace(recipe, rounds=0)), mg.quantize_layer(w, h, recipe)
-    assert q.report.rounds < 30
-    visit = np.argsort(-h.diagonal(), kind="stable")
-    alone = np.setdiff1d(np.arange(len(h)), columns)
-    grid = np.stack(np.meshgrid(*[VALUES] * live, indexing="ij"), -1).reshape(-1, live)
-    refined = 0
-    for row, values, start, bits, found in zip(w.astype(np.float64), q.dequantize().astype(np.float64), first.dequantize().astype(np.float64), q.scales[:, 0], first.scales[:, 0], strict=True):
-        loss, before = form(np.stack([row - values, row - start]), h)
-        assert loss <= before * (1 + 1e-5)
-        refined += loss < before * (1 - 1e-5)
-        for _, step in steps_near(format, bits, q.tensor_scale, 1, 1):
-            hand = sweep(row, babai(row, h, step, visit), h, step, visit)
-            assert loss <= ((row - hand) @ h @ (row - hand)) * (1 + 1e-5)  # float32 rounding of 16 or 32 terms decides no more than that
-        least = np.inf
-        for _, step in steps_near(format, found, q.tensor_scale, 16, 16):
-            e = row[columns] - (grid * step).astype(np.float32)
-            nearest = np.abs(row[alone, None] - (VALUES * step).astype(np.float32)).min(1)
-            least = min(least, form(e, h[np.ix_(columns, columns)]).min() + (h.diagonal()[alone] * nearest**2).sum())
-        assert loss >= least * (1 - 1e-12)
-    assert refined >= 3 or scales == "gptq"
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_of_uncoupled_columns_a_refined_group_is_a_local_optimum_of_scale_and_codes(format, precision):
-    """A diagonal H: no code's change, and no neighbouring scale with whatever codes, loses less."""
-    rng = np.random.default_rng(40)
-    w, h = weights_of("random", 20, 64, 40), np.diag(rng.lognormal(0, 1, 64))
-    q = mg.quantize_layer(w, h, searched(format, damping=0, precision=precision, rounds=30))
-    size = reference.GROUP_SIZE[format]
-    for row in range(len(w)):
-        for group in range(64 // size):
-            here = slice(group * size, (group + 1) * size)
-            weight, d = w[row, here].astype(np.float64), h.diagonal()[here]
-            loss = (d * (weight - q.dequantize()[row, here]) ** 2).sum()
-            for _, step in steps_near(format, q.scales[row, group], q.tensor_scale, 1, 1):
-                best = (np.abs(weight[:, None] - (VALUES * step).astype(np.float32)).min(1) ** 2 * d).sum()
-                assert best >= loss * (1 - 1e-5)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("spread", [0.0, 1.5])
-def test_with_a_diagonal_hessian_searched_scales_are_those_of_the_rule_hessian(format, precision, spread):
-    """Nothing is fed back, so the scale sought is that with the least Σ H_cc err_c²; without damping both weigh alike. With equal weights it is the rule mse, exactly."""
-    rng = np.random.default_rng(41)
-    w = weights_of("random", 66, 160, 41)
-    h = np.diag(rng.lognormal(0, spread, 160))
-    q = mg.quantize_layer(w, h, searched(format, damping=0, precision=precision))
-    plain = mg.quantize_layer(w, h, mg.Recipe(format, scales="hessian", damping=0, order="natural", precision=precision))
-    assert np.array_equal(q.scales, plain.scales) and np.array_equal(q.codes, plain.codes)
-    assert not np.array_equal(q.scales, mg.quantize(w, format).scales)
-    if spread == 0:
-        assert np.array_equal(q.scales, mg.quantize(w, format, scales="mse").scales)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_of_equally_good_scales_the_smaller_is_taken(format):
-    """Weights 1 and -2 times a step: twice the step has 0.5 and -1. Both lose nothing."""
-    size = reference.GROUP_SIZE[format]
-    w = np.zeros((2, 64), dtype=np.float32)
-    w[:, ::2], w[:, 1::2] = 1, -2
-    w[1] *= 0.25
-    h = np.eye(64) + 0.25
-    for precision in PRECISIONS:
-        for rounds in (0, 2):
-            q = mg.quantize_layer(w, h, searched(format, damping=0, precision=precision, rounds=rounds), tensor_scale=1.0 if format == "nvfp4" else None)
-            assert np.array_equal(q.dequantize(), w) and q.report.damped_errors == (0.0,)
-            exact = [b for b in range(0, 127 if format == "nvfp4" else 253) if exactly(2.0, b, format) and exactly(1.0, b, format)]
-            start = mg.quantize(w[:1], format, tensor_scale=1.0 if format == "nvfp4" else None).scales[0, 0]
-            assert q.scales[0, 0] == min(b for b in exact if abs(b - int(start)) <= (8 if format == "nvfp4" else 2))
-    assert q.scales.shape == (2, 64 // size)
-
-
-def test_equal_values_found_on_two_ways_tie_whatever_rounding_made_of_them():
-    """A group that holds no more than 3 steps has the same values at twice the scale. Its recursion and sweep get there through other codes, so rounding differs on the way; in one row the
-    reference and the core would each take another of the two if that decided."""
-    rng = np.random.default_rng(4)
-    w = rng.standard_normal((400, 64)).astype(np.float32)[40:110]
-    x = rng.standard_normal((192, 64)) @ (np.eye(64) + 1.5 * rng.standard_normal((64, 64)) / 8)
-    h = x.T @ x / len(x)
-    codes, scales, _, _, _ = reference.quantize_layer(w, h, "mxfp4", None, "gptq", "four-thirds", rounds=2)
-    q = mg.quantize_layer(w, h, searched("mxfp4", mx_rule="four-thirds", rounds=2))
-    assert np.array_equal(q.dequantize(), reference.dequantize(codes, scales, "mxfp4", np.float32(3)))
-    assert np.array_equal(q.scales, scales) and np.array_equal(mg.unpack(q.codes), codes)
-
-
-def exactly(value, bits, format):
-    step = float((reference.decode_e4m3 if format == "nvfp4" else reference.decode_e8m0)(bits))
-    return step > 0 and value / step in VALUES
 
 
 # ---- What must not matter
@@ -560,154 +358,3 @@ def test_where_h_cannot_be_factorised_scales_are_by_mse_and_the_report_says_so(f
     assert "mse" in q.report.scales
     assert reference.quantize_layer(w, np.eye(64), format, rotation, "gptq")[4] is not None
     assert reference.gptq_searched(rotated, reference.rotate_hessian(h, rotation), format, q.tensor_scale) == (None, None, None)
-
-
-# ---- Shifted targets
-
-
-def seen_inputs(cols, tokens=600, noise=0.3, seed=15):
-    """(X, X̃): inputs as they were, and as a quantised model gives them: not independent noise alone, so that cross is not symmetric."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((tokens, cols)) @ (np.eye(cols) + 0.3 * rng.standard_normal((cols, cols)))
-    seen = x + noise * rng.standard_normal((tokens, cols)) + noise * np.roll(x, 1, axis=1)
-    return x, seen
-
-
-def shifted(w, h, cross, strength, damping=0.01, rotation=None):
-    """What quantize_layer hands to the solver."""
-    factor = mg.Factor(h, rotation=None if rotation is None else mg.Hadamard(rotation), damping=damping)
-    turned, moment = (w, cross) if rotation is None else (factor.rotation.apply(w), factor.rotation.apply_both(cross))
-    return mg._core.shift_to_inputs(turned, moment, factor.hessian, factor.core, strength, 0)
-
-
-def shift_slack(w, h, cross, damping, strength):
-    """How far two float64 computations of s W (G - H) (H + λI)^-1 may be apart, by rows. Each solves (R + ΔR) x = gap, |ΔR| <= n γ_{3n+1} |R| in the 2-norm for a Cholesky (Higham, Accuracy and
-    Stability, theorem 10.4; LU with pivoting does no worse here, its growth being below n for a positive definite R), and each entry of gap is off by at most γ_{2n} |W| (|G| + |H|)."""
-    n, u = len(h), 2.0**-53
-    r = reference.damped(h, damping)
-    eigenvalues = np.linalg.eigvalsh(r)
-    gap = w.astype(np.float64) @ (cross - h)
-    x = np.linalg.norm(np.linalg.solve(r, gap.T).T, axis=1)
-    off = np.linalg.norm(gamma(2 * n, u) * np.abs(w.astype(np.float64)) @ (np.abs(cross) + np.abs(h)), axis=1)
-    return 2 * strength * (1.1 * n * gamma(3 * n + 1, u) * eigenvalues[-1] / eigenvalues[0] * x + off / eigenvalues[0])[:, None]
-
-
-@pytest.mark.parametrize(("rows", "cols"), [(1, 16), (65, 160), (130, 288)])
-@pytest.mark.parametrize("strength", [0.25, 1.0])
-@pytest.mark.parametrize("dead", [False, True])
-def test_the_shifted_target_is_that_of_the_reference(rows, cols, strength, dead):
-    """Both round one float64 number to float32: half an ulp each, 2^-24 of the result, and the slack of the two solutions."""
-    x, seen = seen_inputs(cols)
-    w = weights_of("random", rows, cols, 16)
-    if dead:
-        seen[:, 3::11] = 0
-    h, cross = seen.T @ seen / len(seen), x.T @ seen / len(seen)
-    h = (h + h.T) / 2
-    if dead:
-        cross[:, 3::11] = 0.1  # whatever the caller says of them
-    got, expected = shifted(w, h, cross, strength), reference.shifted_target(w, h, cross, 0.01, strength)
-    slack = shift_slack(w, h, cross, 0.01, strength)
-    assert (np.abs(got.astype(np.float64) - expected) <= 2.0**-23 * np.abs(expected) + slack).all()
-    assert (slack < 1e-4 * np.linalg.norm(got - w, axis=1, keepdims=True)).all() and np.abs(got - w).max() > 0.01
-    if dead:
-        assert np.array_equal(got[:, 3::11], w[:, 3::11])
-
-
-def test_without_damping_the_whole_shift_is_the_least_squares_answer():
-    """min over B of |X W^T - X̃ B^T|², by LAPACK's least squares on the inputs themselves, whose error is about cond(X̃)² 2^-53 < 1e-11 of the answer; then rounded to float32."""
-    x, seen = seen_inputs(64)
-    w = weights_of("random", 10, 64, 17)
-    best = np.linalg.lstsq(seen, x @ w.astype(np.float64).T, rcond=None)[0].T
-    assert np.linalg.cond(seen) ** 2 * 2.0**-53 < 1e-11
-    got = shifted(w, seen.T @ seen / len(seen), x.T @ seen / len(seen), 1.0, damping=0)
-    assert (np.abs(got - best) <= 2.0**-24 * np.abs(best) + 1e-9 * np.abs(best).max(1, keepdims=True)).all()
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_codes_are_those_of_the_shifted_target(format):
-    x, seen = seen_inputs(96)
-    w = weights_of("random", 70, 96, 18)
-    h, cross = seen.T @ seen / len(seen), x.T @ seen / len(seen)
-    for strength in (0.5, 1.0):
-        q = mg.quantize_layer(w, h, searched(format, rounds=2, cross=strength), cross=cross)
-        target = reference.shifted_target(w, h, cross, 0.01, strength)
-        g = reference.tensor_scale(w, format)  # of the weight as it was
-        assert q.tensor_scale == g and q.report.cross == strength
-        codes, scales, _ = reference.gptq_searched(target, h, format, g)
-        codes, scales, losses = reference.refine(target, h, codes, scales, format, g, rounds=2)
-        assert np.array_equal(mg.unpack(q.codes), codes) and np.array_equal(q.scales, scales)
-        energy = form(target.astype(np.float64), reference.damped(h, 0.01)).sum()
-        assert np.allclose(q.report.damped_errors, np.array(losses) / energy, rtol=1e-10, atol=0)
-        plain = form(errors(w, q), h).sum() / form(w.astype(np.float64), h).sum()  # against W, not the target
-        assert q.report.relative_error == pytest.approx(plain, rel=1e-6)
-
-
-@pytest.mark.parametrize("rotation", [None, 16])
-@pytest.mark.parametrize("solver", ["searched", "static"])
-@pytest.mark.parametrize("format", FORMATS)
-def test_with_cross_outputs_on_the_inputs_seen_come_nearer_to_the_original_outputs(format, rotation, solver):
-    """|X W^T - X̃ Ŵ^T|² on the inputs given and on fresh ones; half the shift goes part of the way."""
-    x, seen = seen_inputs(96, tokens=4000)
-    given, fresh = slice(0, 3000), slice(3000, 4000)
-    w = weights_of("random", 60, 96, 19)
-    h, cross = seen[given].T @ seen[given] / 3000, x[given].T @ seen[given] / 3000
-    recipe = searched(format, rounds=2, rotation=rotation) if solver == "searched" else mg.Recipe(format, rotation=rotation)
-    far, half, near = (mg.quantize_layer(w, h, replace(recipe, cross=strength), cross=cross if strength else None).dequantize(unrotate=True).astype(np.float64) for strength in (0.0, 0.5, 1.0))
-    for part in (given, fresh):
-        asked = x[part] @ w.astype(np.float64).T
-        losses = [((asked - seen[part] @ values.T) ** 2).sum() for values in (far, half, near)]
-        assert losses[2] < losses[1] < losses[0] * 0.9
-
-
-def test_the_shift_is_the_same_in_every_basis():
-    """Rotated weights shifted are shifted weights rotated, by scipy's matrix in float64. float32: log2(16) butterflies and a factor round W by 5 u of a row's norm, which M = I + s (G - H) R^-1
-    carries into the target; the two results' own rounding and the target's adds 2 u of it."""
-    x, seen = seen_inputs(96)
-    w = weights_of("random", 30, 96, 20)
-    h, cross = seen.T @ seen / len(seen), x.T @ seen / len(seen)
-    h = (h + h.T) / 2
-    turn = block_diag(*[hadamard(16)] * 6) / 4
-    expected = shifted(w, h, cross, 0.7).astype(np.float64) @ turn
-    got = shifted(w, h, cross, 0.7, rotation=16)
-    carry = np.linalg.norm(np.eye(96) + 0.7 * np.linalg.solve(reference.damped(h, 0.01), (cross - h).T).T, 2)
-    norm = np.linalg.norm(w, axis=1, keepdims=True)
-    assert (np.abs(got - expected) <= 2.0**-24 * (5 * carry + 2 * carry) * norm + 1e-11 * norm).all()
-    assert np.abs(got - mg.Hadamard(16).apply(w)).max() > 0.01
-
-
-def test_cross_is_refused_by_name_where_it_cannot_be_used():
-    x, seen = seen_inputs(32)
-    w = weights_of("random", 4, 32, 21)
-    h, cross = seen.T @ seen / len(seen), x.T @ seen / len(seen)
-    recipe = searched("nvfp4", cross=0.5)
-    bad = cross.copy()
-    bad[4, 7] = np.nan
-    for arguments, words in (
-        ((replace(recipe, cross=0.0), cross), "cross is given, but the recipe's cross, how far the target moves, is 0"),
-        ((recipe, cross[:, :16]), "cross has shape (32, 16); a weight of 32 columns needs (32, 32)"),
-        ((recipe, cross[0]), "cross has shape (32,); a weight of 32 columns needs (32, 32)"),
-        ((recipe, bad), "cross[4, 7] is not finite"),
-        ((recipe, np.where(np.isnan(bad), np.inf, bad)), "cross[4, 7] is not finite"),
-        ((mg.Recipe("nvfp4", solver="rtn"), cross), 'cross is given, but the recipe\'s solver is "rtn"; it needs "gptq"'),
-    ):
-        with pytest.raises(ValueError) as refusal:
-            mg.quantize_layer(w, h, arguments[0], cross=arguments[1])
-        assert words in str(refusal.value)
-    for fields, words in (
-        ({"cross": 1.5}, "cross is 1.5; it must be from 0 to 1"),
-        ({"cross": -0.1}, "cross is -0.1; it must be from 0 to 1"),
-        ({"cross": float("nan")}, "cross is nan"),
-        ({"cross": 0.5, "solver": "rtn"}, 'cross 0.5 needs the solver "gptq"; the recipe has \'rtn\''),
-    ):
-        with pytest.raises(ValueError) as refusal:
-            mg.Recipe("nvfp4", **fields)
-        assert words in str(refusal.value)
-
-
-def test_cross_changes_nothing_where_h_cannot_be_factorised_and_the_report_says_so():
-    h = np.eye(32)
-    h[0, 1] = h[1, 0] = 50
-    w = weights_of("random", 4, 32, 22)
-    q = mg.quantize_layer(w, h, searched("nvfp4", cross=1.0), cross=np.eye(32) * 7)
-    assert np.array_equal(q.codes, mg.quantize(w, "nvfp4", scales="mse").codes)
-    assert q.report.cross == 0.0 and q.report.fallback is not None

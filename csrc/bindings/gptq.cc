@@ -4,6 +4,7 @@
 
 #include "bindings/arrays.h"
 #include "gptq/factor.h"
+#include "gptq/forms.h"
 #include "gptq/hessian.h"
 #include "gptq/solver.h"
 

@@ -7,7 +7,7 @@
 namespace mrgptq {
 
 template <class Real>
-void owed(const Factor& outputs, Index begin, Index end, MatrixView<const float> errors, MatrixView<Real> owed, int threads) {
+void owed(const Factor& outputs, Index begin, Index end, MatrixView<const float> errors, MatrixView<Real> out, int threads) {
     constexpr Index strip = 64, panel = 256;  // columns that one thread takes, rows widened to float64 at a time
     const Index count = end - begin, rows = outputs.cols(), n = errors.cols;
     const Columns<double>& unit = outputs.unit();
@@ -23,7 +23,7 @@ void owed(const Factor& outputs, Index begin, Index end, MatrixView<const float>
         }
         own.template solveInPlace<Eigen::OnTheRight>(sum);
         for (Index r = 0; r < count; ++r)
-            for (Index c = 0; c < width; ++c) owed.row(r)[left + c] = static_cast<Real>(sum(c, r));
+            for (Index c = 0; c < width; ++c) out.row(r)[left + c] = static_cast<Real>(sum(c, r));
     });
 }
 

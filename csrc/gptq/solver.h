@@ -42,10 +42,4 @@ SolverResult solve(std::string_view format, MatrixView<const float> weight, Matr
 // layer will see, most nearly as `weight` answers X. All (rows, cols) or (cols, cols). Dead columns keep their weights.
 void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const double> h, const Factor& factor, double strength, MatrixView<float> target, int threads);
 
-// tr(E H Eᵀ) in float64 for E (rows, cols) float32 and a symmetric H (cols, cols).
-double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int threads);
-
-// tr(A E H Eᵀ) in float64, A (rows, rows) symmetric too.
-double coupled_form(MatrixView<const float> e, MatrixView<const double> a, MatrixView<const double> h, int threads);
-
 }  // namespace mrgptq

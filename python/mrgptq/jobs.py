@@ -64,7 +64,7 @@ class Plan(Shown):
 
     def _passes(self) -> str:
         """How often the whole model is passed through backwards; deep and wide models' output Hessians do not fit into memory at once."""
-        count = len(backward_passes(_rows_by_block(self.shapes))) if self.recipe.output_hessian else 0
+        count = len(_backward_passes(self.shapes)) if self.recipe.output_hessian else 0
         return f", {count} backward pass{'es' if count > 1 else ''} through the model" if count else ""
 
     def _title(self) -> str:
@@ -157,39 +157,28 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
     hidden = tokens * hidden_size * 4
     # The MLP holds gate, up, their product and a copy of it; around it lie the residual, its norm, q, k, v and the attention's output.
     batch = min(tokens, _BATCH_WINDOWS * sequence) * (6 * hidden_size + 4 * widest) * 4
-    blocks: dict[str, int] = {}
-    for group in fused_groups(shapes):
-        key = _block_of(group[0])
-        blocks[key] = blocks.get(key, 0) + shapes[group[0]][1] ** 2 * 8
-    original = hidden + max(blocks.values()) + max(_block_bytes(shapes).values()) if twice else 0
+    blocks = _by_block(shapes)
+    hessians = max(sum(block[group[0]][1] ** 2 * 8 for group in fused_groups(block)) for block in blocks)
+    original = hidden + hessians + max(sum(rows * cols * 4 for rows, cols in block.values()) for block in blocks) if twice else 0
     moments = backward = 0
     if outputs:
-        rows = _rows_by_block(shapes)
-        held = [sum(8 * count**2 for index in blocks_of_pass for count in rows[index]) for blocks_of_pass in backward_passes(rows)]
-        moments = max(held) + 5 * 8 * max(count for block in rows for count in block) ** 2
+        sizes = [sum(8 * rows**2 for rows, _ in block.values()) for block in blocks]
+        moments = max(sum(sizes[index] for index in shared) for shared in _backward_passes(shapes)) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
         # A linear layer leaves its input and its output; measured, a softmax over the vocabulary and its gradient hold seven copies of the logits.
         backward = sequence * 4 * (2 * sum(sum(shape) for shape in shapes.values()) + 7 * reader.config.get("vocab_size", 0))
-    return shard_bytes + layer + parameters + hidden + max(batch, backward) + max(blocks.values()) + widest**2 * 8 * 5 + original + moments
+    return shard_bytes + layer + parameters + hidden + max(batch, backward) + hessians + widest**2 * 8 * 5 + original + moments
 
 
-def _block_bytes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """float32 bytes of each decoder block's linear layers."""
-    sizes: dict[str, int] = {}
-    for name, (rows, cols) in shapes.items():
-        sizes[_block_of(name)] = sizes.get(_block_of(name), 0) + rows * cols * 4
-    return sizes
-
-
-def _rows_by_block(shapes: Mapping[str, tuple[int, int]]) -> list[list[int]]:
-    """out_features of each decoder block's layers."""
-    blocks: dict[str, list[int]] = {}
-    for name, (rows, _) in shapes.items():
-        blocks.setdefault(_block_of(name), []).append(rows)
+def _by_block(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:
+    """The layers of each decoder block, blocks in order."""
+    blocks: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, shape in shapes.items():
+        blocks.setdefault(name.split(".layers.")[-1].split(".")[0], {})[name] = shape
     return [blocks[key] for key in sorted(blocks, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0))]
 
 
-def _block_of(name: str) -> str:
-    return name.split(".layers.")[-1].split(".")[0]
+def _backward_passes(shapes: Mapping[str, tuple[int, int]]) -> list[list[int]]:
+    return backward_passes([[rows for rows, _ in block.values()] for block in _by_block(shapes)])
 
 
 def quantize_checkpoint(

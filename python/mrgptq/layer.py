@@ -142,19 +142,20 @@ def quantize_layer(
     scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
     losses: list[float] = []
     method, fallback = "rounding", None
-    coupled = usable and outputs is not None and outputs.usable
+    coupled = outputs.core if usable and outputs is not None and outputs.usable else None
     if factor is not None and factor.usable:
         method = "gptq"
-        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, outputs.core if coupled and outputs is not None else None, recipe.precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
+        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, coupled, recipe.precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
     else:
         if factor is not None:
             fallback = f"rounded plainly, scales by {first}: the Hessian could not be factorised, not even with damping {factor.damping:g}"
         codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
 
-    if outputs is not None and fallback is None and not outputs.usable:
-        fallback = f"outputs counted alike: the output Hessian could not be factorised, not even with damping {outputs.damping:g}"
-    elif outputs is not None and fallback is None and outputs.dead_columns == outputs.cols:
-        fallback = "outputs counted alike: the output Hessian is zero, no gradient reached the layer"
+    if outputs is not None and fallback is None:
+        if not outputs.usable:
+            fallback = f"outputs counted alike: the output Hessian could not be factorised, not even with damping {outputs.damping:g}"
+        elif outputs.dead_columns == outputs.cols:
+            fallback = "outputs counted alike: the output Hessian is zero, no gradient reached the layer"
     rounded = _core.dequantize(recipe.format, codes, scales, divisor, as_threads(threads))
     report = LayerReport(
         method=method,

@@ -41,7 +41,7 @@ class Recipe(Shown):
     rounds : rounds of block coordinate descent on scales and codes after GPTQ; need the order "group".
     cross : 0 … 1, how far a layer's target moves from W to what answers the quantised model's inputs most nearly as W answers the original's. Used where the cross moment is at hand:
         calibration of a model collects it, by a second pass through the original blocks; ``quantize_layer`` takes it as ``cross``. 0 for not at all.
-    output_hessian : "fisher" has calibration of a model measure how much its predictions mind each output of a layer, by a backward pass, and rows make up for each other's errors
+    output_hessian : "fisher" has calibration of a model measure how much its predictions mind each output of a layer, by backward passes, and rows make up for each other's errors
         accordingly; None: outputs count alike and rows are independent. ``quantize_layer`` takes such a matrix as ``output_hessian``.
     activations : None for W4A16; the format's own name for W4A4.
     activation_rule : how the scale of a group of inputs is found: "absmax" (for MXFP4 by ``mx_rule``), or another rule of ``quantize`` such as "mse" or, for MXFP4, "even". Stock

@@ -85,4 +85,17 @@ inline Matrix<double> random_second_moment(Index cols, unsigned seed = 2) {
     return h;
 }
 
+// The double loop of the definition; with `magnitudes` the sum of the terms' magnitudes.
+template <class Real>
+long double naive_quadratic_form(const Matrix<Real>& e, const Matrix<double>& h, Index rows, Index cols, bool magnitudes = false) {
+    long double sum = 0;
+    for (Index r = 0; r < rows; ++r)
+        for (Index i = 0; i < cols; ++i)
+            for (Index j = 0; j < cols; ++j) {
+                const long double term = static_cast<long double>(e(r, i)) * h(i, j) * e(r, j);
+                sum += magnitudes ? std::fabs(term) : term;
+            }
+    return sum;
+}
+
 }  // namespace mrgptq::testing

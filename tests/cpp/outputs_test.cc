@@ -1,4 +1,4 @@
-// Coupled rows: what a block owes against the triangular system written out, the coupled solve against blocks solved by hand, and the form it makes small against its double loop.
+// Coupled rows: what a block owes against the triangular system written out, the coupled solve against blocks solved by hand.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -69,27 +69,6 @@ TEST(Owed, SolvesTheTriangularSystemOfTheFactor) {
             owed<float>(outputs, begin, end, laid.view(), narrow.view(), threads);
             for (Index c = 0; c < cols; ++c) EXPECT_EQ(narrow(3, c), static_cast<float>(one(3, c)));
         }
-}
-
-TEST(CoupledForm, IsTheDoubleLoop) {
-    const Index rows = 270, cols = 11;  // two panels of rows
-    const Matrix<float> e = random_matrix(rows, cols);
-    const Matrix<double> a = random_second_moment(rows, 4), h = random_second_moment(cols, 5);
-    long double sum = 0, magnitude = 0;
-    for (Index r = 0; r < rows; ++r)
-        for (Index s = 0; s < rows; ++s)
-            for (Index i = 0; i < cols; ++i)
-                for (Index j = 0; j < cols; ++j) {
-                    const long double term = static_cast<long double>(a(r, s)) * e(s, i) * h(i, j) * e(r, j);
-                    sum += term;
-                    magnitude += std::fabs(term);
-                }
-    const double one = coupled_form(e.view(), a.view(), h.view(), 1);
-    // A chain of sums over rows, columns and both again; every term meets at most that many roundings.
-    EXPECT_LE(std::fabs(one - static_cast<double>(sum)), 2.0 * static_cast<double>(2 * (rows + cols)) * 0x1p-53 * static_cast<double>(magnitude));
-    for (const int threads : thread_counts)
-        for (const Layout layout : layouts) EXPECT_EQ(coupled_form(Matrix<float>(e, layout, nan).view(), Matrix<double>(a, layout).view(), Matrix<double>(h, layout).view(), threads), one);
-    expect_refused("second moments", [&] { coupled_form(e.view(), h.view(), a.view(), 1); });
 }
 
 struct Problem {

@@ -79,7 +79,7 @@ double unit_roundoff(Precision precision) { return precision == Precision::float
 
 class Refinement : public ::testing::TestWithParam<Problem> {
 protected:
-    static constexpr Index rows = 150, cols = 288;  // three tiles of 64 rows, three blocks of 128 columns
+    static constexpr Index rows = 150, cols = 288;  // four tiles of 32 rows and a rest, three blocks of 128 columns
     const Problem p = GetParam();
     const float tensor_scale = p.group_size == 16 ? 100.0f : 1.0f;
 

@@ -1,7 +1,7 @@
 """Our own dialect (``mrgptq``): the tensors of compressed-tensors under a configuration that can say everything a recipe can, such as activation scales by "mse".
 
-`mrgptq evaluate` and ``mrgptq.hf.load_quantized`` run it. No stock loader knows the name: transformers
-warns and leaves the quantised weights uninitialised.
+`mrgptq evaluate` and ``mrgptq.hf.load_quantized`` run it. No stock loader knows the name: transformers warns and leaves the quantised weights
+uninitialised.
 """
 
 from collections.abc import Iterable, Mapping

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -38,9 +39,8 @@ def calibrate(
 
     The Hessian of a layer is taken from its inputs before they are rounded. At W4A4 the layers of a block compute with rounded inputs meanwhile, its weights being the original
     ones; then the block's weights are replaced and its outputs feed the next block. Where ``recipe.cross`` is above 0, the original blocks are run beside the quantised ones on what the
-    original model would have handed them, and each layer's target makes up for part of the difference. Where
-    ``recipe.output_hessian`` is set, a backward pass through the model, as far as it is not quantised yet, measures what the outputs of each layer matter; blocks share such a pass as
-    far as their matrices fit into 4 GiB (``gptq.backward_passes``).
+    original model would have handed them, and each layer's target makes up for part of the difference. Where ``recipe.output_hessian`` is set, a backward pass through the
+    model, the blocks before being quantised by then, measures what each layer's outputs matter; blocks share such a pass as far as their matrices fit into 4 GiB.
 
     Parameters
     ----------
@@ -68,7 +68,8 @@ def calibrate(
     done = 0
     for index, block in enumerate(blocks):
         if index in passes:
-            output_hessians = _output_hessians(model, inputs, passes[index], threads, progress)
+            gradients_done = partial(progress, "gradients") if progress else None
+            output_hessians = collect_output_hessians(model, inputs, passes[index], threads=threads, progress=gradients_done)
         groups = fused_groups(linears.get(index, []))
         named = {name: model.get_submodule(name) for group in groups for name in group}
         original = copy.deepcopy(block) if recipe.cross else None
@@ -92,18 +93,6 @@ def _backward_passes(model: Any, linears: dict[int, list[str]]) -> dict[int, lis
     blocks = sorted(linears)
     passes = backward_passes([[model.get_submodule(name).out_features for name in linears[index]] for index in blocks])
     return {blocks[group[0]]: [name for at in group for name in linears[blocks[at]]] for group in passes}
-
-
-def _output_hessians(model: Any, inputs: torch.Tensor, modules: list[str], threads: int | None, progress: Callable[[str, int, int], None] | None) -> dict[str, Hessian]:
-    done = 0
-
-    def advance(windows: int) -> None:
-        nonlocal done
-        done += windows
-        if progress:
-            progress("gradients", done, len(inputs))
-
-    return collect_output_hessians(model, inputs, modules, threads=threads, progress=advance)
 
 
 def _linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.ModuleList, modules: Sequence[str]) -> dict[int, list[str]]:

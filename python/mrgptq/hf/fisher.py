@@ -13,9 +13,9 @@ _SEED = 0x2509
 
 
 def collect_output_hessians(
-    model: Any, inputs: torch.Tensor, modules: Sequence[str], *, batch_windows: int = 1, threads: int | None = None, progress: Callable[[int], None] | None = None
+    model: Any, inputs: torch.Tensor, modules: Sequence[str], *, batch_windows: int = 1, threads: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Hessian]:
-    """Second moments of the gradients at linear layers' outputs, by one backward pass over a text.
+    """Second moments of the gradients at linear layers' outputs, by a backward pass over a text.
 
     To second order a change of a model's logits by d moves KL(original || changed) by d^T (diag(p) - p p^T) d / 2 a token, p being the predicted probabilities. With random signs ξ the
     vector z = sqrt(p) ξ - p (sqrt(p) · ξ) has just this second moment, so the gradient of z · logits at a layer's output has the Fisher information there. Its second moment A and that of
@@ -27,7 +27,7 @@ def collect_output_hessians(
     inputs : (windows, sequence) int64 tokens.
     modules : names of linear modules.
     batch_windows : windows in one pass; the logits of all their tokens are held, several times over.
-    progress : called with the number of windows done after each pass.
+    progress : called as progress(windows done, windows) after each batch.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def collect_output_hessians(
             logits.backward(gradient=gradient)
             del logits, gradient
             if progress:
-                progress(len(batch))
+                progress(first + len(batch), len(inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,63 @@
+// The quadratic forms that losses are measured by, against the loops of their definition.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "gptq/eigen.h"
+#include "gptq/forms.h"
+#include "matrices.h"
+#include "refusal.h"
+
+namespace mrgptq {
+namespace {
+
+using testing::expect_refused, testing::Layout, testing::layouts, testing::Matrix, testing::naive_quadratic_form, testing::random_matrix, testing::random_second_moment, testing::thread_counts;
+
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+const bool blocking_fixed = (fix_eigen_blocking(), true);  // as the module does when it is loaded
+
+TEST(QuadraticForm, IsTheDoubleLoop) {
+    for (const auto& [rows, cols] : {std::pair<Index, Index>{1, 1}, {3, 7}, {64, 256}, {70, 300}}) {  // tiles of 32 rows, strips of 256 columns
+        const Matrix<float> e = random_matrix(rows, cols);
+        const Matrix<double> h = random_second_moment(cols);
+        const double form = quadratic_form(e.view(), h.view(), 1);
+        // Sums of rows * cols² terms of two products, in whatever order: at most cols + tiles + a few roundings on the way of each.
+        EXPECT_LE(std::fabs(form - naive_quadratic_form(e, h, rows, cols)), 2.0 * static_cast<double>(rows * cols + 4) * 0x1p-53 * naive_quadratic_form(e, h, rows, cols, true));
+        for (const Layout layout : layouts)
+            for (const int threads : thread_counts) {
+                const Matrix<float> e2(e, layout, static_cast<float>(nan));
+                const Matrix<double> h2(h, layout, nan);
+                EXPECT_EQ(std::bit_cast<std::uint64_t>(quadratic_form(e2.view(), h2.view(), threads)), std::bit_cast<std::uint64_t>(form));
+            }
+    }
+    EXPECT_EQ(quadratic_form(Matrix<float>(0, 4).view(), Matrix<double>(4, 4).view(), 2), 0.0);
+    expect_refused("hessian has shape (5, 5); a matrix of 4 columns needs (4, 4)", [] { quadratic_form(Matrix<float>(2, 4).view(), Matrix<double>(5, 5).view(), 1); });
+}
+
+TEST(CoupledForm, IsTheDoubleLoop) {
+    const Index rows = 270, cols = 11;  // two panels of rows
+    const Matrix<float> e = random_matrix(rows, cols);
+    const Matrix<double> a = random_second_moment(rows, 4), h = random_second_moment(cols, 5);
+    long double sum = 0, magnitude = 0;
+    for (Index r = 0; r < rows; ++r)
+        for (Index s = 0; s < rows; ++s)
+            for (Index i = 0; i < cols; ++i)
+                for (Index j = 0; j < cols; ++j) {
+                    const long double term = static_cast<long double>(a(r, s)) * e(s, i) * h(i, j) * e(r, j);
+                    sum += term;
+                    magnitude += std::fabs(term);
+                }
+    const double one = coupled_form(e.view(), a.view(), h.view(), 1);
+    // A chain of sums over rows, columns and both again; every term meets at most that many roundings.
+    EXPECT_LE(std::fabs(one - static_cast<double>(sum)), 2.0 * static_cast<double>(2 * (rows + cols)) * 0x1p-53 * static_cast<double>(magnitude));
+    for (const int threads : thread_counts)
+        for (const Layout layout : layouts) EXPECT_EQ(coupled_form(Matrix<float>(e, layout, static_cast<float>(nan)).view(), Matrix<double>(a, layout).view(), Matrix<double>(h, layout).view(), threads), one);
+    expect_refused("second moments", [&] { coupled_form(e.view(), h.view(), a.view(), 1); });
+}
+
+}  // namespace
+}  // namespace mrgptq
