@@ -91,6 +91,9 @@ def test_best_is_the_recipe_where_none_is_named(best, finished):
     lines = done.stdout.splitlines()
     assert "gradients: 100%" in done.stderr and "quantise: 100%" in done.stderr
     assert lines[0] == "leaf-nvfp4: 28 layers, NVFP4 W4A4, gptq with gptq scales"
+    layers = layers_of(folder).values()
+    means = [np.mean([layer[field] for layer in layers]) for field in ("relative_error", "output_error")]
+    assert lines[1] == f"mean relative layer error {means[0]:.3e}, {means[1]:.3e} as the predictions mind it, largest {max(layer['relative_error'] for layer in layers):.3e}; 0 fallbacks"
     assert lines[2:] == ["Loads in transformers (with compressed-tensors), vLLM and SGLang."]
     matrices = [value for value in mg.load(folder).values() if isinstance(value, mg.QuantizedMatrix)]
     assert len(matrices) == 28 and all(matrix.rotation == mg.Identity() and matrix.activations.rule == "absmax" for matrix in matrices)

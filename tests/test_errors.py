@@ -142,6 +142,7 @@ def test_columns_that_no_group_or_rotation_divides(w, h):
         (lambda h: np.triu(h), ValueError, "hessian is not symmetric"),
         (lambda h: put(h, -1e-9, 7, 7), ValueError, "hessian has the negative diagonal entry -1e-09 at column 7"),
         (lambda h: -h, ValueError, "hessian has the negative diagonal entry"),
+        (lambda h: put(h, 0.0, 7, 7), ValueError, "hessian has 0 on its diagonal at column 7, but .* beside it; a second moment's column is then all zero"),
         (lambda h: h.astype(complex), TypeError, "hessian has dtype complex128; allowed: real numbers"),
         (lambda h: h > 0, TypeError, "hessian has dtype bool; allowed: real numbers"),
         (lambda h: h.astype(object), TypeError, "hessian has dtype object"),
@@ -155,6 +156,14 @@ def test_hessians_that_are_none(recipe, change, error, words, w, h):
     with pytest.raises(error, match=words):
         mg.quantize_layer(w, bad, recipe)
     assert before is None or bad.tobytes() == before
+
+
+def test_a_diagonal_that_underflowed_is_a_dead_column(w, h):
+    """x of column 9 around 1e-24: its square vanishes in float32, its products with the others do not."""
+    tiny = h.copy()
+    tiny[9], tiny[:, 9] = h[9] * 1e-24, h[:, 9] * 1e-24
+    tiny[9, 9] = 0
+    assert mg.quantize_layer(w, tiny, "gptq").report.dead_columns == 1
 
 
 def test_asymmetry_within_a_hundred_thousandth_is_a_rounding(w, h):

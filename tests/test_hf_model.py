@@ -110,3 +110,8 @@ def test_what_is_no_model_is_refused_by_its_folder(leaf_folder, tmp_path):
 def test_a_device_that_is_not_there_is_refused(device, leaf_folder):
     with pytest.raises(ValueError, match=f"device is '{device}', which torch cannot use here"):
         hf.load_model(leaf_folder, device=device)
+
+
+def test_a_device_without_numbers_is_refused(leaf_folder):
+    with pytest.raises(ValueError, match="device is 'meta', which holds shapes and no numbers"):
+        hf.load_model(leaf_folder, device="meta")

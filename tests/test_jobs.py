@@ -1,6 +1,7 @@
 """A whole-checkpoint run: the plan and what it promises, a run without torch, and what is left of one that fails (nothing)."""
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -246,6 +247,23 @@ def test_expected_memory_is_a_bound_and_not_twice_too_high(format, layers, rows,
     expected, measured = map(int, done.stdout.split())
     assert expected > 40e6
     assert 0.5 * expected < measured < expected + 4e6
+
+
+def test_a_damping_that_had_to_rise_is_said(leaf_folder, calibration_text, tmp_path, monkeypatch, caplog):
+    """An indefinite moment, as rounding could leave one, instead of the gradients' own."""
+
+    def indefinite(model, inputs, modules, **_):
+        moments = {name: np.eye(model.get_submodule(name).out_features) for name in modules}
+        for moment in moments.values():
+            half = len(moment) // 2
+            moment[:half, half:] = moment[half:, :half] = 1.3 * np.eye(half)  # eigenvalues -0.3
+        return moments
+
+    monkeypatch.setattr(importlib.import_module("mrgptq.hf.calibrate"), "collect_output_hessians", indefinite)  # by its path: the package gives the name to the function
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("best"), tokens=256, sequence=128, targets=r"layers\.1\.mlp\.up_proj")
+    reports = quantize_checkpoint(plan, calibration_text)
+    assert [report.output_damping for report in reports.values()] == [0.5]
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("mrgptq")] == ["model.layers.1.mlp.up_proj: the output Hessian's damping raised from 0.05 to 0.5"]
 
 
 def test_output_hessians_are_in_the_expected_memory(leaf_folder, tmp_path):

@@ -358,3 +358,13 @@ def test_where_h_cannot_be_factorised_scales_are_by_mse_and_the_report_says_so(f
     assert "mse" in q.report.scales
     assert reference.quantize_layer(w, np.eye(64), format, rotation, "gptq")[4] is not None
     assert reference.gptq_searched(rotated, reference.rotate_hessian(h, rotation), format, q.tensor_scale) == (None, None, None)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e18])
+def test_losses_that_float32_cannot_hold_are_refused_and_float64_holds_them(scale):
+    rng = np.random.default_rng(41)
+    w, x = rng.standard_normal((8, 64)) * scale, rng.standard_normal((256, 64))
+    with pytest.raises(ValueError, match='do not fit the precision "float32"; take "float64"'):
+        mg.quantize_layer(w, x.T @ x, searched("nvfp4", precision="float32"))
+    assert mg.quantize_layer(w, x.T @ x, searched("nvfp4")).report.relative_error < 0.01
+    assert mg.quantize_layer(w, x.T @ x, searched("nvfp4", scales="absmax", order="activation", precision="float32")).report.relative_error < 0.02  # compares no losses

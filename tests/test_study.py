@@ -51,6 +51,24 @@ def test_rows_are_the_measurements(leaf_folder, calibration_text, held_out_text)
     assert json.loads(json.dumps(as_json([original, *rows])))[2]["perplexity"] == rows[1].perplexity
 
 
+def test_texts_and_sets_are_told_apart(leaf_folder, calibration_text, held_out_text):
+    """Each figure is of its own text, and a set is what it says it passes over."""
+    far, label = calibration_text[len(calibration_text) // 2 :], "gptq"
+    recipe = mg.Recipe.named(label, "mxfp4")
+    _, row = measure(leaf_folder, calibration_text, held_out_text, [(label, recipe)], windows=2, skip=3, test_windows=4, sequence=64, far=far, divergence=True)
+
+    tokenizer, model, original = hf.load_tokenizer(leaf_folder), hf.load_model(leaf_folder), hf.load_model(leaf_folder)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    errors = [matrix.report.relative_error for _, matrix in hf.calibrate(model, hf.token_windows(tokenizer, calibration_text, 5, 64)[3:], recipe, names)]
+    assert row.relative_error == pytest.approx(np.mean(errors), rel=1e-12)
+    figures = []
+    for text, windows in ((held_out_text, 4), (far, 2)):
+        test = hf.token_windows(tokenizer, text, windows, 64, targets=True)
+        figures += [hf.perplexity(model, *test), hf.divergence(model, original, test[0])]
+    assert [row.perplexity, row.divergence, row.far_perplexity, row.far_divergence] == pytest.approx(figures, rel=1e-9)
+    assert len({f"{figure:.3g}" for figure in figures}) == 4
+
+
 ROWS = [
     AccuracyRow("original", None, None, None, None, None, 30.75849),
     AccuracyRow("rtn", "nvfp4", None, None, None, 0.0123456, 33.1),

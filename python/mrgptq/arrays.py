@@ -120,7 +120,7 @@ def as_scale(value: float, name: str) -> float:
 def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian") -> NDArray[np.float64]:
     """A fresh float64 copy of a Hessian, exactly symmetric; ``cols`` None takes any size.
 
-    Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|) or has a negative diagonal entry.
+    Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|), has a negative diagonal entry or a zero one beside others that are none.
     """
     try:
         values = np.asarray(hessian)
@@ -146,4 +146,8 @@ def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian") ->
     if not diagonal.min() >= 0:
         row = int(diagonal.argmin())
         raise ValueError(f"{name} has the negative diagonal entry {diagonal[row]:.6g} at column {row}; a second moment has none")
+    beside_zero = np.abs(matrix[diagonal == 0]).max(axis=1, initial=0)
+    if not (beside_zero <= 1e-5 * largest).all():  # small ones may be what is left of a diagonal that underflowed
+        row = int(np.flatnonzero(diagonal == 0)[beside_zero.argmax()])
+        raise ValueError(f"{name} has 0 on its diagonal at column {row}, but {matrix[row, np.abs(matrix[row]).argmax()]:.6g} beside it; a second moment's column is then all zero")
     return (matrix + matrix.T) * 0.5

@@ -131,6 +131,8 @@ def quantize_layer(
         tensor_scale = shared_tensor_scale([values], recipe, threads=threads)
     divisor = tensor_scale_for(recipe.format, rotated, rule, tensor_scale, threads=threads)
     usable = factor is not None and factor.usable
+    if factor is not None and recipe.precision == "float32" and search == "gptq":
+        _check_range(rotated, factor)
     target = rotated
     if cross is not None:
         target = _shifted(rotated, cross, recipe, factor, threads)
@@ -212,6 +214,13 @@ def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, recipe: Recipe, fac
     if _core.first_nonfinite(target, as_threads(threads)) >= 0:
         raise ValueError("cross moves the target beyond float32; it must be of the size of the hessian")
     return target
+
+
+def _check_range(weight: NDArray[np.float32], factor: Factor) -> None:
+    """Losses are compared in the solver's precision: in float32 the largest must stay clear of overflow, and of what vanishes, with room for smaller groups and for sums."""
+    amax, diagonal = float(np.abs(weight).max()), float(factor.hessian.diagonal().max())
+    if amax and diagonal and not 1e-20 < amax**2 * diagonal < 1e30:
+        raise ValueError(f'weight reaches {amax:.3g} and the diagonal of hessian {diagonal:.3g}: losses of weight² · hessian beyond 1e-20 … 1e30 do not fit the precision "float32"; take "float64" or scale them')
 
 
 def _output_factor(output_hessian: ArrayLike, rows: int, recipe: Recipe, threads: int | None) -> Factor:

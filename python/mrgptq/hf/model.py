@@ -36,9 +36,12 @@ def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTra
 def _as_device(device: str) -> torch.device:
     """ValueError where torch does not know the device or cannot use it."""
     try:
-        return torch.empty(0, device=device).device
+        target = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device is {device!r}, which torch cannot use here: {str(error).splitlines()[0]}") from None
+    if target.type == "meta":
+        raise ValueError(f"device is {device!r}, which holds shapes and no numbers")
+    return target
 
 
 @contextmanager
