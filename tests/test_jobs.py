@@ -274,6 +274,13 @@ def test_output_hessians_are_in_the_expected_memory(leaf_folder, tmp_path):
     assert moments < weighed - alike < 3 * moments + 4 * 4 * 512 * 1024
 
 
+def test_the_original_beside_the_quantised_model_is_in_the_expected_memory(leaf_folder, tmp_path):
+    """``cross`` holds the original's hidden states, one of its blocks and a moment for each group of inputs: three of 128 columns and one of 384."""
+    best = replace(mg.Recipe.named("best"), output_hessian=None)
+    once, twice = (make_plan(leaf_folder, tmp_path / "out", replace(best, cross=cross), tokens=4096, sequence=256).memory_bytes for cross in (0.0, 0.25))
+    assert twice - once == 4 * (4096 * 128 + 2 * 128 * 128 + 2 * 64 * 128 + 3 * 384 * 128) + 8 * (3 * 128**2 + 384**2)
+
+
 def test_a_backward_pass_through_a_large_vocabulary_is_in_the_expected_memory(folder, tmp_path):
     """Seven copies of a window's logits, which are by far the largest thing here."""
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
