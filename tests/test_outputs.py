@@ -151,7 +151,10 @@ def test_a_raised_damping_and_a_moment_of_nothing_are_in_the_report():
     b = np.eye(32)
     b[:16, 16:] = b[16:, :16] = 1.3 * np.eye(16)  # eigenvalues -0.3
     raised = mg.quantize_layer(w, h, best("nvfp4"), output_hessian=b).report
-    assert raised.output_damping == 0.5 and raised.fallback is None and "output damping" in repr(raised)
+    assert raised.output_damping == 0.5 and raised.fallback is None
+    shown = {line.split("  ")[1].strip(): line.split()[-1] for line in repr(raised).splitlines()[1:]}
+    assert float(shown["by outputs"]) == pytest.approx(raised.output_error, rel=1e-3) and float(shown["by outputs, rounded"]) == pytest.approx(raised.rounded_output_error, rel=1e-3)
+    assert shown["output damping"] == "0.5" and raised.output_error < 0.9 * raised.rounded_output_error
     nothing = mg.quantize_layer(w, h, best("nvfp4"), output_hessian=np.zeros((32, 32))).report
     assert "outputs counted alike: the output Hessian is zero" in nothing.fallback and nothing.output_error is None
 
