@@ -247,7 +247,7 @@ def test_a_damping_that_had_to_rise_weighs_dead_columns_as_it_was_asked(format, 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["random", "dead columns"])
-@pytest.mark.parametrize("exponent", [-200, -1, 3, 90])
+@pytest.mark.parametrize("exponent", [-200, -1, 3, 80])
 def test_powers_of_two_on_the_hessian_change_no_byte(kind, format, precision, exponent):
     """Dead columns neither: their weight is a share of the mean. An odd power makes other square roots in the Cholesky factor, so losses agree to float64 rounding then."""
     h, damping = hessian_of(kind, 160, 7)
