@@ -15,7 +15,7 @@ from timing import absent, agree, interleaved, records
 import mrgptq as mg
 from mrgptq import _core, reference
 
-ROOM, FORMAT, GROUP = "gptq", "nvfp4", 16
+ROOM, FORMAT, GROUP, PRECISIONS = "gptq", "nvfp4", 16, ("float32", "float64")
 SCIPY, TORCH = "FP-Quant's steps, SciPy", "FP-Quant's steps, torch"
 
 
@@ -76,56 +76,51 @@ def hessian_update(threads, quick, compare):
     return records(ROOM, work, shape, unit, threads, timings, amount=tokens * cols * (cols + 1) / 1e9, ratio_to="OpenBLAS ssyrk", bound=bound) + rows
 
 
-def solves(rows, cols, threads, quick, compare, best):
-    """MR-GPTQ's solve, and where asked the recipe best, on one shape."""
+def layer(rows, cols, threads, quick, compare, best):
+    """MR-GPTQ's solve on one shape, or the recipe best on it; the peers solve in both."""
     weight, h32, h64, scales, divisor, steps = problem(rows, cols)
+    shape, unit, work = f"{rows} × {cols}", "s", "recipe best" if best else "MR-GPTQ solve"
+    recipe = replace(mg.Recipe.named("best", FORMAT), cross=0.0, output_hessian=None)
+    calls = {}
+    for precision in PRECISIONS:
+        if best:
+            calls[f"best {precision}"] = lambda precision=precision: mg.quantize_layer(weight, h64, replace(recipe, precision=precision), threads=threads)
+        else:
+            calls[f"mrgptq {precision}"] = lambda precision=precision: solve(weight, h64, scales, divisor, precision, threads)
+    missing = []
+    if compare:
+        calls[SCIPY] = lambda: peers.numpy_mr_gptq(weight, h32, steps)
+        if not best and find_spec("torch"):
+            calls[TORCH] = lambda: peers.torch_mr_gptq(weight, h32, steps)
+        elif not best:
+            missing.append(absent(ROOM, work, TORCH, shape, unit, threads, "torch is not installed"))
     answers = {}
 
-    def keep(name, call):
-        def run():
-            answers[name] = call()
+    def keep(name):
+        answers[name] = calls[name]()
 
-        return run
-
-    contenders = {f"mrgptq {precision}": keep(precision, lambda precision=precision: solve(weight, h64, scales, divisor, precision, threads)) for precision in ("float32", "float64")}
-    recipe = replace(mg.Recipe.named("best", FORMAT), cross=0.0, output_hessian=None)
-    if best:
-        for precision in ("float32", "float64"):
-            contenders[f"best {precision}"] = keep(f"best {precision}", lambda precision=precision: mg.quantize_layer(weight, h64, replace(recipe, precision=precision), threads=threads))
-    note = None
-    if compare:
-        contenders[SCIPY] = keep(SCIPY, lambda: peers.numpy_mr_gptq(weight, h32, steps))
-        if find_spec("torch"):
-            contenders[TORCH] = keep(TORCH, lambda: peers.torch_mr_gptq(weight, h32, steps))
-        else:
-            note = "torch is not installed"
-    timings = interleaved(contenders, budget=0.1 if quick else 12.0)
-    losses = {}
+    timings = interleaved({name: lambda name=name: keep(name) for name in calls}, budget=0.1 if quick else 12.0, at_least=2 if best else 3, warm_up=quick)
+    exact = _loss(weight, solve(weight, h64, scales, divisor, "float64", threads) if best else answers["mrgptq float64"], scales, divisor, h64, threads)
     for name, answer in answers.items():
-        if isinstance(answer, mg.QuantizedMatrix):
-            answer = answer.dequantize(threads=threads)
-        elif answer.dtype == np.uint8:
-            answer = _core.dequantize(FORMAT, answer, scales, divisor, threads)
-        losses[name] = _core.quadratic_form(weight - answer, h64, threads)
-    for name, loss in losses.items():
-        if name.startswith("best"):
-            if not loss < losses["float64"]:
-                raise SystemExit(f"{name} loses {loss:.6g}, plain MR-GPTQ {losses['float64']:.6g}: the measurement is worth nothing")
-        else:
-            agree(f"the loss of {name}", loss, losses["float64"], 2e-3)
-    shape, unit = f"{rows} × {cols}", "s"
-    solved = {name: timing for name, timing in timings.items() if not name.startswith("best")}
-    result = records(ROOM, "MR-GPTQ solve", shape, unit, threads, solved, ratio_to=SCIPY)
-    if note:
-        result.append(absent(ROOM, "MR-GPTQ solve", TORCH, shape, unit, threads, note))
-    if best:
-        with_peer = {name: timing for name, timing in timings.items() if name.startswith("best") or name == SCIPY}
-        result += [row for row in records(ROOM, "recipe best", shape, unit, threads, with_peer, ratio_to=SCIPY) if row["contender"] != SCIPY]
-    for row in result:
-        # The operations that one factorisation needs, whoever does more of them.
-        if row["work"] == "MR-GPTQ solve" and row["median"]:
+        loss = _loss(weight, answer, scales, divisor, h64, threads)
+        if not name.startswith("best"):
+            agree(f"the loss of {name}", loss, exact, 2e-3)
+        elif not loss < exact:
+            raise SystemExit(f"{name} loses {loss:.6g}, plain MR-GPTQ {exact:.6g}: the measurement is worth nothing")
+    rows_out = records(ROOM, work, shape, unit, threads, timings, ratio_to=SCIPY)
+    if not best:
+        for row in rows_out:  # the operations that one factorisation needs, whoever does more of them
             row["gflops"] = (cols**3 / 3 + rows * cols**2) / 1e9 / row["median"]
-    return result
+    return rows_out + missing
+
+
+def _loss(weight, answer, scales, divisor, h, threads):
+    """tr(E H E^T) of packed codes, of a QuantizedMatrix or of values."""
+    if isinstance(answer, mg.QuantizedMatrix):
+        answer = answer.dequantize(threads=threads)
+    elif answer.dtype == np.uint8:
+        answer = _core.dequantize(FORMAT, answer, scales, divisor, threads)
+    return _core.quadratic_form(weight - answer, h, threads)
 
 
 def measure(threads: int, quick: bool, compare: bool, large: bool = False) -> list[dict]:
@@ -137,5 +132,5 @@ def measure(threads: int, quick: bool, compare: bool, large: bool = False) -> li
     check_answers(threads)
     rows = hessian_update(threads, quick, compare)
     for shape in [(64, 256)] if quick else [(4096, 4096), (14336, 4096), *([(4096, 14336)] if large else [])]:
-        rows += solves(*shape, threads, quick, compare, best=shape[0] == shape[1] or quick)
-    return rows
+        rows += layer(*shape, threads, quick, compare, best=False)
+    return rows + layer(*((64, 256) if quick else (4096, 4096)), threads, quick, compare, best=True)

@@ -4,6 +4,7 @@ A record is a dict: room, work, contender, shape, unit, median, low, high, threa
 contender (or bound) of the same run. A contender that could not run has the median None and a ``note`` that says why.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ class Timing:
         return median(values), values[0], values[-1]
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], *, budget: float = 4.0, at_least: int = 3, at_most: int = 25, pause: float = 0.03) -> dict[str, Timing]:
-    """One call of each to warm up, then rounds in which each is called once, the order turned by one from round to round.
+def interleaved(contenders: Mapping[str, Callable[[], object]], *, budget: float = 4.0, at_least: int = 3, at_most: int = 25, pause: float = 0.03, warm_up: bool = True) -> dict[str, Timing]:
+    """One call of each to warm up (what takes seconds can do without), then rounds in which each is called once, the order turned by one from round to round.
 
     Rounds end after ``at_most``, or where the next would pass ``budget`` seconds for each contender, but not before ``at_least``. Before each call stands a pause: the threads of another
     contender's BLAS spin for a while after their work and would take the core.
@@ -31,7 +32,7 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, budget: float
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     spent = 0.0
-    for name in names:
+    for name in names if warm_up else ():
         contenders[name]()
     for done in range(at_most):
         if done >= at_least and spent * (done + 1) / done > budget * len(names):
@@ -43,6 +44,8 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, budget: float
             begin = time.perf_counter()
             contenders[name]()
             seconds[name].append(time.perf_counter() - begin)
+            if seconds[name][-1] > 1:  # somebody waits for it
+                print(f"         {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
         spent += time.perf_counter() - start
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 

@@ -227,7 +227,7 @@ def _output_factor(output_hessian: ArrayLike, rows: int, recipe: Recipe, threads
     """The factor of the outputs' second moment, which no rotation of the inputs touches."""
     if recipe.solver != "gptq":
         raise ValueError(f'output_hessian is given, but the recipe\'s solver is "{recipe.solver}"; it needs "gptq"')
-    matrix = as_symmetric(output_hessian, None, "output_hessian")
+    matrix = as_symmetric(output_hessian, None, "output_hessian", threads=threads)
     if len(matrix) != rows:
         raise ValueError(f"output_hessian has shape {matrix.shape}; a weight of {rows} rows needs ({rows}, {rows})")
     return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, threads=threads)
