@@ -33,7 +33,7 @@ $(VENV)/.demo: $(VENV)/.made $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.made $(SOURCES) $(wildcard tests/cpp/*.cc)
 	sh .ci/system-packages googletest
-	$(INSTALL) --config-settings=cmake.define.MRGPTQ_ISA=all --config-settings=cmake.define.MRGPTQ_TESTS=ON '.[hf,plot,dev]'
+	$(INSTALL) --config-settings=cmake.define.MRGPTQ_ISA=all --config-settings=cmake.define.MRGPTQ_TESTS=ON '.[hf,plot,bench,dev]'
 	touch $@
 
 $(VENV)/.made: constraints.txt

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -157,21 +158,52 @@ def test_constraints_satisfy_the_declared_bounds():
         assert [int(part) for part in pins[name].split(".")[:2]] >= [int(part) for part in bound.split(".")[:2]], requirement
 
 
-@pytest.mark.parametrize("script", ["examples/quantize_array.py", "examples/demo.py", "bench/bench_accuracy.py", "bench/bench_best.py", "bench/bench_layers.py"])
+@pytest.mark.parametrize("script", ["examples/quantize_array.py", "examples/demo.py", "bench/bench_accuracy.py", "bench/bench_best.py", "bench/bench_layers.py", "bench/run.py"])
 def test_scripts_run(script, tmp_path):
     leaf, text = ROOT / "examples" / "models" / "leaf", ROOT / "examples" / "text"
     arguments = {
         "demo.py": ["--out", str(tmp_path / "demo"), "--windows", "2"],
         "bench_accuracy.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--text", str(text / "test.txt"), "--windows", "2", "--test-windows", "2", "--rows", "mr-gptq 16"],
         "bench_best.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--text", str(text / "test.txt"), "--far", str(text / "test.txt"), "--sets", "2", "--windows", "2", "--test-windows", "2", "--rows", "nvfp4 W4A16"],
+        "run.py": ["--quick", "--compare", "--threads", "1", "2", "--json", str(tmp_path / "results.json")],
         "bench_layers.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--held-out", str(text / "test.txt"), "--windows", "2", "--rows", "nvfp4 16 even mr-gptq"],
     }.get(Path(script).name, [])
     done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "mr-gptq" in done.stdout
+    assert "mr-gptq" in done.stdout.lower()
 
 
 def test_every_script_is_run_above():
-    scripts = {path.relative_to(ROOT).as_posix() for folder in ("examples", "bench") for path in (ROOT / folder).glob("*.py")}
+    files = list((ROOT / "bench").glob("*.py"))
+    scripts = {path.relative_to(ROOT).as_posix() for path in [*(ROOT / "examples").glob("*.py"), *(path for path in files if "__main__" in path.read_text())]} - {"bench/tables.py"}  # tested below
     mark = next(mark for mark in test_scripts_run.pytestmark if mark.name == "parametrize")
     assert scripts == set(mark.args[1])
+    measuring = {path.stem for path in files if "\ndef measure(" in path.read_text()}
+    assert {"bench_gptq", "bounds"} <= measuring
+    # Every benchmark is a program of its own or one that run.py finds.
+    assert all(path.stem in measuring or "__main__" in path.read_text() for path in files if path.name.startswith("bench_"))
+
+
+RESULT = {"room": "gptq", "work": "solve", "contender": "mrgptq", "shape": "4 × 4", "unit": "s", "median": 0.25, "low": 0.2, "high": 0.3, "threads": 1, "ratio_to": "peer", "ratio": 2.0}
+MACHINE = {"caches": {"L2": "1024K"}, "blas": [], "packages": {"numpy": "2", "torch": None}, "cores": 2, "cpu": "A", "hypervisor": True, "flags": ["fma"], "governor": None, "revision": "abc", "python": "3",
+           "build": {"version": "1", "isa": "v3", "compiler": "GNU"}}  # fmt: skip
+
+
+def test_tables_are_written_from_results(tmp_path):
+    peer = RESULT | {"contender": "peer", "median": None, "note": "peer is not installed"}
+    result = {"command": "python bench/run.py", "machine": MACHINE, "quick": False, "rows": [RESULT, RESULT | {"threads": 2, "median": 0.125}, {key: value for key, value in peer.items() if key != "ratio"}]}
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    page = tmp_path / "README.md"
+    marks = re.findall(r"^<!-- .*results.* -->$", (ROOT / "bench" / "README.md").read_text(), re.MULTILINE)
+    page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    command = [sys.executable, str(ROOT / "bench" / "tables.py"), str(tmp_path / "a.json"), "--readme", str(page)]
+    subprocess.run(command, check=True)
+    written = page.read_text()
+    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
+    assert "| solve | 4 × 4 | mrgptq | s | 0.25 (0.2–0.3) | 2.00 peer | 0.125 (0.2–0.3) | 2.00 peer |" in written
+    assert "| peer | s | – | peer is not installed | – |  |" in written and "revision abc" in written and "torch not installed" in written
+    subprocess.run(command, check=True)
+    assert page.read_text() == written  # written again, it is the same page
+    (tmp_path / "a.json").write_text(json.dumps(result | {"quick": True}))
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1 and "measures nothing" in refused.stderr and page.read_text() == written

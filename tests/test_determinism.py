@@ -12,7 +12,7 @@ import pytest
 
 import mrgptq as mg
 
-LEVELS = ("v2", "v3", "v4", "generic")
+LEVELS = ("v2", "v3", "v4", "v4_vnni", "generic")
 # Sizes that fill no tile: 3 solver tiles and a rest of rows, 2 column blocks and a rest, panels of tokens and a rest.
 SCRIPT = """
 import hashlib, json, sys
@@ -117,7 +117,7 @@ def test_codecs_and_rotations_give_the_same_bytes_on_every_level_built(one_threa
     """Every level whose module lies on disk and that this machine runs must run. With a single one, a developer's native build, the comparison is with the module in use."""
     built, supported = built_levels(), mg.build_info()["isa_supported"]
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    assert built and (set(built) <= {"v2", "v3", "v4"} if x86 else built == ["generic"])
+    assert built and (set(built) <= {"v2", "v3", "v4", "v4_vnni"} if x86 else built == ["generic"])
     ran = {}
     for level in [level for level in built if level in supported]:
         result = outputs(isa=level, openmp_threads=2)
@@ -143,8 +143,8 @@ OLD_MACHINE = "import sys, types; cpu = types.ModuleType('mrgptq._cpu'); cpu.sup
 @pytest.mark.parametrize(
     ("isa", "before", "words"),
     [
-        ("v5", "", 'MRGPTQ_ISA is "v5"; known: v2, v3, v4, generic'),
-        ("", "", 'MRGPTQ_ISA is ""; known: v2, v3, v4, generic'),
+        ("v5", "", 'MRGPTQ_ISA is "v5"; known: v2, v3, v4, v4_vnni, generic'),
+        ("", "", 'MRGPTQ_ISA is ""; known: v2, v3, v4, v4_vnni, generic'),
         ("avx2", "", 'MRGPTQ_ISA is "avx2"; known:'),
         ("v4", OLD_MACHINE, 'MRGPTQ_ISA is "v4", which this machine cannot run; it runs v2'),
         ("v2", OLD_MACHINE + NOT_BUILT, 'MRGPTQ_ISA is "v2", which this installation was built without; built: '),

@@ -1,6 +1,7 @@
 // The instruction-set levels that this processor runs, lowest first: asked when the package is imported, and by CMake for "native" and for the tests that it may run here.
 //
-// Levels as the x86-64 psABI names them; what the ABI lists beside these features no processor has without them. Include this only in code built for the baseline.
+// Levels as the x86-64 psABI names them; what the ABI lists beside these features no processor has without them. v4_vnni is ours: v4 with the dot products of bytes that products with 8-bit
+// activations need. Include this only in code built for the baseline.
 #pragma once
 
 #include <string>
@@ -19,6 +20,7 @@ inline std::vector<std::string> supported_isa_levels() {
     if (v2) levels.push_back("v2");
     if (v3) levels.push_back("v3");
     if (v4) levels.push_back("v4");
+    if (v4 && __builtin_cpu_supports("avx512vnni")) levels.push_back("v4_vnni");
     return levels;
 #else
     return {"generic"};

@@ -7,6 +7,8 @@
 namespace mrgptq::bindings {
 namespace {
 
+constexpr Index pack_grain = 64;  // rows a thread takes at a time
+
 ScaleRule rule_named(const std::string& search, const std::string& mx_rule, bool bfloat16_sixth = false) { return {scale_search_named(search), mx_rule_named(mx_rule), bfloat16_sixth}; }
 
 }  // namespace
@@ -52,21 +54,25 @@ void register_codecs(py::module_& module) {
                    const auto to = writable<float>(out);
                    without_gil([&] { round_to_grid(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to, threads); });
                });
-    module.def("pack", [](const py::array& codes) {
+    module.def("pack", [](const py::array& codes, int threads) {
         const auto in = view<std::uint8_t>(codes);
         auto packed = matrix<std::uint8_t>(in.rows, in.cols / 2);
         const auto out = writable<std::uint8_t>(packed);
         without_gil([&] {
-            for (Index r = 0; r < in.rows; ++r) pack_row(in.row(r), in.cols, out.row(r));
+            parallel_for_ranges(in.rows, pack_grain, threads, [&](Index begin, Index end) {
+                for (Index r = begin; r < end; ++r) pack_row(in.row(r), in.cols, out.row(r));
+            });
         });
         return packed;
     });
-    module.def("unpack", [](const py::array& packed) {
+    module.def("unpack", [](const py::array& packed, int threads) {
         const auto in = view<std::uint8_t>(packed);
         auto codes = matrix<std::uint8_t>(in.rows, in.cols * 2);
         const auto out = writable<std::uint8_t>(codes);
         without_gil([&] {
-            for (Index r = 0; r < in.rows; ++r) unpack_row(in.row(r), out.cols, out.row(r));
+            parallel_for_ranges(in.rows, pack_grain, threads, [&](Index begin, Index end) {
+                for (Index r = begin; r < end; ++r) unpack_row(in.row(r), out.cols, out.row(r));
+            });
         });
         return codes;
     });

@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from . import _core
+from .arrays import default_threads as _default_threads
 from .checkpoint import load, save
 from .checkpoint.stored_tensor import StoredTensor
 from .codecs import alternating_tensor_scale, nvfp4_tensor_scale, pack, quantize, round_activations, unpack
@@ -17,8 +18,8 @@ __version__ = _version("mrgptq")
 
 
 def build_info() -> dict[str, object]:
-    """What this installation is: version, ISA level in use and those this machine supports, compiler, OpenMP, default number of threads."""
-    return {"version": __version__, **_core.build_info(), "isa_supported": _core.supported_levels()}
+    """What this installation is: version, ISA level in use and those this machine supports, compiler, OpenMP, and the number of threads that ``threads=None`` means in this process."""
+    return {"version": __version__, **_core.build_info(), "threads": _default_threads(), "isa_supported": _core.supported_levels()}
 
 
 __all__ = [

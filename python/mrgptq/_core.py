@@ -1,6 +1,6 @@
 """The compiled core: chooses, once, the extension module for the highest instruction-set level that this machine runs.
 
-``MRGPTQ_ISA=v2|v3|v4`` forces a level; one that is unknown, not built or not supported here is refused, never replaced by another.
+``MRGPTQ_ISA=v2|v3|v4|v4_vnni`` forces a level; one that is unknown, not built or not supported here is refused, never replaced by another.
 """
 
 import importlib
@@ -16,7 +16,7 @@ def _built(level: str) -> bool:
 
 
 def _load() -> ModuleType:
-    known = ("v2", "v3", "v4", "generic")
+    known = ("v2", "v3", "v4", "v4_vnni", "generic")
     supported = _cpu.supported_levels()
     asked = os.environ.get("MRGPTQ_ISA")
     if asked is None:

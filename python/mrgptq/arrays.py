@@ -1,6 +1,8 @@
 """The door: every array, name and count that a user hands in is checked here once, and refused in a full sentence."""
 
 import numbers
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 
 _T = TypeVar("_T")
+_THREADS_TOLD = bool(os.environ.get("OMP_NUM_THREADS"))  # read by OpenMP when the core was loaded, and not again
 FLOAT_DTYPES = "float32, float64, float16, bfloat16 (ml_dtypes, or uint16 bits with dtype=\"bfloat16\")"
 
 
@@ -30,10 +33,19 @@ def located(where: str) -> Iterator[None]:
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{where}: {error}") from None
 
 
+def default_threads() -> int:
+    """What ``threads=None`` means: OMP_NUM_THREADS where it was set when the package was imported; else 1 in a worker process of multiprocessing or concurrent.futures, where the pool
+    is what keeps the cores busy; else one thread a core."""
+    processes = sys.modules.get("multiprocessing.process")  # a worker has imported it
+    if not _THREADS_TOLD and processes is not None and processes.parent_process() is not None:
+        return 1
+    return int(_core.build_info()["threads"])
+
+
 def as_threads(threads: int | None) -> int:
-    """Number of threads for the core: 0 there means OMP_NUM_THREADS, or every core."""
+    """Number of threads for the core."""
     if threads is None:
-        return 0
+        return default_threads()
     if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1:
         raise ValueError(f"threads is {threads!r}; it must be None or an integer from 1 on")
     return min(int(threads), 1024)  # no result depends on it, and libgomp ends the process when it cannot start a team
@@ -123,7 +135,8 @@ def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *,
     Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|), has a negative diagonal entry or a zero one beside others that are none.
     """
     try:
-        values = np.array(hessian, order="C")
+        as_array = getattr(hessian, "as_array", None)  # a Hessian, whose matrix is made for whoever asks
+        values = np.array(hessian, order="C") if as_array is None else as_array(threads=threads)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} ({type(hessian).__name__}) does not convert to a numpy array: {error}") from error
     if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":

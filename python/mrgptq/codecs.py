@@ -250,16 +250,16 @@ def _bytes(array: ArrayLike, name: str) -> NDArray[np.uint8]:
     return np.ascontiguousarray(values)
 
 
-def pack(codes: ArrayLike) -> NDArray[np.uint8]:
+def pack(codes: ArrayLike, *, threads: int | None = None) -> NDArray[np.uint8]:
     """(rows, cols) codes 0 … 15 to (rows, cols / 2) uint8, the even column in the low nibble."""
     values = _bytes(codes, "codes")
     if values.shape[1] % 2:
         raise ValueError(f"codes has {values.shape[1]} columns; two share a byte")
     if values.size and values.max() > 15:
         raise ValueError(f"codes holds {values.max()}; a code is 0 … 15")
-    return _core.pack(values)
+    return _core.pack(values, as_threads(threads))
 
 
-def unpack(packed: ArrayLike) -> NDArray[np.uint8]:
+def unpack(packed: ArrayLike, *, threads: int | None = None) -> NDArray[np.uint8]:
     """(rows, cols / 2) uint8 to (rows, cols) codes 0 … 15, the inverse of :func:`pack`."""
-    return _core.unpack(_bytes(packed, "packed"))
+    return _core.unpack(_bytes(packed, "packed"), as_threads(threads))

@@ -58,7 +58,11 @@ class Hessian:
     @property
     def matrix(self) -> NDArray[np.float64]:
         """H as a fresh (cols, cols) float64 array; all zero where no token was seen."""
-        return self._sum.matrix(0)
+        return self.as_array()
+
+    def as_array(self, *, threads: int | None = None) -> NDArray[np.float64]:
+        """:attr:`matrix`, by so many threads."""
+        return self._sum.matrix(as_threads(threads))
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:

@@ -1,0 +1,86 @@
+"""Writes the tables of bench/README.md from the JSON of run.py.
+
+    python bench/tables.py results.json [more.json]        each later file replaces the rooms it has
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+BEGIN, END = "<!-- results: written by bench/tables.py -->", "<!-- end of results -->"
+
+
+def number(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def about(machine: dict) -> str:
+    """The machine and the software in a sentence or two."""
+    caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
+    kernels = sorted({f"{pool['internal_api']} {pool.get('version')} with the kernel {pool.get('architecture')}" for pool in machine["blas"]})
+    versions = ", ".join(f"{name} {value or 'not installed'}" for name, value in machine["packages"].items() if name != "threadpoolctl")
+    return (
+        f"{machine['cores']} cores of {machine['cpu']}{' (virtual machine)' if machine['hypervisor'] else ''}, {' '.join(machine['flags'])}; caches {caches}; governor {machine['governor'] or 'not known'}. "
+        f"mrgptq {machine['build']['version']} at revision {machine['revision']}, ISA level {machine['build']['isa']}, {machine['build']['compiler']}. Python {machine['python']}; {versions}; {'; '.join(kernels)}."
+    )
+
+
+def table(rows: list[dict]) -> str:
+    """Records of one room as Markdown: a line for each work, shape and contender, two columns for each number of threads."""
+    threads = sorted({row["threads"] for row in rows})
+    cells: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        cells.setdefault((row["work"], row["shape"], row["contender"], row["unit"]), {})[row["threads"]] = row
+    head = ["work", "shape", "contender", "unit", *(text for n in threads for text in (f"{n} thread{'s' if n > 1 else ''}", "speed, × another's"))]
+    lines = [head, ["---"] * len(head)]
+    for key, by_threads in cells.items():
+        line = list(key)
+        for n in threads:
+            row = by_threads.get(n)
+            if row is None:
+                line += ["–", ""]
+            elif row["median"] is None:
+                line += ["–", row["note"]]
+            else:
+                line += [f"{number(row['median'])} ({number(row['low'])}–{number(row['high'])})", f"{row['ratio']:.2f} {row['ratio_to']}" if "ratio" in row else ""]
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def text(results: list[dict]) -> str:
+    """What stands between the markers."""
+    parts, last = [], {}
+    for result in results:
+        if result["quick"]:
+            raise SystemExit("a --quick run measures nothing that a table should show")
+        for room in dict.fromkeys(row["room"] for row in result["rows"]):
+            last[room] = result
+    for result in results:
+        mine = [room for room in last if last[room] is result]
+        if mine:
+            parts.append(f"`{result['command']}`: {about(result['machine'])}")
+            parts += [f"**{room}**\n\n{table([row for row in result['rows'] if row['room'] == room])}" for room in mine]
+    return "\n\n".join(parts)
+
+
+def write(result: dict | list[dict], readme: Path) -> None:
+    """Replace what stands between the markers of a file."""
+    page = readme.read_text(encoding="utf-8")
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise SystemExit(f"{readme} must hold the lines {BEGIN!r} and {END!r} once each")
+    before, rest = page.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n\n{text(result if isinstance(result, list) else [result])}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    """Read results, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--readme", type=Path, default=Path(__file__).resolve().parent / "README.md")
+    args = parser.parse_args()
+    write([json.loads(path.read_text(encoding="utf-8")) for path in args.results], args.readme)
+
+
+if __name__ == "__main__":
+    main()
