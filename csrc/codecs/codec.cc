@@ -59,10 +59,14 @@ MRGPTQ_INLINE void scales_of_chunk(const float* x, simd::Words amax, const Scale
 }
 
 template <class Format, Quotient quotient>
-MRGPTQ_INLINE void write_groups(const simd::E2m1Rounder& to_e2m1, const float* x, Index groups, const float* steps, const float* inverses, const Targets& to) noexcept {
+MRGPTQ_INLINE void write_groups(const simd::E2m1Rounder& to_e2m1, const float* x, const float* source, Index groups, const float* steps, const float* inverses, const Targets& to) noexcept {
     constexpr Index size = Format::group_size;
     if (to.codes)
-        for (Index group = 0; group < groups; ++group) encode_group<Format, quotient>(to_e2m1, x + group * size, steps[group], inverses[group], to.codes + group * size / 2);
+        for (Index group = 0; group < groups; ++group) {
+            // The next strip comes while this one is encoded; the processor's own prefetching ends with the page.
+            for (Index c = 0; c < size; c += 16) __builtin_prefetch(source + (group + groups) * size + c);
+            encode_group<Format, quotient>(to_e2m1, x + group * size, steps[group], inverses[group], to.codes + group * size / 2);
+        }
     if (to.values)
         for (Index group = 0; group < groups; ++group) round_group<Format, quotient>(to_e2m1, x + group * size, steps[group], inverses[group], to.values + group * size);
 }
@@ -70,9 +74,9 @@ MRGPTQ_INLINE void write_groups(const simd::E2m1Rounder& to_e2m1, const float* x
 // Chunks whose scales are found together: the chain of operations from a largest magnitude to a step is long, and the processor works on several while it waits.
 constexpr Index strip_chunks = 4;
 
-// At most strip_chunks chunks of a row. False where a group holds what is not finite; nothing is written then.
+// At most strip_chunks chunks of a row; `source` is where they come from in memory, x itself unless it was rotated. False where a group holds what is not finite; nothing is written then.
 template <class Format, bool by_reciprocal>
-bool quantize_strip(const simd::E2m1Rounder& to_e2m1, const float* x, Index chunks, const ScaleRule& rule, float tensor_scale, const Targets& to) noexcept {
+bool quantize_strip(const simd::E2m1Rounder& to_e2m1, const float* x, const float* source, Index chunks, const ScaleRule& rule, float tensor_scale, const Targets& to) noexcept {
     using namespace simd;
     Words amax[strip_chunks], largest{};
     for (Index k = 0; k < chunks; ++k) {
@@ -93,31 +97,32 @@ bool quantize_strip(const simd::E2m1Rounder& to_e2m1, const float* x, Index chun
     }
     if (to.scales) std::copy_n(scales, chunks * lanes, to.scales);
     if constexpr (by_reciprocal)
-        write_groups<Format, Quotient::reciprocal>(to_e2m1, x, chunks * lanes, steps, inverses, to);
+        write_groups<Format, Quotient::reciprocal>(to_e2m1, x, source, chunks * lanes, steps, inverses, to);
     else if (may_correct)
-        write_groups<Format, Quotient::corrected>(to_e2m1, x, chunks * lanes, steps, inverses, to);
+        write_groups<Format, Quotient::corrected>(to_e2m1, x, source, chunks * lanes, steps, inverses, to);
     else
-        write_groups<Format, Quotient::division>(to_e2m1, x, chunks * lanes, steps, inverses, to);
+        write_groups<Format, Quotient::division>(to_e2m1, x, source, chunks * lanes, steps, inverses, to);
     return true;
 }
 
 // Adjacent groups of a row: strip by strip, and what is left over in a chunk of its own, filled up with zeros.
 template <class Format, bool by_reciprocal>
-bool quantize_groups(const float* x, Index groups, const ScaleRule& rule, float tensor_scale, Targets to) noexcept {
+bool quantize_groups(const float* x, const float* source, Index groups, const ScaleRule& rule, float tensor_scale, Targets to) noexcept {
     constexpr Index size = Format::group_size;
     const simd::E2m1Rounder to_e2m1;
     while (groups >= simd::lanes) {
         const Index chunks = std::min(groups / simd::lanes, strip_chunks), done = chunks * simd::lanes;
-        if (!quantize_strip<Format, by_reciprocal>(to_e2m1, x, chunks, rule, tensor_scale, to)) return false;
+        if (!quantize_strip<Format, by_reciprocal>(to_e2m1, x, source, chunks, rule, tensor_scale, to)) return false;
         groups -= done;
         x += done * size;
+        source += done * size;
         to.advance(done, size);
     }
     if (groups == 0) return true;
     alignas(64) float rest[chunk_cols<Format>] = {};
     alignas(64) std::uint8_t codes[chunk_cols<Format> / 2], scales[simd::lanes];
     std::copy_n(x, groups * size, rest);
-    if (!quantize_strip<Format, by_reciprocal>(to_e2m1, rest, 1, rule, tensor_scale, {to.codes ? codes : nullptr, scales, to.values ? rest : nullptr})) return false;
+    if (!quantize_strip<Format, by_reciprocal>(to_e2m1, rest, rest, 1, rule, tensor_scale, {to.codes ? codes : nullptr, scales, to.values ? rest : nullptr})) return false;
     if (to.scales) std::copy_n(scales, groups, to.scales);
     if (to.codes) std::copy_n(codes, groups * size / 2, to.codes);
     if (to.values) std::copy_n(rest, groups * size, to.values);
@@ -150,7 +155,7 @@ Index quantize_rows(const ScaleRule& rule, MatrixView<const float> x, Index bloc
                         rotate_piece(values, cols, block_size, rotated.data());
                         values = rotated.data();
                     }
-                    if (!quantize_groups<Format, by_reciprocal>(values, cols / Format::group_size, rule, tensor_scale, target)) return bad.note(r);
+                    if (!quantize_groups<Format, by_reciprocal>(values, x.row(r) + c, cols / Format::group_size, rule, tensor_scale, target)) return bad.note(r);
                     target.advance(cols / Format::group_size, Format::group_size);
                 }
             }
