@@ -54,6 +54,12 @@ void register_codecs(py::module_& module) {
         without_gil([&] { dequantize(format, in, in_scales, tensor_scale, out, threads); });
         return values;
     });
+    module.def("dequantize_into", [](const std::string& format, const py::array& codes, const py::array& scales, float tensor_scale, py::array& out, int threads) {
+        const auto in = view<std::uint8_t>(codes);
+        const auto in_scales = view<std::uint8_t>(scales);
+        const auto to = writable<float>(out);
+        without_gil([&] { dequantize(format, in, in_scales, tensor_scale, to, threads); });
+    });
     module.def("round_to_grid",
                [](const std::string& format, const std::string& search, const std::string& mx_rule, bool bfloat16_sixth, const py::array& x, Index block_size, float tensor_scale, py::array& out, int threads) {
                    const auto in = view<float>(x);

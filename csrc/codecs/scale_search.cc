@@ -40,19 +40,34 @@ void least_error_scales(const float* x, Words amax, const ScaleRule& rule, float
     if constexpr (std::is_same_v<Format, Nvfp4>) start = max(encode_e4m3(floats(amax) / e2m1::largest * tensor_scale), splat(1u));
     const Words lowest = splat(std::uint32_t{moved_scale<Format>(0, 0, tensor_scale)}), highest = splat(std::uint32_t{moved_scale<Format>(255, 0, tensor_scale)});
 
+    const Floats energy = group_sums<Format>([&](int group, int c) {
+        const Floats value = column(group, c);
+        return value * value;
+    });
     const E2m1Rounder to_e2m1;
     Words candidates[count];
     Floats losses[count], least = splat(INFINITY);
+    for (int k = 0; k < count; ++k) losses[k] = least;
     Words best = start, sure = (Words)(exponent_of(amax) - (127u - 50) <= 100u);
-    for (int k = 0; k < count; ++k) {
+    // From absmax up, and then down.
+    for (int i = 0; i < count; ++i) {
+        const int k = i <= SearchRange<Format>::above ? below + i : count - 1 - i;
         // Clamped from both sides; the bias keeps the subtraction from wrapping.
         candidates[k] = min(max(start + static_cast<std::uint32_t>(k), lowest + static_cast<std::uint32_t>(below)) - static_cast<std::uint32_t>(below), highest);
         const Floats steps = group_steps<Format>(candidates[k], tensor_scale);
         sure &= (Words)(exponent_of(bits(steps)) + 40u - exponent_of(amax) <= 80u);
-        float inverses[lanes];
-        store(inverses, 1.0f / steps);
+        if (k < below) {
+            // What clipping costs the largest magnitude alone, which only grows from here on down. The second term keeps the difference's own rounding small.
+            const Floats clipped = floats(amax) - steps * e2m1::largest;
+            const Mask hopeless = (clipped > 0.0f) & (clipped * clipped > least * (1 + 0x1p-8f) + energy * 0x1p-20f);
+            if (!any_at_least(~(Words)hopeless & sure, 1)) {
+                for (int rest = k; rest >= 0; --rest) candidates[rest] = candidates[k];
+                break;
+            }
+        }
+        const LanesInMemory inverses(1.0f / steps);
         const Floats sums = group_sums<Format>([&](int group, int c) {
-            const Floats t = column(group, c) * inverses[group];
+            const Floats t = column(group, c) * inverses.splatted(group);
             const Floats e = t - to_e2m1.round_magnitude(t);
             return e * e;
         });
@@ -61,10 +76,6 @@ void least_error_scales(const float* x, Words amax, const ScaleRule& rule, float
         least = select(less, losses[k], least);
         best = select(less, candidates[k], best);
     }
-    const Floats energy = group_sums<Format>([&](int group, int c) {
-        const Floats value = column(group, c);
-        return value * value;
-    });
     const Floats limit = least * (1 + 0x1p-12f) + energy * 0x1p-24f;
     Words possible{};
     for (int k = 0; k < count; ++k) {
@@ -125,6 +136,7 @@ float pruned_step(const float* group, float sixth) noexcept {
     const float inverse = 1.0f / sixth;
     float scaled[group_size];
     for (Index c = 0; c < group_size; ++c) scaled[c] = std::fabs(group[c]) * inverse;
+    asm("" : "+m"(scaled));  // as LanesInMemory
 
     const E2m1Rounder to_e2m1;
     float losses[Candidates::vectors * lanes], least = INFINITY;

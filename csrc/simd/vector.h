@@ -60,6 +60,17 @@ MRGPTQ_INLINE V held(V v) noexcept {
     return v;
 }
 
+// Lanes to be splatted one by one: a broadcast from memory is free, but GCC, where it sees the store, takes lanes out of the register by two shuffles each.
+struct LanesInMemory {
+    alignas(64) float lane[lanes];
+
+    MRGPTQ_INLINE explicit LanesInMemory(Floats v) noexcept {
+        store(lane, v);
+        asm("" : "+m"(lane));
+    }
+    MRGPTQ_INLINE Floats splatted(int i) const noexcept { return splat(lane[i]); }
+};
+
 MRGPTQ_INLINE Words bits(Floats v) noexcept { return (Words)v; }
 MRGPTQ_INLINE Floats floats(Words v) noexcept { return (Floats)v; }
 

@@ -94,11 +94,11 @@ def refuse_nonfinite(values: NDArray[np.float32], position: int, name: str) -> N
         raise ValueError(f"{name} is {values[where]} at {place}; every value must be finite in float32")
 
 
-def as_output(out: NDArray[np.float32], like: NDArray[Any], name: str = "out") -> NDArray[np.float32]:
-    """Check an array that results are written into: float32, the shape of ``like``, writeable, adjacent columns."""
-    if not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != like.shape:
+def as_output(out: NDArray[np.float32], shape: tuple[int, ...], name: str = "out") -> NDArray[np.float32]:
+    """Check an array that results are written into: float32, of that shape, writeable, adjacent columns."""
+    if not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != shape:
         got = f"{out.dtype} of shape {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise ValueError(f"{name} is {got}; it must be a float32 array of shape {like.shape}")
+        raise ValueError(f"{name} is {got}; it must be a float32 array of shape {shape}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only")
     if out.ndim != 2 and not out.flags.c_contiguous or out.ndim == 2 and (out.strides[1] != 4 or out.strides[0] % 4):

@@ -97,8 +97,8 @@ def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", 
     def fit(divisor: float) -> tuple[float, float]:
         error = dot = square = 0.0
         for matrix in matrices:
-            found = _core.find_scales("nvfp4", search, "even", matrix, divisor, None, as_threads(threads))
-            value = _core.dequantize("nvfp4", _core.encode("nvfp4", matrix, found, divisor, as_threads(threads)), found, divisor, as_threads(threads)).astype(np.float64)
+            codes, found, _ = _core.quantize("nvfp4", search, "even", matrix, 0, divisor, as_threads(threads))
+            value = _core.dequantize("nvfp4", codes, found, divisor, as_threads(threads)).astype(np.float64)
             error += float(np.square(matrix - value).sum())
             dot += float((matrix * value).sum())
             square += float(np.square(value).sum())
@@ -263,7 +263,7 @@ def round_activations(
     matrix = values.reshape(-1, values.shape[-1])
     divisor = tensor_scale_for(format, matrix, mx_rule, tensor_scale, rotation=rotation, name="x", threads=threads)
     in_place = out is x
-    out = as_output(np.empty(values.shape, dtype=np.float32) if out is None else out, values)
+    out = as_output(np.empty(values.shape, dtype=np.float32) if out is None else out, values.shape)
     if not in_place and np.may_share_memory(out, matrix):
         matrix = matrix.copy()  # a shifted overlap would read what was just written
     position = _core.round_to_grid(format, search, mx_rule, bfloat16 and not block_size, matrix, block_size, divisor, out.reshape(-1, out.shape[-1]), as_threads(threads))

@@ -17,7 +17,7 @@ class Identity:
         values = as_float32(x, "x", dtype=dtype, threads=threads)
         if out is None:
             return values.copy()
-        np.copyto(as_output(out, values), values)
+        np.copyto(as_output(out, values.shape), values)
         return out
 
     apply_inverse = apply
@@ -95,7 +95,7 @@ class Hadamard:
         # What is not finite is found on the way where nothing of the caller's is written before.
         values = as_float32(x, "x", dtype=dtype, threads=threads, finite=not fresh)
         self.check_columns(values.shape[-1])
-        out = np.empty(values.shape, dtype=np.float32) if out is None else as_output(out, values)
+        out = np.empty(values.shape, dtype=np.float32) if out is None else as_output(out, values.shape)
         if out is not x and np.may_share_memory(out, values):
             values = values.copy()  # a shifted overlap would read what was just written
         cols = values.shape[-1]

@@ -24,8 +24,6 @@ namespace {
 using namespace simd;
 using testing::Matrix, testing::random_matrix, testing::thread_counts;
 
-constexpr MatrixView<const double> no_hessian{nullptr, 0, 0, 0};
-
 // Calls check(vector, its lanes) for `values`, filled up with the last.
 template <class Check>
 void for_vectors(std::vector<float> values, Check&& check) {
