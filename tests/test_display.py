@@ -122,6 +122,7 @@ def test_a_quantised_layer_shows_its_facts():
         "weight error": f"{q.report.weight_error:.4g}",
         "scales off absmax": shares(q.report.scale_offsets),
         "damping": "0.01",
+        "precision": "float64",
         "dead columns": "0",  # one dead column among 16 that a rotation mixes
         "fallback": "none",
         "tokens": "300",

@@ -208,7 +208,7 @@ def test_rounding_needs_no_hessian_and_says_what_it_does_not_know():
     without, known = mg.quantize_layer(w, None, "rtn"), mg.quantize_layer(w, second_moment(x), "rtn")
     assert same(without, known) and same(without, mg.quantize(w))
     unknown = {name for name, value in facts(without.report).items() if value is None}
-    assert unknown == {"relative_error", "damping", "damping_asked", "dead_columns", "fallback", "rounded_error", "output_error", "rounded_output_error", "output_damping", "tokens"}
+    assert unknown == {"relative_error", "damping", "damping_asked", "dead_columns", "fallback", "precision", "rounded_error", "output_error", "rounded_output_error", "output_damping", "tokens"}
     e = w.astype(np.float64) - known.dequantize()
     h = second_moment(x)
     assert abs(known.report.relative_error / (reference.loss(e, h) / reference.loss(w, h)) - 1) < 1e-5  # E rounded to float32
@@ -223,11 +223,11 @@ def test_the_report_is_complete():
     w, x = layer(8)
     report = mg.quantize_layer(w, second_moment(x), mg.Recipe("mxfp4", scales="fpquant_mse")).report
     assert [f.name for f in fields(report)] == [
-        "method", "format", "rows", "cols", "scales", "weight_error", "relative_error", "damping", "damping_asked", "dead_columns", "fallback", "rounded_error", "damped_errors",
+        "method", "format", "rows", "cols", "scales", "weight_error", "relative_error", "damping", "damping_asked", "dead_columns", "fallback", "precision", "rounded_error", "damped_errors",
         "scale_offsets", "output_error", "rounded_output_error", "output_damping", "cross", "tokens", "seconds",
     ]  # fmt: skip
     assert (report.method, report.format, report.rows, report.cols, report.scales) == ("gptq", "mxfp4", 20, 128, "fpquant_mse, even")
-    assert (report.damping, report.damping_asked, report.dead_columns, report.fallback, report.tokens) == (0.01, 0.01, 0, None, None)
+    assert (report.damping, report.damping_asked, report.dead_columns, report.fallback, report.precision, report.tokens) == (0.01, 0.01, 0, None, "float64", None)
     assert 0 < report.relative_error < report.weight_error < 1 and 0 < report.seconds < 60
     assert report.relative_error < report.rounded_error < 1 and len(report.damped_errors) == 1 and (report.rounds, report.cross) == (0, 0.0)
 

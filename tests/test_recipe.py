@@ -53,7 +53,7 @@ def test_named_recipes(name, format, dialect, expected, quantise_activations):
 
 
 # What measured best, see bench/accuracy.md.
-BEST = {"scales": "gptq", "order": "group", "solver": "gptq", "damping": 0.05, "rounds": 6, "tensor_scale": "absmax", "precision": "float64", "output_hessian": "fisher"}
+BEST = {"scales": "gptq", "order": "group", "solver": "gptq", "damping": 0.05, "rounds": 6, "tensor_scale": "absmax", "precision": "float32", "output_hessian": "fisher"}
 BEST_CROSS = {False: 0.25, True: 0.0}  # by whether inputs are rounded
 
 

@@ -247,7 +247,7 @@ def test_a_damping_that_had_to_rise_weighs_dead_columns_as_it_was_asked(format, 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["random", "dead columns"])
-@pytest.mark.parametrize("exponent", [-200, -1, 3, 90])
+@pytest.mark.parametrize("exponent", [-200, -1, 3, 80])
 def test_powers_of_two_on_the_hessian_change_no_byte(kind, format, precision, exponent):
     """Dead columns neither: their weight is a share of the mean. An odd power makes other square roots in the Cholesky factor, so losses agree to float64 rounding then."""
     h, damping = hessian_of(kind, 160, 7)
@@ -361,10 +361,11 @@ def test_where_h_cannot_be_factorised_scales_are_by_mse_and_the_report_says_so(f
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e18])
-def test_losses_that_float32_cannot_hold_are_refused_and_float64_holds_them(scale):
+def test_losses_that_float32_cannot_hold_are_computed_in_float64_and_the_report_says_so(scale):
     rng = np.random.default_rng(41)
     w, x = rng.standard_normal((8, 64)) * scale, rng.standard_normal((256, 64))
-    with pytest.raises(ValueError, match='do not fit the precision "float32"; take "float64"'):
-        mg.quantize_layer(w, x.T @ x, searched("nvfp4", precision="float32"))
-    assert mg.quantize_layer(w, x.T @ x, searched("nvfp4")).report.relative_error < 0.01
+    asked, exact = (mg.quantize_layer(w, x.T @ x, searched("nvfp4", precision=precision)) for precision in PRECISIONS)
+    assert asked.report.precision == exact.report.precision == "float64" and "float64" in str(asked.report)
+    assert np.array_equal(asked.codes, exact.codes) and np.array_equal(asked.scales, exact.scales) and exact.report.relative_error < 0.01
+    assert mg.quantize_layer(w / scale, x.T @ x, searched("nvfp4", precision="float32")).report.precision == "float32"
     assert mg.quantize_layer(w, x.T @ x, searched("nvfp4", scales="absmax", order="activation", precision="float32")).report.relative_error < 0.02  # compares no losses

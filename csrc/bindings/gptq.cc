@@ -6,7 +6,9 @@
 #include "gptq/factor.h"
 #include "gptq/forms.h"
 #include "gptq/hessian.h"
+#include "gptq/shift.h"
 #include "gptq/solver.h"
+#include "linalg/symmetric.h"
 
 namespace mrgptq::bindings {
 
@@ -30,9 +32,9 @@ void register_gptq(py::module_& module) {
         .def_property_readonly("cols", &Hessian::cols)
         .def_property_readonly("tokens", &Hessian::tokens);
     py::class_<Factor>(module, "CholeskyFactor")
-        .def(py::init([](const py::array& h, const std::string& order, double damping, Index group_size) {
+        .def(py::init([](const py::array& h, const std::string& order, double damping, Index group_size, int threads) {
             const auto in = view<double>(h);
-            return without_gil([&] { return std::make_unique<Factor>(in, order_named(order), damping, group_size); });
+            return without_gil([&] { return std::make_unique<Factor>(in, order_named(order), damping, group_size, threads); });
         }))
         .def_property_readonly("order",
                                [](const Factor& self) {
@@ -62,6 +64,15 @@ void register_gptq(py::module_& module) {
         const auto out = writable<float>(target);
         without_gil([&] { shift_to_inputs(in, in_cross, in_h, factor, strength, out, threads); });
         return target;
+    });
+    module.def("measure_symmetry", [](const py::array& h, int threads) {
+        const auto in = view<double>(h);
+        const Symmetry found = without_gil([&] { return measure_symmetry(in, threads); });
+        return py::make_tuple(found.nonfinite, found.largest, found.apart, found.row, found.col);
+    });
+    module.def("make_symmetric", [](py::array& h, int threads) {
+        const auto in_place = writable<double>(h);
+        without_gil([&] { make_symmetric(in_place, threads); });
     });
     module.def("quadratic_form", [](const py::array& e, const py::array& h, int threads) {
         const auto in = view<float>(e);

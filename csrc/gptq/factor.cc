@@ -6,6 +6,8 @@
 #include <string>
 
 #include "base/check.h"
+#include "base/parallel.h"
+#include "linalg/cholesky.h"
 
 namespace mrgptq {
 
@@ -16,9 +18,10 @@ Order order_named(std::string_view name) {
     return Order::group;
 }
 
-Factor::Factor(MatrixView<const double> h, Order order, double damping, Index group_size) : order_(static_cast<std::size_t>(h.cols)), damping_(damping), kind_(order) {
+Factor::Factor(MatrixView<const double> h, Order order, double damping, Index group_size, int threads) : order_(static_cast<std::size_t>(h.cols)), damping_(damping), kind_(order) {
     check(h.rows == h.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); it must be square");
     check(damping >= 0, "damping is " + std::to_string(damping) + "; it must be 0 or more");
+    constexpr Index grain = 16;  // columns of the factor that a thread fills at a time
     const Index n = h.cols;
     std::iota(order_.begin(), order_.end(), Index{0});
     check(group_size > 0 && n % group_size == 0, "hessian has " + std::to_string(n) + " columns; groups of " + std::to_string(group_size) + " do not divide them");
@@ -51,30 +54,33 @@ Factor::Factor(MatrixView<const double> h, Order order, double damping, Index gr
 
     for (;; damping_ = damping_ == 0 ? 0.01 : damping_ * 10) {
         unit_.resize(n, n);
-        for (Index p = 0; p < n; ++p) {
-            const Index cp = column(p);
-            const bool dead = h.row(cp)[cp] == 0;
-            for (Index k = p; k < n; ++k) {
-                const Index ck = column(k);
-                unit_(k, p) = dead || h.row(ck)[ck] == 0 ? 0 : h.row(cp)[ck];
+        parallel_for_ranges(n, grain, threads, [&](Index first, Index last) {
+            for (Index p = first; p < last; ++p) {
+                const Index cp = column(p);
+                const bool dead = h.row(cp)[cp] == 0;
+                for (Index k = 0; k < n; ++k) {
+                    const Index ck = column(k);
+                    unit_(k, p) = dead || h.row(ck)[ck] == 0 ? 0 : h.row(cp)[ck];
+                }
+                // A dead column stands alone.
+                unit_(p, p) = dead ? dead_weight_ : unit_(p, p) + damping_ * mean;
             }
-            // A dead column stands alone.
-            unit_(p, p) = dead ? dead_weight_ : unit_(p, p) + damping_ * mean;
-            unit_.row(p).tail(n - p - 1) = unit_.col(p).tail(n - p - 1).transpose();
-        }
+        });
         diagonal_ = unit_.diagonal();
         lambda_ = damping_ * mean;
-        Eigen::LLT<Eigen::Ref<Columns<double>>> llt(unit_);
+        const bool factorized = factorize(unit_.data(), n, n, threads);
         pivots_ = unit_.diagonal().array().square();
         // A pivot that has lost all its digits to cancellation is noise, whatever its sign, and dividing by it would make the feedback noise too.
         const double lost = static_cast<double>(n) * std::numeric_limits<double>::epsilon();
-        usable_ = llt.info() == Eigen::Success && (pivots_.array() > lost * diagonal_.array()).all();
+        usable_ = factorized && (pivots_.array() > lost * diagonal_.array()).all();
         const double next = damping_ == 0 ? 0.01 : damping_ * 10;
         // 1 + 1e-9: ten times 0.1 counts as 1.
         if (usable_ || next > 1 + 1e-9) break;
     }
     if (!usable_) return;
-    for (Index p = 0; p < n; ++p) unit_.col(p).tail(n - p) /= unit_(p, p);
+    parallel_for_ranges(n, grain, threads, [&](Index first, Index last) {
+        for (Index p = first; p < last; ++p) unit_.col(p).tail(n - p) /= unit_(p, p);
+    });
 }
 
 }  // namespace mrgptq

@@ -19,7 +19,7 @@ Order order_named(std::string_view name);
 
 class Factor {
 public:
-    // h (cols, cols): symmetric, finite (both triangles are read as one). `damping` >= 0 is relative to the mean of the live diagonal. `group_size` divides cols; only Order::group asks for it.
+    // h (cols, cols): symmetric, finite, both triangles equal. `damping` >= 0 is relative to the mean of the live diagonal. `group_size` divides cols; only Order::group asks for it.
     //
     // The diagonal may be negative by rounding: a rotation of inputs whose columns sum to zero (after a LayerNorm) has a column that is zero but for cancellation. Damping mends that, or the
     // factorisation fails and the ladder below is climbed.
@@ -27,7 +27,7 @@ public:
     // A column whose diagonal is zero is dead: no input ever reached it, so it is cut out of H and its weights are rounded plainly. Where a scale is chosen by loss it counts like a column
     // that damping alone reaches, dead_weight(). If the factorisation fails, damping rises tenfold (from 0.01 where it was 0) up to 1; if all fail, usable() is false and the caller rounds
     // plainly.
-    Factor(MatrixView<const double> h, Order order, double damping, Index group_size = 1);
+    Factor(MatrixView<const double> h, Order order, double damping, Index group_size = 1, int threads = 0);
 
     Index cols() const noexcept { return static_cast<Index>(order_.size()); }
     const std::vector<Index>& order() const noexcept { return order_; }   // order()[0] is visited first

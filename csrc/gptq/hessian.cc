@@ -5,28 +5,52 @@
 
 #include "base/check.h"
 #include "base/parallel.h"
-#include "gptq/eigen.h"
+#include "linalg/lanes.h"
+#include "linalg/symmetric.h"
 
 namespace mrgptq {
 namespace {
 
-constexpr Index panel_size = 256;
-constexpr Index tile = 128;
+constexpr Index panel_tokens = 256;
+constexpr Index block = 128;  // rows and columns of the sum that a thread takes at a time
+constexpr Index most_panels = 4;  // that one visit of a block adds: the sum, in float64, is read and written once for all of them
+static_assert(panel_tokens % product_depth == 0 && block % lanes == 0);
 
-// sum += panelᵀ panel on the lower triangle, tile by tile; a tile's arithmetic does not know the others.
-void add_product(MatrixView<const float> panel, double* sum, int threads) {
-    const Index cols = panel.cols, tiles = (cols + tile - 1) / tile;
-    parallel_for(tiles * (tiles + 1) / 2, threads, [&](Index piece) {
+Index padded(Index cols) noexcept { return (cols + lanes - 1) / lanes * lanes; }
+
+// A panel is kept twice: as lanes for the left factor, (256, 32) for each 32 columns, and behind them as strips for the right one, (256, kernel_cols) each.
+Index half_size(Index cols) noexcept { return padded(cols) * panel_tokens; }
+Index panel_size(Index cols) noexcept { return 2 * half_size(cols); }
+
+void copy_token(const float* token, Index cols, Index place, float* panel) noexcept {
+    float* strips = panel + half_size(cols);
+    for (Index first = 0; first < cols; first += lanes) std::copy_n(token + first, std::min(lanes, cols - first), panel + first * panel_tokens + place * lanes);
+    for (Index first = 0; first < cols; first += kernel_cols) std::copy_n(token + first, std::min(kernel_cols, cols - first), strips + first * panel_tokens + place * kernel_cols);
+}
+
+// sum += panelᵀ panel for one panel after another on the lower triangle, block by block; tokens behind the last of a panel are zeros.
+void add_products(const float* panels, Index count, MatrixView<double> sum, int threads) {
+    const Index cols = sum.cols;
+    const Index blocks = (cols + block - 1) / block;
+    parallel_for(blocks * (blocks + 1) / 2, threads, [&](Index piece) {
         Index i = 0;
         while ((i + 1) * (i + 2) / 2 <= piece) ++i;
-        const Index j = piece - i * (i + 1) / 2;
-        const Index i0 = i * tile, j0 = j * tile, ni = std::min(tile, cols - i0), nj = std::min(tile, cols - j0);
-        const Strided<float> xi(panel.data + i0, ni, panel.rows, Eigen::OuterStride<>(panel.row_stride));
-        const Strided<float> xj(panel.data + j0, nj, panel.rows, Eigen::OuterStride<>(panel.row_stride));
-        Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::ColMajor, tile, tile> product(nj, ni);
-        product.noalias() = xj * xi.transpose();
-        for (Index r = 0; r < ni; ++r)
-            for (Index c = 0; c < nj; ++c) sum[(i0 + r) * cols + j0 + c] += product(c, r);
+        const Index row0 = i * block, col0 = (piece - i * (i + 1) / 2) * block;
+        const Index rows = std::min(block, cols - row0), row_end = std::min(row0 + block, padded(cols)), col_end = std::min(col0 + block, padded(cols));
+        for (Index col = col0; col < col_end; col += lanes) {
+            const Index width = std::min(lanes, cols - col);
+            for (Index p = 0; p < count; ++p) {
+                const float *panel = panels + p * panel_size(cols), *strips = panel + half_size(cols);
+                alignas(64) float product[block * lanes] = {};
+                for (Index depth = 0; depth < panel_tokens; depth += product_depth)
+                    for (Index lane = 0; lane < lanes; lane += kernel_rows<float>)
+                        for (Index row = row0; row < row_end; row += kernel_cols)
+                            multiply_tile<float, false>(product_depth, panel + col * panel_tokens + depth * lanes + lane, lanes, strips + row * panel_tokens + depth * kernel_cols, kernel_cols,
+                                                        product + (row - row0) * lanes + lane, lanes);
+                for (Index r = 0; r < rows; ++r)
+                    for (Index c = 0; c < width; ++c) sum.row(row0 + r)[col + c] += static_cast<double>(product[r * lanes + c]);
+            }
+        }
     });
 }
 
@@ -35,41 +59,68 @@ void add_product(MatrixView<const float> panel, double* sum, int threads) {
 Hessian::Hessian(Index cols) : cols_(cols) {
     check(cols > 0, "a Hessian needs at least one column, got " + std::to_string(cols));
     sum_.resize(static_cast<std::size_t>(cols) * cols);
-    panel_.resize(static_cast<std::size_t>(panel_size) * cols);
+    panel_.resize(static_cast<std::size_t>(panel_size(cols)));
 }
 
 void Hessian::update(MatrixView<const float> x, int threads) {
     check(x.cols == cols_, "x has " + std::to_string(x.cols) + " columns; this Hessian has " + std::to_string(cols_));
-    // Every token is copied, even where a whole panel could be read in place: products then always read one buffer, so no alignment of the caller's can reach the bytes.
-    for (Index done = 0; done < x.rows;) {
-        const Index count = std::min(x.rows - done, panel_size - panel_tokens_);
-        for (Index t = 0; t < count; ++t) std::copy_n(x.row(done + t), cols_, panel_.data() + (panel_tokens_ + t) * cols_);
-        panel_tokens_ += count;
-        done += count;
-        if (panel_tokens_ == panel_size) {
-            add_product({panel_.data(), panel_size, cols_, cols_}, sum_.data(), threads);
-            panel_tokens_ = 0;
+    constexpr Index grain = 32;  // tokens
+    const auto take = [&](Index from, Index count, Index place, float* panels) {
+        parallel_for_ranges(count, grain, threads, [&](Index begin, Index end) {
+            for (Index t = begin; t < end; ++t) copy_token(x.row(from + t), cols_, (place + t) % panel_tokens, panels + (place + t) / panel_tokens * panel_size(cols_));
+        });
+    };
+    Index done = 0;
+    if (panel_tokens_ > 0) {
+        done = std::min(x.rows, panel_tokens - panel_tokens_);
+        take(0, done, panel_tokens_, panel_.data());
+        panel_tokens_ += done;
+        if (panel_tokens_ == panel_tokens) clear_panel(threads);
+    }
+    if (const Index whole = std::min((x.rows - done) / panel_tokens, most_panels); whole > 0) {
+        std::vector<float> panels(static_cast<std::size_t>(whole * panel_size(cols_)));
+        for (Index count; (count = std::min((x.rows - done) / panel_tokens, whole)) > 0; done += count * panel_tokens) {
+            take(done, count * panel_tokens, 0, panels.data());
+            add_products(panels.data(), count, view(), threads);
         }
     }
+    if (done < x.rows) {
+        take(done, x.rows - done, 0, panel_.data());
+        panel_tokens_ = x.rows - done;
+    }
     tokens_ += x.rows;
+}
+
+// Adds the panel under way and empties it: zeros behind the last token are what a shorter panel counts on.
+void Hessian::clear_panel(int threads) {
+    add_products(panel_.data(), 1, view(), threads);
+    std::fill(panel_.begin(), panel_.end(), 0.0f);
+    panel_tokens_ = 0;
 }
 
 void Hessian::merge(const Hessian& other, int threads) {
     check(&other != this, "a Hessian cannot be merged into itself");
     check(other.cols_ == cols_, "the other Hessian has " + std::to_string(other.cols_) + " columns; this one has " + std::to_string(cols_));
     // The other's unfinished panel is added as it stands; this stream's own goes on filling, so its later panels stay where they were.
-    if (other.panel_tokens_ > 0) add_product({other.panel_.data(), other.panel_tokens_, cols_, cols_}, sum_.data(), threads);
+    if (other.panel_tokens_ > 0) add_products(other.panel_.data(), 1, view(), threads);
     for (std::size_t i = 0; i < sum_.size(); ++i) sum_[i] += other.sum_[i];
     tokens_ += other.tokens_;
 }
 
 void Hessian::matrix(MatrixView<double> out, int threads) const {
     check(out.rows == cols_ && out.cols == cols_, "hessian matrix: out has another shape");
-    std::vector<double> sum = sum_;
-    if (panel_tokens_ > 0) add_product({panel_.data(), panel_tokens_, cols_, cols_}, sum.data(), threads);
     const double tokens = static_cast<double>(std::max<Index>(tokens_, 1));
-    for (Index r = 0; r < cols_; ++r)
-        for (Index c = 0; c <= r; ++c) out.row(r)[c] = out.row(c)[r] = sum[static_cast<std::size_t>(r) * cols_ + c] / tokens;
+    constexpr Index grain = 16;
+    parallel_for_ranges(cols_, grain, threads, [&](Index first, Index last) {
+        for (Index r = first; r < last; ++r) std::copy_n(sum_.data() + r * cols_, cols_, out.row(r));
+    });
+    // The panel under way goes to the copy: there is no third matrix.
+    if (panel_tokens_ > 0) add_products(panel_.data(), 1, out, threads);
+    parallel_for_ranges(cols_, grain, threads, [&](Index first, Index last) {
+        for (Index r = first; r < last; ++r)
+            for (Index c = 0; c <= r; ++c) out.row(r)[c] /= tokens;
+    });
+    mirror_lower(out, threads);
 }
 
 }  // namespace mrgptq

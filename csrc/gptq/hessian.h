@@ -27,10 +27,13 @@ public:
     Index tokens() const noexcept { return tokens_; }
 
 private:
+    MatrixView<double> view() noexcept { return {sum_.data(), cols_, cols_, cols_}; }
+    void clear_panel(int threads);
+
     Index cols_;
     Index tokens_ = 0;
     std::vector<double> sum_;    // (cols, cols) row-major, lower triangle
-    std::vector<float> panel_;   // (256, cols): the tokens of the panel under way
+    std::vector<float> panel_;   // the panel under way, 256 tokens in strips of 32 columns, zero behind the last token
     Index panel_tokens_ = 0;
 };
 

@@ -1,29 +1,40 @@
 #include "gptq/outputs.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "base/parallel.h"
+#include "gptq/triangular.h"
 
 namespace mrgptq {
 
 template <class Real>
 void owed(const Factor& outputs, Index begin, Index end, MatrixView<const float> errors, MatrixView<Real> out, int threads) {
-    constexpr Index strip = 64, panel = 256;  // columns that one thread takes, rows widened to float64 at a time
-    const Index count = end - begin, rows = outputs.cols(), n = errors.cols;
+    constexpr Index most_tiles = 8;
+    const Index count = end - begin, rows = outputs.cols(), n = errors.cols, tiles = (n + lanes - 1) / lanes;
     const Columns<double>& unit = outputs.unit();
-    const auto own = unit.block(begin, begin, count, count).template triangularView<Eigen::UnitLower>();
-    parallel_for_ranges(n, strip, threads, [&](Index left, Index right) {
-        const Index width = right - left;
-        Columns<double> sum = Columns<double>::Zero(width, count), wide(width, panel);  // transposed: a row of errors is a column
-        for (Index first = end; first < rows; first += panel) {
-            const Index here = std::min(panel, rows - first);
-            for (Index r = 0; r < here; ++r)
-                for (Index c = 0; c < width; ++c) wide(c, r) = static_cast<double>(errors.row(first + r)[left + c]);
-            sum.noalias() += wide.leftCols(here) * unit.block(first, begin, here, count);
+    // All transposed: a tile is 32 of the weight's columns, and its columns are rows of the weight.
+    parallel_for_ranges(tiles, most_tiles, threads, [&](Index first_tile, Index last_tile) {
+        std::vector<Tile<double>> sums(static_cast<std::size_t>(last_tile - first_tile), Tile<double>::Zero(lanes, (count + kernel_cols - 1) / kernel_cols * kernel_cols));
+        Tile<double> wide = Tile<double>::Zero(lanes, block);
+        Strips<double> strips;
+        for (Index left = 0; left < count; left += block) {
+            const Index width = std::min(block, count - left);
+            for (Index k = end; k < rows; k += block) {
+                const Index depth = std::min(block, rows - k);
+                strips.pack(&unit(k, begin + left), 1, rows, depth, width);
+                for (Index t = first_tile; t < last_tile; ++t) {
+                    const Index here = std::min(lanes, n - t * lanes);
+                    for (Index r = 0; r < depth; ++r)
+                        for (Index c = 0; c < here; ++c) wide(c, r) = errors.row(k + r)[t * lanes + c];
+                    strips.multiply(wide.data(), 0, depth, width, sums[static_cast<std::size_t>(t - first_tile)].col(left).data());
+                }
+            }
         }
-        own.template solveInPlace<Eigen::OnTheRight>(sum);
-        for (Index r = 0; r < count; ++r)
-            for (Index c = 0; c < width; ++c) out.row(r)[left + c] = static_cast<Real>(sum(c, r));
+        divide_by_square(sums, outputs, begin, end);
+        for (Index t = first_tile; t < last_tile; ++t)
+            for (Index r = 0; r < count; ++r)
+                for (Index c = 0; c < std::min(lanes, n - t * lanes); ++c) out.row(r)[t * lanes + c] = static_cast<Real>(sums[static_cast<std::size_t>(t - first_tile)](c, r));
     });
 }
 

@@ -8,19 +8,6 @@
 namespace mrgptq {
 namespace {
 
-// P of the block [begin, begin + width): e R. R stands above the diagonal of `joint`, and R is symmetric.
-template <class Real>
-void gradient(const Tile<Real>& error, const Columns<Real>& joint, const Eigen::Matrix<Real, Eigen::Dynamic, 1>& diagonal, Index begin, Index width, Tile<Real>& out) {
-    const Index n = error.cols(), end = begin + width;
-    Columns<Real> square = joint.block(begin, begin, width, width).template triangularView<Eigen::StrictlyUpper>();
-    square += square.transpose().eval();
-    square.diagonal() = diagonal.segment(begin, width);
-    auto p = out.leftCols(width);
-    p.noalias() = error.middleCols(begin, width) * square;
-    if (begin > 0) p.noalias() += error.leftCols(begin) * joint.block(0, begin, begin, width);
-    if (end < n) p.noalias() += error.rightCols(n - end) * joint.block(begin, end, width, n - end).transpose();
-}
-
 // One scale's best answer for a group. All arrays hold the group's columns by position.
 template <class Format, class Real>
 struct Candidate {
@@ -98,62 +85,55 @@ GroupFactors<Real> group_factors(const Factor& factor, Index group_size) {
 }
 
 template <class Format, class Real>
-double refine_tile(RowTile<Real>& tile, const Factor& factor, const Columns<Real>& joint, const GroupFactors<Real>& factors, float tensor_scale) {
+double refine_block(RowTile<Real>& tile, const Factor& factor, const Strips<Real>& own, const GroupFactors<Real>& factors, float tensor_scale, Index begin, Index end, Tile<Real>& p) {
     constexpr Index size = Format::group_size;
-    const Index n = tile.error.cols();
-    Tile<Real> p(lanes, block);
     Candidate<Format, Real> candidate, best;
     double fall = 0;
-    for (Index end = n; end > 0; end -= std::min(block, end)) {
-        const Index begin = std::max<Index>(end - block, 0);
-        gradient(tile.error, joint, factors.diagonal, begin, end - begin, p);
-        for (Index first = end - size; first >= begin; first -= size) {
-            const Index group = factor.column(first) / size;
-            const GroupTile<Real, Format> slope = p.middleCols(first - begin, size);
-            GroupTile<Real, Format> old;
-            for (Index j = 0; j < size; ++j)
-                for (Index r = 0; r < lanes; ++r) old(r, j) = value_of(tile.steps(r, group), static_cast<Real>(0.5) * tile.halves(r, first + j));
-            const GroupTile<Real, Format> target = unconstrained<Format, Real>(old, slope, factors, first);
+    for (Index first = end - size; first >= begin; first -= size) {
+        const Index group = factor.column(first) / size;
+        const GroupTile<Real, Format> slope = p.middleCols(first - begin, size);
+        GroupTile<Real, Format> old;
+        for (Index j = 0; j < size; ++j)
+            for (Index r = 0; r < lanes; ++r) old(r, j) = value_of(tile.steps(r, group), static_cast<Real>(0.5) * tile.halves(r, first + j));
+        const GroupTile<Real, Format> target = unconstrained<Format, Real>(old, slope, factors, first);
 
-            Lane<std::uint8_t> best_scales = tile.scales.col(group).array();
-            best.delta.setZero();  // what standing still changes
-            best.change.setZero();
-            best.value = old;
-            for (Index j = 0; j < size; ++j) best.rounded.col(j) = static_cast<Real>(0.5) * tile.halves.col(first + j).template cast<Real>();
-            for (int offset = -1; offset <= 1; ++offset) {
-                Lane<std::uint8_t> scales;
-                Lane<float> steps;
-                for (Index r = 0; r < lanes; ++r) {
-                    scales[r] = moved_scale<Format>(tile.scales(r, group), offset, tensor_scale);
-                    steps[r] = group_step<Format>(scales[r], tensor_scale);
-                }
-                try_steps<Format, Real>(steps, target, old, slope, factors, first, candidate);
-                // Equal values under another scale tie, whatever rounding made of them on the way.
-                Lane<Real> apart = Lane<Real>::Zero();
-                for (Index j = 0; j < size; ++j) apart += (candidate.value.col(j) - best.value.col(j)).array().abs();
-                Lane<Real> better;  // a mask in Real keeps the selects below in one vector width
-                for (Index r = 0; r < lanes; ++r) better[r] = candidate.delta[r] < best.delta[r] && apart[r] > 0;
-                if (!(better > 0).any()) continue;
-                for (Index r = 0; r < lanes; ++r) {
-                    best_scales[r] = better[r] > 0 ? scales[r] : best_scales[r];
-                    best.delta[r] = better[r] > 0 ? candidate.delta[r] : best.delta[r];
-                }
-                for (Index j = 0; j < size; ++j)
-                    for (Index r = 0; r < lanes; ++r) {
-                        best.change(r, j) = better[r] > 0 ? candidate.change(r, j) : best.change(r, j);
-                        best.rounded(r, j) = better[r] > 0 ? candidate.rounded(r, j) : best.rounded(r, j);
-                        best.value(r, j) = better[r] > 0 ? candidate.value(r, j) : best.value(r, j);
-                    }
+        Lane<std::uint8_t> best_scales = tile.scales.col(group).array();
+        best.delta.setZero();  // what standing still changes
+        best.change.setZero();
+        best.value = old;
+        for (Index j = 0; j < size; ++j) best.rounded.col(j) = static_cast<Real>(0.5) * tile.halves.col(first + j).template cast<Real>();
+        for (int offset = -1; offset <= 1; ++offset) {
+            Lane<std::uint8_t> scales;
+            Lane<float> steps;
+            for (Index r = 0; r < lanes; ++r) {
+                scales[r] = moved_scale<Format>(tile.scales(r, group), offset, tensor_scale);
+                steps[r] = group_step<Format>(scales[r], tensor_scale);
             }
-            if (!(best.delta < 0).any()) continue;
-            fall -= best.delta.template cast<double>().sum();
-            tile.scales.col(group) = best_scales.matrix();
-            for (Index r = 0; r < lanes; ++r) tile.steps(r, group) = group_step<Format>(best_scales[r], tensor_scale);
-            tile.halves.middleCols(first, size) = (Real(2) * best.rounded).template cast<std::int8_t>();
-            tile.error.middleCols(first, size) += best.change;
-            const Index left = first - begin;
-            if (left > 0) p.leftCols(left).noalias() += best.change * joint.block(begin, first, left, size).transpose();
+            try_steps<Format, Real>(steps, target, old, slope, factors, first, candidate);
+            // Equal values under another scale tie, whatever rounding made of them on the way.
+            Lane<Real> apart = Lane<Real>::Zero();
+            for (Index j = 0; j < size; ++j) apart += (candidate.value.col(j) - best.value.col(j)).array().abs();
+            Lane<Real> better;  // a mask in Real keeps the selects below in one vector width
+            for (Index r = 0; r < lanes; ++r) better[r] = candidate.delta[r] < best.delta[r] && apart[r] > 0;
+            if (!(better > 0).any()) continue;
+            for (Index r = 0; r < lanes; ++r) {
+                best_scales[r] = better[r] > 0 ? scales[r] : best_scales[r];
+                best.delta[r] = better[r] > 0 ? candidate.delta[r] : best.delta[r];
+            }
+            for (Index j = 0; j < size; ++j)
+                for (Index r = 0; r < lanes; ++r) {
+                    best.change(r, j) = better[r] > 0 ? candidate.change(r, j) : best.change(r, j);
+                    best.rounded(r, j) = better[r] > 0 ? candidate.rounded(r, j) : best.rounded(r, j);
+                    best.value(r, j) = better[r] > 0 ? candidate.value(r, j) : best.value(r, j);
+                }
         }
+        if (!(best.delta < 0).any()) continue;
+        fall -= best.delta.template cast<double>().sum();
+        tile.scales.col(group) = best_scales.matrix();
+        for (Index r = 0; r < lanes; ++r) tile.steps(r, group) = group_step<Format>(best_scales[r], tensor_scale);
+        tile.halves.middleCols(first, size) = (Real(2) * best.rounded).template cast<std::int8_t>();
+        tile.error.middleCols(first, size) += best.change;
+        if (first > begin) own.multiply(best.change.data(), first - begin, size, first - begin, p.data());
     }
     return fall;
 }
@@ -177,10 +157,10 @@ double damped_loss(const Tile<Real>& error, const Factor& factor) {
 
 template GroupFactors<float> group_factors<float>(const Factor&, Index);
 template GroupFactors<double> group_factors<double>(const Factor&, Index);
-template double refine_tile<Mxfp4, float>(RowTile<float>&, const Factor&, const Columns<float>&, const GroupFactors<float>&, float);
-template double refine_tile<Mxfp4, double>(RowTile<double>&, const Factor&, const Columns<double>&, const GroupFactors<double>&, float);
-template double refine_tile<Nvfp4, float>(RowTile<float>&, const Factor&, const Columns<float>&, const GroupFactors<float>&, float);
-template double refine_tile<Nvfp4, double>(RowTile<double>&, const Factor&, const Columns<double>&, const GroupFactors<double>&, float);
+template double refine_block<Mxfp4, float>(RowTile<float>&, const Factor&, const Strips<float>&, const GroupFactors<float>&, float, Index, Index, Tile<float>&);
+template double refine_block<Mxfp4, double>(RowTile<double>&, const Factor&, const Strips<double>&, const GroupFactors<double>&, float, Index, Index, Tile<double>&);
+template double refine_block<Nvfp4, float>(RowTile<float>&, const Factor&, const Strips<float>&, const GroupFactors<float>&, float, Index, Index, Tile<float>&);
+template double refine_block<Nvfp4, double>(RowTile<double>&, const Factor&, const Strips<double>&, const GroupFactors<double>&, float, Index, Index, Tile<double>&);
 template double refinement_slack<float>(const Tile<float>&, const Tile<float>&, const Factor&, Index);
 template double refinement_slack<double>(const Tile<double>&, const Tile<double>&, const Factor&, Index);
 template double damped_loss<float>(const Tile<float>&, const Factor&);

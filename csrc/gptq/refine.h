@@ -5,7 +5,7 @@
 // sweep of coordinate descent; the candidate with the least change is taken if that is below zero. So a round never increases the loss but by rounding.
 #pragma once
 
-#include <vector>
+#include <algorithm>
 
 #include "gptq/factor.h"
 #include "gptq/tile.h"
@@ -23,9 +23,33 @@ struct GroupFactors {
 template <class Real>
 GroupFactors<Real> group_factors(const Factor& factor, Index group_size);
 
-// One round over all groups, in visiting order. Returns how much the damped loss of the tile's rows fell, summed in float64. `factors` and `joint` (Factor::unit) are in Real.
+// Calls use(piece, first, depth) for pieces of R's columns [begin, end), rows [first, first + depth), which together make them up: above the block, the block itself, which is left in `own`,
+// and below it. R stands above the diagonal of Factor::unit, and R is symmetric.
+template <class Real, class Use>
+void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real>& strips, Strips<Real>& own, Use&& use) {
+    const Columns<double>& unit = factor.unit();
+    const Index n = unit.cols(), width = end - begin;
+    for (Index k = 0; k < begin; k += block) {
+        const Index depth = std::min(block, begin - k);
+        strips.pack(&unit(k, begin), 1, n, depth, width);
+        use(strips, k, depth);
+    }
+    Columns<double> square = unit.block(begin, begin, width, width).template triangularView<Eigen::StrictlyUpper>();
+    square += square.transpose().eval();
+    square.diagonal() = factor.diagonal().segment(begin, width);
+    own.pack(square.data(), 1, width, width, width);
+    use(own, begin, width);
+    for (Index k = end; k < n; k += block) {
+        const Index depth = std::min(block, n - k);
+        strips.pack(&unit(begin, k), n, 1, depth, width);
+        use(strips, k, depth);
+    }
+}
+
+// One block's share of a round: its groups in visiting order, given P of its columns, which is spent. `own` is R's own square of the block. Returns how much the damped loss of the tile's
+// rows fell, summed in float64.
 template <class Format, class Real>
-double refine_tile(RowTile<Real>& tile, const Factor& factor, const Columns<Real>& joint, const GroupFactors<Real>& factors, float tensor_scale);
+double refine_block(RowTile<Real>& tile, const Factor& factor, const Strips<Real>& own, const GroupFactors<Real>& factors, float tensor_scale, Index begin, Index end, Tile<Real>& p);
 
 // By how much rounding alone may raise the loss of a tile whose errors went from `before` to `after` in one round: 4 γ Σ (|e| + |e'|) |R| (|e| + |e'|)ᵀ with γ = m u / (1 - m u),
 // m = cols + 2 group_size + 8. A sum of cols products makes P, two group updates and a few operations follow; each group moves once a round, hence |d| <= |e| + |e'|.

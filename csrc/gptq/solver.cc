@@ -22,8 +22,8 @@ struct Problem {
     float tensor_scale;
     const Factor& factor;
     const SolverOptions& options;
-    const Columns<Real>& joint;  // Factor::unit in Real
     const Eigen::Matrix<Real, Eigen::Dynamic, 1> pivots;
+    const GroupFactors<Real> groups;  // of refinement; empty without
 };
 
 template <class Format, class Real, class Weight>
@@ -40,34 +40,38 @@ RowTile<Real> load(const Problem<Real>& problem, MatrixView<const Weight> weight
     return tile;
 }
 
-// The static recursion inside a block: one column after another, in any order.
+// The static recursion inside a block: one column after another, in any order. What a column feeds back reaches its sixteen at once, the columns before them by a product.
 template <class Format, class Real>
-double round_columns(const Problem<Real>& problem, RowTile<Real>& tile, Tile<Real>& feedback, Index begin, Index end) {
+double round_columns(const Problem<Real>& problem, const Strips<Real>& unit, RowTile<Real>& tile, Tile<Real>& feedback, Index begin, Index end) {
+    constexpr Index few = 16;
     double loss = 0;
-    for (Index p = end - 1; p >= begin; --p) {
-        const float* step = tile.steps.col(problem.factor.column(p) / Format::group_size).data();
-        Real* e = tile.error.col(p).data();
-        const Real* f = feedback.col(p - begin).data();
-        std::int8_t* halves = tile.halves.col(p).data();
-        Lane<Real> residual;
-        for (Index r = 0; r < lanes; ++r) {
-            const Real t = e[r] + f[r], rounded = round_signed(t / static_cast<Real>(step[r])), q = value_of(step[r], rounded);
-            halves[r] = static_cast<std::int8_t>(Real(2) * rounded);
-            residual[r] = t - q;
-            e[r] -= q;
+    for (Index last = end; last > begin; last -= few) {
+        const Index first = last - few;
+        for (Index p = last - 1; p >= first; --p) {
+            const float* step = tile.steps.col(problem.factor.column(p) / Format::group_size).data();
+            Real* e = tile.error.col(p).data();
+            const Real* f = feedback.col(p - begin).data();
+            std::int8_t* halves = tile.halves.col(p).data();
+            Lane<Real> residual;
+            for (Index r = 0; r < lanes; ++r) {
+                const Real t = e[r] + f[r], rounded = round_signed(t / static_cast<Real>(step[r])), q = value_of(step[r], rounded);
+                halves[r] = static_cast<std::int8_t>(Real(2) * rounded);
+                residual[r] = t - q;
+                e[r] -= q;
+            }
+            loss += problem.factor.pivots()[p] * residual.template cast<double>().square().sum();
+            for (Index j = first; j < p; ++j) feedback.col(j - begin) += unit.at(p - begin, j - begin) * tile.error.col(p);
         }
-        loss += problem.factor.pivots()[p] * residual.template cast<double>().square().sum();
-        for (Index j = begin; j < p; ++j) feedback.col(j - begin) += problem.joint(p, j) * tile.error.col(p);
+        if (first > begin) unit.multiply(tile.error.col(first).data(), first - begin, few, first - begin, feedback.data());
     }
     return loss;
 }
 
 // The searched recursion inside a block: each group tries every storable scale around absmax of what feedback has made of its weights.
 template <class Format, class Real>
-double search_groups(const Problem<Real>& problem, RowTile<Real>& tile, Tile<Real>& feedback, Index begin, Index end) {
+double search_groups(const Problem<Real>& problem, const Strips<Real>& unit, RowTile<Real>& tile, Tile<Real>& feedback, Index begin, Index end) {
     constexpr Index size = Format::group_size;
     constexpr int below = SearchRange<Format>::below, above = SearchRange<Format>::above;
-    const Columns<Real>& joint = problem.joint;
     double loss = 0;
     for (Index first = end - size; first >= begin; first -= size) {
         const GroupTile<Real, Format> weight = tile.error.middleCols(first, size);
@@ -89,7 +93,7 @@ double search_groups(const Problem<Real>& problem, RowTile<Real>& tile, Tile<Rea
             Lane<Real> sum = Lane<Real>::Zero();
             for (Index j = size - 1; j >= 0; --j) {
                 Lane<Real> t = fed.col(j).array();
-                for (Index i = j + 1; i < size; ++i) t += joint(first + i, first + j) * error.col(i).array();
+                for (Index i = j + 1; i < size; ++i) t += unit.at(first - begin + i, first - begin + j) * error.col(i).array();
                 for (Index r = 0; r < lanes; ++r) {
                     rounded(r, j) = round_signed(t[r] / static_cast<Real>(steps[r]));
                     const Real q = value_of(steps[r], rounded(r, j));
@@ -116,8 +120,7 @@ double search_groups(const Problem<Real>& problem, RowTile<Real>& tile, Tile<Rea
         tile.halves.middleCols(first, size) = (Real(2) * best_rounded).template cast<std::int8_t>();
         tile.error.middleCols(first, size) = best_error;
         loss += least.template cast<double>().sum();
-        const Index left = first - begin;
-        if (left > 0) feedback.leftCols(left).noalias() += best_error * joint.block(first, begin, size, left);
+        if (first > begin) unit.multiply(best_error.data(), first - begin, size, first - begin, feedback.data());
     }
     return loss;
 }
@@ -138,50 +141,103 @@ void add_losses(std::vector<double>& sum, const std::vector<double>& losses) {
     for (std::size_t k = 0; k < sum.size(); ++k) sum[k] += losses[std::min(k, losses.size() - 1)];
 }
 
-// The losses of one tile: after the recursion and after each of the rounds; a round left out because nothing moved any more repeats the last.
-template <class Format, class Real, class Weight>
-std::vector<double> solve_tile(const Problem<Real>& problem, const GroupFactors<Real>& factors, MatrixView<const Weight> weight, Index first_row, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes) {
-    RowTile<Real> tile = load<Format>(problem, weight, MatrixView<const std::uint8_t>(scales), first_row);
-    const Index n = weight.cols;
-    Tile<Real> feedback(lanes, block);
-    double loss = 0;
+// Tiles that one thread takes through the columns side by side: what is packed of the factor for one serves all. A tile's bytes do not depend on its company.
+constexpr Index most_tiles = 8;
+
+template <class Real>
+struct Band {
+    std::vector<RowTile<Real>> tiles;
+    std::vector<Tile<Real>> sums;  // (lanes, block) a tile: feedback, then gradients
+    Strips<Real> strips, own;
+};
+
+// The recursion over all columns: the losses by tile.
+template <class Format, class Real>
+std::vector<double> visit_columns(const Problem<Real>& problem, Band<Real>& band) {
+    const Columns<double>& unit = problem.factor.unit();
+    const Index n = unit.cols();
+    std::vector<double> losses(band.tiles.size(), 0.0);
     for (Index end = n; end > 0; end -= std::min(block, end)) {
         const Index begin = std::max<Index>(end - block, 0), width = end - begin;
-        auto fed = feedback.leftCols(width);
-        if (end < n)
-            fed.noalias() = tile.error.rightCols(n - end) * problem.joint.block(end, begin, n - end, width);
-        else
-            fed.setZero();
-        loss += problem.options.search_scales ? search_groups<Format>(problem, tile, feedback, begin, end) : round_columns<Format>(problem, tile, feedback, begin, end);
-    }
-    std::vector<double> losses = {loss};
-    for (int round = 0; round < problem.options.rounds; ++round) {
-#ifdef MRGPTQ_CHECKS
-        const Tile<Real> before = tile.error;
-#endif
-        const double fall = refine_tile<Format>(tile, problem.factor, problem.joint, factors, problem.tensor_scale);
-#ifdef MRGPTQ_CHECKS
-        check_round(before, tile.error, problem.factor, Format::group_size);
-#endif
-        if (fall == 0) break;
-        losses.push_back(losses.back() - fall);
-    }
-
-    std::vector<std::uint8_t> row_codes(static_cast<std::size_t>(n));
-    for (Index r = 0; r < tile.rows; ++r) {
-        for (Index p = 0; p < n; ++p) row_codes[static_cast<std::size_t>(problem.factor.column(p))] = e2m1::encode(0.5f * static_cast<float>(tile.halves(r, p)));
-        pack_row(row_codes.data(), n, codes.row(first_row + r));
-        std::copy_n(tile.scales.row(r).begin(), scales.cols, scales.row(first_row + r));
+        for (auto& sum : band.sums) sum.setZero();
+        for (Index k = end; k < n; k += block) {
+            const Index depth = std::min(block, n - k);
+            band.strips.pack(&unit(k, begin), 1, n, depth, width);
+            for (std::size_t t = 0; t < band.tiles.size(); ++t) band.strips.multiply(band.tiles[t].error.col(k).data(), 0, depth, width, band.sums[t].data());
+        }
+        band.own.pack(&unit(begin, begin), 1, n, width, width);
+        for (std::size_t t = 0; t < band.tiles.size(); ++t) {
+            losses[t] += problem.options.search_scales ? search_groups<Format>(problem, band.own, band.tiles[t], band.sums[t], begin, end)
+                                                       : round_columns<Format>(problem, band.own, band.tiles[t], band.sums[t], begin, end);
+        }
     }
     return losses;
 }
 
-// All rows of a weight, tile by tile: the losses summed over them.
+// A round of refinement over the tiles that the last one still moved: how much the loss of each fell, 0 for those that stand.
+template <class Format, class Real>
+std::vector<double> refine_columns(const Problem<Real>& problem, Band<Real>& band, const std::vector<bool>& moving) {
+    const Index n = problem.factor.cols();
+    std::vector<double> falls(band.tiles.size(), 0.0);
+    for (Index end = n; end > 0; end -= std::min(block, end)) {
+        const Index begin = std::max<Index>(end - block, 0), width = end - begin;
+        for (auto& sum : band.sums) sum.setZero();
+        for_moment_pieces(problem.factor, begin, end, band.strips, band.own, [&](const Strips<Real>& piece, Index first, Index depth) {
+            for (std::size_t t = 0; t < band.tiles.size(); ++t)
+                if (moving[t]) piece.multiply(band.tiles[t].error.col(first).data(), 0, depth, width, band.sums[t].data());
+        });
+        for (std::size_t t = 0; t < band.tiles.size(); ++t)
+            if (moving[t]) falls[t] += refine_block<Format>(band.tiles[t], problem.factor, band.own, problem.groups, problem.tensor_scale, begin, end, band.sums[t]);
+    }
+    return falls;
+}
+
+// The losses of each tile of a band: after the recursion and after each of the rounds; a tile that nothing moved in a round is left as it is from then on.
 template <class Format, class Real, class Weight>
-std::vector<double> solve_rows(const Problem<Real>& problem, const GroupFactors<Real>& factors, MatrixView<const Weight> weight, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes, int threads) {
-    const Index tiles = (weight.rows + lanes - 1) / lanes;
+std::vector<std::vector<double>> solve_band(const Problem<Real>& problem, MatrixView<const Weight> weight, Index first_tile, Index count, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes) {
+    Band<Real> band;
+    for (Index t = first_tile; t < first_tile + count; ++t) band.tiles.push_back(load<Format>(problem, weight, MatrixView<const std::uint8_t>(scales), t * lanes));
+    band.sums.assign(band.tiles.size(), Tile<Real>(lanes, block));
+    std::vector<std::vector<double>> losses;
+    for (const double loss : visit_columns<Format>(problem, band)) losses.push_back({loss});
+    std::vector<bool> moving(band.tiles.size(), true);
+    for (int round = 0; round < problem.options.rounds && std::find(moving.begin(), moving.end(), true) != moving.end(); ++round) {
+#ifdef MRGPTQ_CHECKS
+        std::vector<Tile<Real>> before;
+        for (const auto& tile : band.tiles) before.push_back(tile.error);
+#endif
+        const std::vector<double> falls = refine_columns<Format>(problem, band, moving);
+        for (std::size_t t = 0; t < band.tiles.size(); ++t) {
+#ifdef MRGPTQ_CHECKS
+            check_round(before[t], band.tiles[t].error, problem.factor, Format::group_size);
+#endif
+            moving[t] = moving[t] && falls[t] != 0;
+            if (moving[t]) losses[t].push_back(losses[t].back() - falls[t]);
+        }
+    }
+
+    const Index n = weight.cols;
+    std::vector<std::uint8_t> row_codes(static_cast<std::size_t>(n));
+    for (const auto& tile : band.tiles)
+        for (Index r = 0; r < tile.rows; ++r) {
+            for (Index p = 0; p < n; ++p) row_codes[static_cast<std::size_t>(problem.factor.column(p))] = e2m1::encode(0.5f * static_cast<float>(tile.halves(r, p)));
+            pack_row(row_codes.data(), n, codes.row(tile.first_row + r));
+            std::copy_n(tile.scales.row(r).begin(), scales.cols, scales.row(tile.first_row + r));
+        }
+    return losses;
+}
+
+// All rows of a weight, band by band: the losses summed over their tiles.
+template <class Format, class Real, class Weight>
+std::vector<double> solve_rows(const Problem<Real>& problem, MatrixView<const Weight> weight, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes, int threads) {
+    const Index tiles = (weight.rows + lanes - 1) / lanes, team = threads > 0 ? threads : default_threads();
+    // As few bands as their size allows, but the same number for each thread.
+    const Index rounds = (tiles + most_tiles * team - 1) / (most_tiles * team), size = std::max<Index>((tiles + rounds * team - 1) / (rounds * team), 1);
     std::vector<std::vector<double>> losses(static_cast<std::size_t>(tiles));
-    parallel_for(tiles, threads, [&](Index i) { losses[static_cast<std::size_t>(i)] = solve_tile<Format>(problem, factors, weight, i * lanes, scales, codes); });
+    parallel_for_ranges(tiles, size, threads, [&](Index first, Index last) {
+        auto mine = solve_band<Format>(problem, weight, first, last - first, scales, codes);
+        std::move(mine.begin(), mine.end(), losses.begin() + first);
+    });
     std::vector<double> sum;
     for (const auto& tile : losses) add_losses(sum, tile);
     return sum;
@@ -189,7 +245,7 @@ std::vector<double> solve_rows(const Problem<Real>& problem, const GroupFactors<
 
 // Rows in blocks, in the order of the outputs' factor: each block's target makes up for the errors of the blocks before it (outputs.h), and is then solved like any other weight.
 template <class Format, class Real>
-std::vector<double> solve_coupled(const Problem<Real>& problem, const GroupFactors<Real>& factors, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, const Factor& outputs,
+std::vector<double> solve_coupled(const Problem<Real>& problem, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, const Factor& outputs,
                                   MatrixView<std::uint8_t> codes, int threads) {
     const Index rows = weight.rows, n = weight.cols, height = row_block(rows);
     // By position of the outputs' factor: row 0 is solved last.
@@ -208,7 +264,7 @@ std::vector<double> solve_coupled(const Problem<Real>& problem, const GroupFacto
             for (Index c = 0; c < n; ++c) target.row(i)[c] += static_cast<Real>(weight.row(row)[c]);
             std::copy_n(scales.row(row), scales.cols, own_scales.row(i));
         }
-        add_losses(sum, solve_rows<Format>(problem, factors, MatrixView<const Real>(target), own_scales, own_codes, threads));
+        add_losses(sum, solve_rows<Format>(problem, MatrixView<const Real>(target), own_scales, own_codes, threads));
         parallel_for(count, threads, [&](Index i) {
             const Index row = outputs.column(begin + i);
             std::copy_n(own_scales.row(i), scales.cols, scales.row(row));
@@ -226,11 +282,10 @@ std::vector<double> solve_coupled(const Problem<Real>& problem, const GroupFacto
 
 template <class Format, class Real>
 SolverResult solve_format(MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs, const SolverOptions& options,
-                          const Columns<Real>& joint, MatrixView<std::uint8_t> codes, int threads) {
-    const Problem<Real> problem{tensor_scale, factor, options, joint, factor.pivots().cast<Real>()};
-    const GroupFactors<Real> factors = options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{};
-    if (outputs != nullptr) return {solve_coupled<Format>(problem, factors, weight, scales, *outputs, codes, threads)};
-    return {solve_rows<Format>(problem, factors, weight, scales, codes, threads)};
+                          MatrixView<std::uint8_t> codes, int threads) {
+    const Problem<Real> problem{tensor_scale, factor, options, factor.pivots().cast<Real>(), options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{}};
+    if (outputs != nullptr) return {solve_coupled<Format>(problem, weight, scales, *outputs, codes, threads)};
+    return {solve_rows<Format>(problem, weight, scales, codes, threads)};
 }
 
 }  // namespace
@@ -254,38 +309,8 @@ SolverResult solve(std::string_view format, MatrixView<const float> weight, Matr
     return with_format(format, [&]<class Format>(Format) {
         check(scales.rows == weight.rows && scales.cols * Format::group_size == weight.cols, "scales do not have one entry for each group of weight");
         check(codes.rows == weight.rows && codes.cols * 2 == weight.cols, "codes do not have half a byte for each weight");
-        if (options.precision == Precision::float64) return solve_format<Format, double>(weight, scales, tensor_scale, factor, outputs, options, factor.unit(), codes, threads);
-        return solve_format<Format, float>(weight, scales, tensor_scale, factor, outputs, options, factor.unit().cast<float>(), codes, threads);
-    });
-}
-
-void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const double> h, const Factor& factor, double strength, MatrixView<float> target, int threads) {
-    const Index n = weight.cols, tiles = (weight.rows + lanes - 1) / lanes;
-    check(factor.usable() && factor.cols() == n && cross.rows == n && cross.cols == n && h.rows == n && h.cols == n && target.rows == weight.rows && target.cols == n,
-          "shift_to_inputs: weight, cross, hessian, factor and target do not have the same columns");
-    // Both row-major matrices are read as their transposes.
-    const Strided<double> cross_transposed(cross.data, n, n, Eigen::OuterStride<>(cross.row_stride)), moment(h.data, n, n, Eigen::OuterStride<>(h.row_stride));
-    const auto unit = factor.unit().triangularView<Eigen::UnitLower>();
-    parallel_for(tiles, threads, [&](Index i) {
-        const Index first_row = i * lanes, rows = std::min(lanes, weight.rows - first_row);
-        Tile<double> w = Tile<double>::Zero(lanes, n);
-        for (Index r = 0; r < rows; ++r)
-            for (Index c = 0; c < n; ++c) w(r, c) = weight.row(first_row + r)[c];
-        const Tile<double> gap = w * cross_transposed.transpose() - w * moment;
-        // x R = gap, transposed: R = U D Uᵀ by position.
-        Columns<double> x = Columns<double>::Zero(n, lanes);
-        for (Index p = 0; p < n; ++p) {
-            const Index c = factor.column(p);
-            if (h.row(c)[c] != 0) x.row(p) = gap.col(c).transpose();
-        }
-        unit.solveInPlace(x);
-        for (Index p = 0; p < n; ++p) x.row(p) /= factor.pivots()[p];
-        unit.transpose().solveInPlace(x);
-        for (Index r = 0; r < rows; ++r)
-            for (Index p = 0; p < n; ++p) {
-                const Index c = factor.column(p);
-                target.row(first_row + r)[c] = static_cast<float>(w(r, c) + strength * x(p, r));
-            }
+        if (options.precision == Precision::float64) return solve_format<Format, double>(weight, scales, tensor_scale, factor, outputs, options, codes, threads);
+        return solve_format<Format, float>(weight, scales, tensor_scale, factor, outputs, options, codes, threads);
     });
 }
 

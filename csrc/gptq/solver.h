@@ -38,8 +38,4 @@ struct SolverResult {
 SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs,
                    const SolverOptions& options, MatrixView<std::uint8_t> codes, int threads);
 
-// target = weight + strength * W (cross - H) (H + λI)⁻¹ in the factor's basis, where cross = Xᵀ X̃ / tokens and H = X̃ᵀ X̃ / tokens: the weights that answer the inputs X̃, which the
-// layer will see, most nearly as `weight` answers X. All (rows, cols) or (cols, cols). Dead columns keep their weights.
-void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const double> h, const Factor& factor, double strength, MatrixView<float> target, int threads);
-
 }  // namespace mrgptq

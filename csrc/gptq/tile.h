@@ -7,15 +7,16 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "base/matrix_view.h"
 #include "formats/block_format.h"
 #include "gptq/eigen.h"
+#include "linalg/lanes.h"
 
 namespace mrgptq {
 
-constexpr Index lanes = 32;
-constexpr Index block = 128;  // columns between two GEMMs; every group size divides it
+constexpr Index block = product_depth;  // columns between two products; every group size divides it
 
 template <class T>
 using Tile = Eigen::Matrix<T, lanes, Eigen::Dynamic, Eigen::ColMajor>;
@@ -34,6 +35,28 @@ struct RowTile {
     Tile<std::int8_t> halves;     // twice the E2M1 value of each code, -12 ... 12
     Tile<std::uint8_t> scales;    // by group of columns, left to right
     Tile<float> steps;            // likewise
+};
+
+// A square or oblong of some matrix in strips, as the right factor of products, with its elements at hand.
+template <class Real>
+struct Strips {
+    std::vector<Real> data = std::vector<Real>(static_cast<std::size_t>(block * block));
+    Index depth = 0;
+
+    // Element (k, j) is from[k * row_step + j * col_step].
+    template <class From>
+    void pack(const From* from, Index row_step, Index col_step, Index rows, Index cols) noexcept {
+        depth = rows;
+        pack_strips(from, row_step, col_step, rows, cols, data.data());
+    }
+    Real at(Index k, Index j) const noexcept { return data[static_cast<std::size_t>(j / kernel_cols * kernel_cols * depth + k * kernel_cols + j % kernel_cols)]; }
+
+    // c += a times the rows [first, first + count) of columns [0, width): a (lanes, count), c (lanes, width), columns adjacent.
+    void multiply(const Real* a, Index first, Index count, Index width, Real* c) const noexcept {
+        for (Index row = 0; row < lanes; row += kernel_rows<Real>)
+            for (Index strip = 0; strip < strip_count(width); ++strip)
+                multiply_tile<Real, false>(count, a + row, lanes, data.data() + strip * depth * kernel_cols + first * kernel_cols, kernel_cols, c + strip * kernel_cols * lanes + row, lanes);
+    }
 };
 
 // The float32 value that a reader will decode, widened.

@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/finite.h"
 #include "base/parallel.h"
+#include "linalg/symmetric.h"
 #include "simd/butterflies.h"
 
 namespace mrgptq {
@@ -146,9 +147,7 @@ void rotate_both(MatrixView<double> h, Index block_size, int threads) {
 void rotate_hessian(MatrixView<double> h, Index block_size, int threads) {
     rotate_both(h, block_size, threads);
     // Rounding leaves the halves an ulp apart; their mean makes them one matrix again, whichever triangle is read.
-    parallel_for(h.rows, threads, [&](Index r) {
-        for (Index c = 0; c < r; ++c) h.row(r)[c] = h.row(c)[r] = 0.5 * (h.row(r)[c] + h.row(c)[r]);
-    });
+    make_symmetric(h, threads);
 }
 
 }  // namespace mrgptq

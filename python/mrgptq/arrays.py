@@ -124,13 +124,13 @@ def as_scale(value: float, name: str) -> float:
     return float(number)
 
 
-def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian") -> NDArray[np.float64]:
-    """A fresh float64 copy of a Hessian, exactly symmetric; ``cols`` None takes any size.
+def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *, threads: int | None = None) -> NDArray[np.float64]:
+    """A fresh float64 copy of a Hessian, exactly symmetric, and no other of its size; ``cols`` None takes any size.
 
     Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|), has a negative diagonal entry or a zero one beside others that are none.
     """
     try:
-        values = np.asarray(hessian)
+        values = np.array(hessian, order="C")
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} ({type(hessian).__name__}) does not convert to a numpy array: {error}") from error
     if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":
@@ -139,22 +139,20 @@ def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian") ->
         raise ValueError(f"{name} has shape {values.shape}; it must be square, (cols, cols)")
     if cols is not None and values.shape[0] != cols:
         raise ValueError(f"{name} has shape {values.shape}; a weight of {cols} columns needs ({cols}, {cols})")
-    matrix = values.astype(np.float64)
-    finite = np.isfinite(matrix)
-    if not finite.all():
-        row, col = (int(i) for i in np.argwhere(~finite)[0])
+    matrix = values.astype(np.float64, copy=False)
+    nonfinite, largest, apart, row, col = _core.measure_symmetry(matrix, as_threads(threads))
+    if nonfinite >= 0:
+        row, col = divmod(nonfinite, len(matrix))
         raise ValueError(f"{name} is {matrix[row, col]} at row {row}, column {col}; every entry must be finite")
-    largest = np.abs(matrix).max()
-    apart = np.abs(matrix - matrix.T)
-    if not apart.max() <= 1e-5 * largest:
-        row, col = (int(i) for i in np.unravel_index(int(apart.argmax()), apart.shape))
+    if not apart <= 1e-5 * largest:
         raise ValueError(f"{name} is not symmetric: entries ({row}, {col}) and ({col}, {row}) are {matrix[row, col]:.6g} and {matrix[col, row]:.6g}; allowed is a difference of 1e-5 of the largest entry")
     diagonal = matrix.diagonal()
     if not diagonal.min() >= 0:
         row = int(diagonal.argmin())
         raise ValueError(f"{name} has the negative diagonal entry {diagonal[row]:.6g} at column {row}; a second moment has none")
-    beside_zero = np.abs(matrix[diagonal == 0]).max(axis=1, initial=0)
-    if not (beside_zero <= 1e-5 * largest).all():  # small ones may be what is left of a diagonal that underflowed
-        row = int(np.flatnonzero(diagonal == 0)[beside_zero.argmax()])
-        raise ValueError(f"{name} has 0 on its diagonal at column {row}, but {matrix[row, np.abs(matrix[row]).argmax()]:.6g} beside it; a second moment's column is then all zero")
-    return (matrix + matrix.T) * 0.5
+    for row in map(int, np.flatnonzero(diagonal == 0)):
+        col = int(np.abs(matrix[row]).argmax())
+        if not abs(matrix[row, col]) <= 1e-5 * largest:  # small ones may be what is left of a diagonal that underflowed
+            raise ValueError(f"{name} has 0 on its diagonal at column {row}, but {matrix[row, col]:.6g} beside it; a second moment's column is then all zero")
+    _core.make_symmetric(matrix, as_threads(threads))
+    return matrix

@@ -55,9 +55,10 @@ def tensor_scale_for(
         if not np.isfinite(largest):  # no amax in float32 calls for so small a divisor
             raise ValueError(f"tensor_scale is {tensor_scale!r}; 6 * 448 / tensor_scale, the largest value it could stand for, overflows float32")
         return divisor
-    amax = _core.amax(x, block_size_of(rotation), as_threads(threads))
+    matrix = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    amax = _core.amax(matrix, block_size_of(rotation), as_threads(threads))
     if not np.isfinite(amax):
-        refuse_nonfinite(x, _core.first_nonfinite(x, as_threads(threads)), name)
+        refuse_nonfinite(x, _core.first_nonfinite(matrix, as_threads(threads)), name)
     return nvfp4_tensor_scale(amax)
 
 
@@ -261,7 +262,7 @@ def round_activations(
     if rotation is not None:
         rotation.check_columns(values.shape[-1])
     matrix = values.reshape(-1, values.shape[-1])
-    divisor = tensor_scale_for(format, matrix, mx_rule, tensor_scale, rotation=rotation, name="x", threads=threads)
+    divisor = tensor_scale_for(format, values, mx_rule, tensor_scale, rotation=rotation, name="x", threads=threads)
     in_place = out is x
     out = as_output(np.empty(values.shape, dtype=np.float32) if out is None else out, values.shape)
     if not in_place and np.may_share_memory(out, matrix):

@@ -118,7 +118,7 @@ class Factor:
         self.tokens = hessian.tokens if isinstance(hessian, Hessian) else None
         self.hessian = self.rotation.apply_hessian(hessian, threads=threads)
         self.group_size = self._group_size(group_size)
-        self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked, self.group_size or 1)
+        self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked, self.group_size or 1, as_threads(threads))
         self.seconds = time.perf_counter() - start
 
     def _group_size(self, group_size: int | None) -> int | None:

@@ -218,6 +218,8 @@ def quantize_checkpoint(
                 _log.warning("%s: %s", name, report.fallback)
             elif report.damping != report.damping_asked:
                 _log.warning("%s: damping raised from %g to %g", name, report.damping_asked, report.damping)
+            if report.precision not in (None, plan.recipe.precision):
+                _log.warning("%s: computed in %s, since %s could not hold its losses", name, report.precision, plan.recipe.precision)
             if report.output_damping not in (None, OUTPUT_DAMPING):
                 _log.warning("%s: the output Hessian's damping raised from %g to %g", name, OUTPUT_DAMPING, report.output_damping)
             yield f"{name}.weight", matrix

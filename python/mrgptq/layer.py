@@ -131,8 +131,6 @@ def quantize_layer(
         tensor_scale = shared_tensor_scale([values], recipe, threads=threads)
     divisor = tensor_scale_for(recipe.format, rotated, rule, tensor_scale, threads=threads)
     usable = factor is not None and factor.usable
-    if factor is not None and recipe.precision == "float32" and search == "gptq":
-        _check_range(rotated, factor)
     target = rotated
     if cross is not None:
         target = _shifted(rotated, cross, recipe, factor, threads)
@@ -142,7 +140,7 @@ def quantize_layer(
     first = search if search != "gptq" else "absmax" if usable else "mse"
     weights = _with_dead_columns(second_moment, recipe.damping) if search in HESSIAN_SEARCHES and second_moment is not None else None
     losses: list[float] = []
-    method, fallback = "rounding", None
+    method, fallback, precision = "rounding", None, None
     coupled = outputs.core if usable and outputs is not None and outputs.usable else None
     if factor is None or not factor.usable:
         if factor is not None:
@@ -153,9 +151,9 @@ def quantize_layer(
             scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
             codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
     else:
-        method = "gptq"
+        method, precision = "gptq", recipe.precision if search != "gptq" or _fits_float32(rotated, factor) else "float64"
         scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
-        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, coupled, recipe.precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
+        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, coupled, precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
 
     if outputs is not None and fallback is None:
         if not outputs.usable:
@@ -176,6 +174,7 @@ def quantize_layer(
         damping_asked=recipe.damping if factor else None,
         dead_columns=None if second_moment is None else int((second_moment.diagonal() == 0).sum()),
         fallback=fallback,
+        precision=precision,
         output_damping=outputs.damping if outputs is not None else None,
         cross=recipe.cross if cross is not None and usable else 0.0,
         tokens=tokens,
@@ -220,18 +219,17 @@ def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, recipe: Recipe, fac
     return target
 
 
-def _check_range(weight: NDArray[np.float32], factor: Factor) -> None:
-    """Losses are compared in the solver's precision: in float32 the largest must stay clear of overflow, and of what vanishes, with room for smaller groups and for sums."""
+def _fits_float32(weight: NDArray[np.float32], factor: Factor) -> bool:
+    """Whether losses can be compared in float32: the largest must stay clear of overflow, and of what vanishes, with room for smaller groups and for sums."""
     amax, diagonal = float(np.abs(weight).max()), float(factor.hessian.diagonal().max())
-    if amax and diagonal and not 1e-20 < amax**2 * diagonal < 1e30:
-        raise ValueError(f'weight reaches {amax:.3g} and the diagonal of hessian {diagonal:.3g}: losses of weight² · hessian beyond 1e-20 … 1e30 do not fit the precision "float32"; take "float64" or scale them')
+    return not amax or not diagonal or 1e-20 < amax**2 * diagonal < 1e30
 
 
 def _output_factor(output_hessian: ArrayLike, rows: int, recipe: Recipe, threads: int | None) -> Factor:
     """The factor of the outputs' second moment, which no rotation of the inputs touches."""
     if recipe.solver != "gptq":
         raise ValueError(f'output_hessian is given, but the recipe\'s solver is "{recipe.solver}"; it needs "gptq"')
-    matrix = as_symmetric(output_hessian, None, "output_hessian")
+    matrix = as_symmetric(output_hessian, None, "output_hessian", threads=threads)
     if len(matrix) != rows:
         raise ValueError(f"output_hessian has shape {matrix.shape}; a weight of {rows} rows needs ({rows}, {rows})")
     return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, threads=threads)

@@ -47,7 +47,8 @@ class Recipe(Shown):
     activation_rule : how the scale of a group of inputs is found: "absmax" (for MXFP4 by ``mx_rule``), or another rule of ``quantize`` such as "mse" or, for MXFP4, "even". Stock
         loaders know absmax and even alone; only the dialect "mrgptq" stores the others.
     precision : of GPTQ's errors and feedback; the factor is float64 in both. "float64": equal to ``mrgptq.reference`` code for code. "float32": faster; a row may part from
-        the reference where a value lies within float32 rounding of a tie, which moved relative errors by up to 2e-6 in our tests.
+        the reference where a value lies within float32 rounding of a tie, which moved relative errors by up to 2e-6 in our tests, and by up to 3e-4 of itself where scales are searched; where
+        losses do not fit float32 a layer is computed in float64 and its report says so.
 
     Raises
     ------
@@ -120,7 +121,7 @@ class Recipe(Shown):
             return base
         if name == "mr-gptq":
             return replace_checked(base, rotation=block_format(format).group_size, scales="fpquant_mse")
-        best = replace_checked(base, scales="gptq", order="group", rounds=BEST_ROUNDS, damping=BEST_DAMPING, output_hessian="fisher")
+        best = replace_checked(base, scales="gptq", order="group", rounds=BEST_ROUNDS, damping=BEST_DAMPING, output_hessian="fisher", precision="float32")
         if activations is None:
             best = replace_checked(best, cross=BEST_CROSS)
         # At W4A4 the inputs' rounding decides, and MXFP4's is better in a rotated basis, NVFP4's in the original one. Loaders of fp_quant always rotate.

@@ -26,6 +26,7 @@ class LayerReport(Shown):
     damping, damping_asked : λ / mean(live diagonal of H) as used and as asked; they differ where the factorisation failed at first. None where nothing was factorised.
     dead_columns : columns that no input reached (diagonal of H zero); they were rounded plainly. None without a Hessian.
     fallback : why another method than the one asked was used, None where none was.
+    precision : of GPTQ as carried out; "float64" where "float32" was asked and could not hold the losses, weight² times the diagonal of H being beyond 1e-20 … 1e30. None for plain rounding.
     rounded_error : the relative error that plain absmax rounding would have had, to set beside ``relative_error``; None without a Hessian.
     damped_errors : tr(E R E^T) / tr(W R W^T) with R = H + λI, the loss that the solver works on: after the solver, then after each round of refinement. Where a weight was shifted
         to other inputs (``cross``), or rows make up for each other (``output_error``), E is from the shifted one. Empty for plain rounding.
@@ -48,6 +49,7 @@ class LayerReport(Shown):
     damping_asked: float | None = None
     dead_columns: int | None = None
     fallback: str | None = None
+    precision: str | None = None
     rounded_error: float | None = None
     damped_errors: tuple[float, ...] = ()
     scale_offsets: dict[int, int] = field(default_factory=dict)
@@ -85,6 +87,8 @@ class LayerReport(Shown):
         if self.damping is not None:
             raised = f" (asked {self.damping_asked:g})" if self.damping != self.damping_asked else ""
             rows.append(("damping", f"{self.damping:g}{raised}"))
+        if self.precision is not None:
+            rows.append(("precision", self.precision))
         if self.output_damping is not None:
             rows.append(("output damping", self.output_damping))
         if self.cross:

@@ -24,8 +24,7 @@ class Identity:
 
     def apply_hessian(self, hessian: ArrayLike, *, threads: int | None = None) -> NDArray[np.float64]:
         """A float64 copy of ``hessian`` (cols, cols)."""
-        as_threads(threads)
-        return as_symmetric(hessian, None)
+        return as_symmetric(hessian, None, threads=threads)
 
     def apply_both(self, matrix: NDArray[np.float64], *, threads: int | None = None) -> NDArray[np.float64]:
         """``matrix`` (cols, cols) itself."""
@@ -107,7 +106,7 @@ class Hadamard:
 
     def apply_hessian(self, hessian: ArrayLike, *, threads: int | None = None) -> NDArray[np.float64]:
         """T^T H T, (cols, cols) float64, symmetric: the second moment of the rotated inputs. ``hessian`` is left as it is."""
-        rotated = as_symmetric(hessian, None)
+        rotated = as_symmetric(hessian, None, threads=threads)
         self.check_columns(rotated.shape[0], "hessian")
         _core.rotate_hessian(rotated, self.block_size, as_threads(threads))
         return rotated

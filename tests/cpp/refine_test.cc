@@ -14,6 +14,7 @@
 #include "codecs/codec.h"
 #include "gptq/factor.h"
 #include "gptq/refine.h"
+#include "gptq/shift.h"
 #include "gptq/solver.h"
 #include "matrices.h"
 #include "refusal.h"

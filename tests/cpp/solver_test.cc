@@ -11,6 +11,7 @@
 
 #include "codecs/codec.h"
 #include "gptq/factor.h"
+#include "gptq/shift.h"
 #include "gptq/solver.h"
 #include "matrices.h"
 #include "refusal.h"

@@ -84,8 +84,6 @@ def calibrate(
                 round_inputs([named[name] for name in group], activations[group], rotation_of(recipe.rotation))
         if index + 1 < len(blocks):
             _run(block, hidden, block_kwargs[index], keep=True)
-            if original is not None:
-                _run(original, original_hidden, block_kwargs[index], keep=True)
 
 
 def _backward_passes(model: Any, linears: dict[int, list[str]]) -> dict[int, list[str]]:
@@ -207,7 +205,10 @@ def _observe(
 def _observe_both(
     block: torch.nn.Module, original: torch.nn.Module, groups: list[_Group], named: dict[str, Any], hidden: list[torch.Tensor], original_hidden: list[torch.Tensor], kwargs: _Kwargs
 ) -> dict[_Group, torch.Tensor]:
-    """Pass every batch through a block and through its original: {group: sum over tokens of X^T X̃}, (cols, cols) float64, products of a batch in float32."""
+    """Pass every batch through a block and through its original: {group: sum over tokens of X^T X̃}, (cols, cols) float64, products of a batch in float32.
+
+    The original's outputs take the place of its inputs, for the next block; the block's own inputs stay, since its weights are still to change.
+    """
     inputs: dict[_Group, torch.Tensor] = {}
     crosses = {group: torch.zeros(named[group[0]].in_features, named[group[0]].in_features, dtype=torch.float64, device=hidden[0].device) for group in groups}
     paths = {module: name for name, module in block.named_modules()}
@@ -227,8 +228,8 @@ def _observe_both(
     with _removing([original.get_submodule(paths[named[group[0]]]).register_forward_pre_hook(keep(group)) for group in groups]):
         # Before the hooks that round: they hand a module other inputs than it was given.
         with _removing([named[group[0]].register_forward_pre_hook(multiply(group), prepend=True) for group in groups]):
-            for batch, original_batch in zip(hidden, original_hidden, strict=True):
-                _forward(original, original_batch, kwargs)
+            for i, batch in enumerate(hidden):
+                original_hidden[i] = _forward(original, original_hidden[i], kwargs)
                 _forward(block, batch, kwargs)
     return crosses
 

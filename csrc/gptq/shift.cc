@@ -1,0 +1,57 @@
+#include "gptq/shift.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "base/check.h"
+#include "base/parallel.h"
+#include "gptq/triangular.h"
+
+namespace mrgptq {
+
+void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const double> h, const Factor& factor, double strength, MatrixView<float> target, int threads) {
+    constexpr Index most_tiles = 8;
+    const Index n = weight.cols, tiles = (weight.rows + lanes - 1) / lanes;
+    check(factor.usable() && factor.cols() == n && cross.rows == n && cross.cols == n && h.rows == n && h.cols == n && target.rows == weight.rows && target.cols == n,
+          "shift_to_inputs: weight, cross, hessian, factor and target do not have the same columns");
+    parallel_for_ranges(tiles, most_tiles, threads, [&](Index first_tile, Index last_tile) {
+        const auto count = static_cast<std::size_t>(last_tile - first_tile);
+        std::vector<Tile<double>> w(count, Tile<double>::Zero(lanes, n)), gap(count, Tile<double>::Zero(lanes, (n + kernel_cols - 1) / kernel_cols * kernel_cols));
+        const auto each_row = [&](auto&& use) {
+            for (std::size_t t = 0; t < count; ++t)
+                for (Index r = 0, row = (first_tile + static_cast<Index>(t)) * lanes; r < lanes && row < weight.rows; ++r, ++row) use(t, r, row);
+        };
+        each_row([&](std::size_t t, Index r, Index row) {
+            for (Index c = 0; c < n; ++c) w[t](r, c) = weight.row(row)[c];
+        });
+        // W (cross - H), columns by the factor's position; a dead column has nothing to make up for.
+        Strips<double> strips;
+        std::vector<double> difference(static_cast<std::size_t>(block * block));
+        for (Index begin = 0; begin < n; begin += block) {
+            const Index width = std::min(block, n - begin);
+            for (Index k = 0; k < n; k += block) {
+                const Index depth = std::min(block, n - k);
+                for (Index i = 0; i < depth; ++i)
+                    for (Index j = 0; j < width; ++j) {
+                        const Index c = factor.column(begin + j);
+                        difference[static_cast<std::size_t>(i * width + j)] = h.row(c)[c] == 0 ? 0 : cross.row(k + i)[c] - h.row(k + i)[c];
+                    }
+                strips.pack(difference.data(), width, 1, depth, width);
+                for (std::size_t t = 0; t < count; ++t) strips.multiply(w[t].col(k).data(), 0, depth, width, gap[t].col(begin).data());
+            }
+        }
+        // x R = gap with R = U D Uᵀ.
+        divide_by_transposed_unit(gap, factor);
+        for (auto& x : gap)
+            for (Index p = 0; p < n; ++p) x.col(p) /= factor.pivots()[p];
+        divide_by_unit(gap, factor);
+        each_row([&](std::size_t t, Index r, Index row) {
+            for (Index p = 0; p < n; ++p) {
+                const Index c = factor.column(p);
+                target.row(row)[c] = static_cast<float>(w[t](r, c) + strength * gap[t](r, p));
+            }
+        });
+    });
+}
+
+}  // namespace mrgptq

@@ -1,0 +1,12 @@
+// Targets for the inputs that a layer will see, once the layers before it are quantised, instead of those it was trained on.
+#pragma once
+
+#include "gptq/factor.h"
+
+namespace mrgptq {
+
+// target = weight + strength * W (cross - H) (H + λI)⁻¹ in the factor's basis, where cross = Xᵀ X̃ / tokens and H = X̃ᵀ X̃ / tokens: the weights that answer the inputs X̃, which the
+// layer will see, most nearly as `weight` answers X. All (rows, cols) or (cols, cols). Dead columns keep their weights.
+void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const double> h, const Factor& factor, double strength, MatrixView<float> target, int threads);
+
+}  // namespace mrgptq

@@ -1,0 +1,39 @@
+// The product that everything else is made of: a register tile of C, two vectors of rows by a few columns, summed over the depth.
+//
+// An element of C is one chain of fused multiply-adds over k, begun at zero and added to C at its end. Lanes lie along the rows and never along k, so the bytes depend on where the chains are
+// cut, which the callers fix, and on nothing else: not on the tile an element falls into, the number of threads or the vector's width.
+#pragma once
+
+#include <array>
+
+#include "linalg/vector.h"
+
+namespace mrgptq {
+
+template <class Real>
+inline constexpr Index kernel_rows = 2 * vector_size<Real>;
+inline constexpr Index kernel_cols = vector_bytes == 64 ? 8 : 4;  // as many pairs of accumulators as leave registers for the rest
+
+// c[j * c_stride + r] += or -= Σ_k a[k * a_stride + r] * b[k * b_stride + j]  for r < kernel_rows, j < kernel_cols.
+template <class Real, bool subtract>
+inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, Real* c, Index c_stride) noexcept {
+    constexpr Index w = vector_size<Real>;
+    std::array<Vector<Real>, kernel_cols> low{}, high{};
+    for (Index k = 0; k < depth; ++k, a += a_stride, b += b_stride) {
+        const Vector<Real> a0 = load(a), a1 = load(a + w);
+#pragma GCC unroll 8
+        for (Index j = 0; j < kernel_cols; ++j) {
+            const Vector<Real> bj = splat(b[j]);
+            low[j] = fused(a0, bj, low[j]);
+            high[j] = fused(a1, bj, high[j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (Index j = 0; j < kernel_cols; ++j) {
+        Real* column = c + j * c_stride;
+        store<Real>(column, subtract ? load(column) - low[j] : load(column) + low[j]);
+        store<Real>(column + w, subtract ? load(column + w) - high[j] : load(column + w) + high[j]);
+    }
+}
+
+}  // namespace mrgptq

@@ -1,0 +1,35 @@
+// Matrices as the kernel reads them. The left factor and the product lie in *lanes*: 32 rows together, column after column, so that a column's 32 values are adjacent (the last rows of a
+// matrix are filled up with zeros). The right factor lies in *strips*: kernel_cols columns together, row after row.
+#pragma once
+
+#include <algorithm>
+
+#include "linalg/kernel.h"
+
+namespace mrgptq {
+
+constexpr Index lanes = 32;
+static_assert(lanes % kernel_rows<float> == 0 && lanes % kernel_rows<double> == 0);
+
+// Rows of the right factor that one chain sums: with as many columns of 32 lanes it fills half of the first cache.
+constexpr Index product_depth = 128;
+
+constexpr Index strip_count(Index cols) noexcept { return (cols + kernel_cols - 1) / kernel_cols; }
+
+// Strips of a (depth, width) matrix whose element (k, j) is from[k * row_step + j * col_step]; columns up to the next whole strip become zero. One of the steps is 1 where it matters.
+template <class Real, class From>
+void pack_strips(const From* from, Index row_step, Index col_step, Index depth, Index width, Real* strips) noexcept {
+    for (Index first = 0; first < width; first += kernel_cols, strips += depth * kernel_cols) {
+        const Index here = std::min(kernel_cols, width - first);
+        if (here < kernel_cols) std::fill_n(strips, depth * kernel_cols, Real(0));
+        if (row_step == 1 && here == kernel_cols) {
+            for (Index k = 0; k < depth; ++k)
+                for (Index j = 0; j < kernel_cols; ++j) strips[k * kernel_cols + j] = static_cast<Real>(from[k + (first + j) * col_step]);
+        } else {
+            for (Index k = 0; k < depth; ++k)
+                for (Index j = 0; j < here; ++j) strips[k * kernel_cols + j] = static_cast<Real>(from[k * row_step + (first + j) * col_step]);
+        }
+    }
+}
+
+}  // namespace mrgptq
