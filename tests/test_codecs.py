@@ -309,3 +309,66 @@ def test_same_bytes_for_any_number_of_threads(format, search, rule):
 def test_what_no_rule_can_mean_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(AWKWARD["heavy tails"])
+
+
+# ---- A rotation in the same pass
+
+
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("k", [2, 16, 32, 96 // 3])
+def test_rotating_in_the_same_pass_gives_the_bytes_of_two(format, k, search):
+    w, rotation = AWKWARD["heavy tails"], mg.Hadamard(k)
+    two = mg.quantize(reference.rotate(w, k), format, scales=search)
+    one = mg.quantize(w, format, scales=search, rotation=rotation)
+    assert_same(one, two)
+    assert one.rotation == rotation and two.rotation == mg.Identity()
+    assert one.report.weight_error == two.report.weight_error and one.report.scale_offsets == two.report.scale_offsets
+    assert np.abs(one.dequantize(unrotate=True) - w).max() < 0.5 * np.abs(w).max()
+    kept = w.copy()
+    rounded = mg.round_activations(w, format, rule=search, rotation=rotation)
+    assert np.array_equal(rounded, two.dequantize()) and np.array_equal(w, kept)
+    assert mg.round_activations(kept, format, rule=search, rotation=rotation, out=kept) is kept
+    assert np.array_equal(kept, rounded)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_not_finite_is_named_and_nothing_of_the_callers_is_written(format):
+    w = AWKWARD["heavy tails"].copy()
+    w[20, 3], w[5, 70] = np.inf, np.nan
+    out, kept = np.full_like(w, 7), w.copy()
+    divisor = None if format == "mxfp4" else 100.0
+    for rotation in (None, mg.Hadamard(32)):
+        for tensor_scale in (None, divisor):
+            with pytest.raises(ValueError, match="weight is nan at row 5, column 70; every value must be finite"):
+                mg.quantize(w, format, tensor_scale=tensor_scale, rotation=rotation)
+            for target in (None, out, w):
+                with pytest.raises(ValueError, match="x is nan at row 5, column 70; every value must be finite"):
+                    mg.round_activations(w, format, tensor_scale=tensor_scale, rotation=rotation, out=target)
+        with pytest.raises(ValueError, match=r"x is nan at index \(1, 1, 70\)"):
+            mg.round_activations(w.reshape(6, 4, 96), format, rotation=rotation)
+    assert (out == 7).all() and np.array_equal(w, kept, equal_nan=True)
+    with pytest.raises(ValueError, match="x is nan at row 5, column 70"):
+        mg.Hadamard(16).apply(w)
+    huge = np.full((3, 96), 0.9 * FLT_MAX, dtype=np.float32)
+    with pytest.raises(ValueError, match="row 0 overflows float32 when it is rotated by blocks of 32"):
+        mg.quantize(huge, format, rotation=mg.Hadamard(32))
+
+
+def test_a_rotation_that_is_none_or_does_not_fit_is_refused():
+    w = AWKWARD["heavy tails"]
+    with pytest.raises(TypeError, match="rotation is 32; it must be None or a rotation such as Hadamard"):
+        mg.quantize(w, rotation=32)
+    with pytest.raises(ValueError, match="weight has 96 columns; a rotation of block size 64 needs a multiple of it"):
+        mg.quantize(w, rotation=mg.Hadamard(64))
+    with pytest.raises(ValueError, match="x has 96 columns; a rotation of block size 64 needs a multiple of it"):
+        mg.round_activations(w, "mxfp4", rotation=mg.Hadamard(64))
+    assert_same(mg.quantize(w, rotation=mg.Identity()), mg.quantize(w))
+
+
+def test_dequantize_fills_an_array_that_is_given():
+    q = mg.quantize(AWKWARD["heavy tails"])
+    out = np.empty((24, 200), dtype=np.float32)[:, 7:103]
+    assert q.dequantize(out) is out and np.array_equal(out, q.dequantize())
+    with pytest.raises(ValueError, match=r"out is float32 of shape \(24, 95\); it must be a float32 array of shape \(24, 96\)"):
+        q.dequantize(np.empty((24, 95), np.float32))

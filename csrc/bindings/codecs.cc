@@ -14,9 +14,9 @@ ScaleRule rule_named(const std::string& search, const std::string& mx_rule, bool
 }  // namespace
 
 void register_codecs(py::module_& module) {
-    module.def("amax", [](const py::array& x, int threads) {
+    module.def("amax", [](const py::array& x, Index block_size, int threads) {
         const auto in = view<float>(x);
-        return without_gil([&] { return amax(in, threads); });
+        return without_gil([&] { return amax(in, threads, block_size); });
     });
     module.def("first_nonfinite", [](const py::array& x, int threads) {
         const auto in = view<float>(x);
@@ -24,6 +24,14 @@ void register_codecs(py::module_& module) {
     });
     module.def("nvfp4_tensor_scale", &nvfp4_tensor_scale);
     module.def("mx_tensor_scale", [](const std::string& mx_rule) { return mx_tensor_scale(mx_rule_named(mx_rule)); });
+    module.def("quantize", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, Index block_size, float tensor_scale, int threads) {
+        const auto in = view<float>(weight);
+        auto codes = matrix<std::uint8_t>(in.rows, in.cols / 2);
+        auto scales = matrix<std::uint8_t>(in.rows, with_format(format, [&](auto f) { return in.cols / decltype(f)::group_size; }));
+        const auto to_codes = writable<std::uint8_t>(codes), to_scales = writable<std::uint8_t>(scales);
+        const Index position = without_gil([&] { return quantize(format, rule_named(search, mx_rule), in, tensor_scale, to_codes, to_scales, threads, block_size); });
+        return py::make_tuple(codes, scales, position);
+    });
     module.def("find_scales", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, float tensor_scale, const py::object& hessian, int threads) {
         const auto in = view<float>(weight);
         const auto moment = hessian.is_none() ? MatrixView<const double>{nullptr, 0, 0, 0} : view<double>(py::reinterpret_borrow<py::array>(hessian));
@@ -48,11 +56,17 @@ void register_codecs(py::module_& module) {
         without_gil([&] { dequantize(format, in, in_scales, tensor_scale, out, threads); });
         return values;
     });
+    module.def("dequantize_into", [](const std::string& format, const py::array& codes, const py::array& scales, float tensor_scale, py::array& out, int threads) {
+        const auto in = view<std::uint8_t>(codes);
+        const auto in_scales = view<std::uint8_t>(scales);
+        const auto to = writable<float>(out);
+        without_gil([&] { dequantize(format, in, in_scales, tensor_scale, to, threads); });
+    });
     module.def("round_to_grid",
-               [](const std::string& format, const std::string& search, const std::string& mx_rule, bool bfloat16_sixth, const py::array& x, float tensor_scale, py::array& out, int threads) {
+               [](const std::string& format, const std::string& search, const std::string& mx_rule, bool bfloat16_sixth, const py::array& x, Index block_size, float tensor_scale, py::array& out, int threads) {
                    const auto in = view<float>(x);
                    const auto to = writable<float>(out);
-                   without_gil([&] { round_to_grid(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to, threads); });
+                   return without_gil([&] { return round_to_grid(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to, threads, block_size); });
                });
     module.def("pack", [](const py::array& codes, int threads) {
         const auto in = view<std::uint8_t>(codes);

@@ -7,7 +7,7 @@ void register_rotations(py::module_& module) {
     module.def("rotate_columns", [](const py::array& x, Index block_size, py::array& out, int threads) {
         const auto in = view<float>(x);
         const auto to = writable<float>(out);
-        without_gil([&] { rotate_columns(in, block_size, to, threads); });
+        return without_gil([&] { return rotate_columns(in, block_size, to, threads); });
     });
     module.def("rotate_both", [](py::array& h, Index block_size, int threads) {
         const auto in_out = writable<double>(h);

@@ -1,18 +1,18 @@
 #include "codecs/codec.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
+#include <limits>
 #include <vector>
 
+#include "base/finite.h"
 #include "base/parallel.h"
-#include "codecs/packing.h"
+#include "codecs/chunk.h"
+#include "codecs/scale_search.h"
+#include "rotations/hadamard.h"
 
 namespace mrgptq {
 namespace {
-
-// Rows a thread takes at a time: enough to hide the handing out, few enough to share a small matrix.
-constexpr Index row_grain = 8;
 
 template <class T>
 void check_groups(const MatrixView<T>& matrix, const MatrixView<const std::uint8_t>& scales, Index group_size, const char* name) {
@@ -27,65 +27,197 @@ void check_codes(const MatrixView<const std::uint8_t>& codes, Index rows, Index 
                                                             std::to_string(cols) + "), two columns a byte");
 }
 
-void encode_values(const float* x, Index count, float step, std::uint8_t* codes) noexcept {
-    // Divide, never multiply by a rounded reciprocal: that moves ties.
-    for (Index c = 0; c < count; ++c) codes[c] = e2m1::encode(x[c] / step);
-}
+bool needs_hessian(const ScaleRule& rule) noexcept { return rule.search == ScaleSearch::hessian || rule.search == ScaleSearch::hessian_block; }
 
-void round_values(const float* x, Index count, float step, float* out) noexcept {
-    for (Index c = 0; c < count; ++c) out[c] = step * e2m1::decode(e2m1::encode(x[c] / step));
-}
+void check_group_rule(const ScaleRule& rule) { check(!needs_hessian(rule), "the scale rule weighs errors by a hessian; find_scales alone takes one"); }
 
-// Kept out of line: with the group's length known, GCC 12 unrolls the two table look-ups completely and compiles this file for half a minute, for no faster code.
-[[gnu::noinline]] void decode_values(const std::uint8_t* packed, Index count, float step, float* x) noexcept {
-    for (Index j = 0; j < count / 2; ++j) {
-        x[2 * j] = step * e2m1::decode(packed[j]);
-        x[2 * j + 1] = step * e2m1::decode(packed[j] >> 4);
+// Where a row's codes, scales and rounded values go; nullptr where one is not wanted.
+struct Targets {
+    std::uint8_t* codes = nullptr;
+    std::uint8_t* scales = nullptr;
+    float* values = nullptr;
+
+    void advance(Index groups, Index group_size) noexcept {
+        if (codes) codes += groups * group_size / 2;
+        if (scales) scales += groups;
+        if (values) values += groups * group_size;
     }
+};
+
+// The scales of a chunk's groups, whose largest magnitudes are finite, by any rule of the group alone.
+template <class Format>
+MRGPTQ_INLINE void scales_of_chunk(const float* x, simd::Words amax, const ScaleRule& rule, float tensor_scale, std::uint8_t* scales) noexcept {
+    using namespace simd;
+    if (rule.search == ScaleSearch::absmax)
+        store_bytes(scales, absmax_scales<Format>(amax, rule, tensor_scale));
+    else if (rule.search == ScaleSearch::mse)
+        least_error_scales<Format>(x, amax, rule, tensor_scale, scales);
+    else if (rule.search == ScaleSearch::fpquant_mse)
+        shrunk_scales<Format>(x, amax, rule, tensor_scale, scales);
+    else
+        for (int group = 0; group < lanes; ++group) scales[group] = group_scale<Format>(x + group * Format::group_size, rule, tensor_scale);
+}
+
+template <class Format, Quotient quotient>
+MRGPTQ_INLINE void write_groups(const simd::E2m1Rounder& to_e2m1, const float* x, const float* source, Index groups, const float* steps, const float* inverses, const Targets& to) noexcept {
+    constexpr Index size = Format::group_size;
+    if (to.codes)
+        for (Index group = 0; group < groups; ++group) {
+            // The next strip comes while this one is encoded; the processor's own prefetching ends with the page.
+            for (Index c = 0; c < size; c += 16) __builtin_prefetch(source + (group + groups) * size + c);
+            encode_group<Format, quotient>(to_e2m1, x + group * size, steps[group], inverses[group], to.codes + group * size / 2);
+        }
+    if (to.values)
+        for (Index group = 0; group < groups; ++group) round_group<Format, quotient>(to_e2m1, x + group * size, steps[group], inverses[group], to.values + group * size);
+}
+
+// Chunks whose scales are found together: the chain of operations from a largest magnitude to a step is long, and the processor works on several while it waits.
+constexpr Index strip_chunks = 4;
+
+// At most strip_chunks chunks of a row; `source` is where they come from in memory, x itself unless it was rotated. False where a group holds what is not finite; nothing is written then.
+template <class Format, bool by_reciprocal>
+bool quantize_strip(const simd::E2m1Rounder& to_e2m1, const float* x, const float* source, Index chunks, const ScaleRule& rule, float tensor_scale, const Targets& to) noexcept {
+    using namespace simd;
+    Words amax[strip_chunks], largest{};
+    for (Index k = 0; k < chunks; ++k) {
+        amax[k] = group_maxima<Format>(x + k * chunk_cols<Format>);
+        largest = max(largest, amax[k]);
+    }
+    if (any_at_least(largest, infinity_bits)) return false;
+    alignas(64) std::uint8_t scales[strip_chunks * lanes];
+    alignas(64) float steps[strip_chunks * lanes], inverses[strip_chunks * lanes];
+    bool may_correct = has_fused;
+    for (Index k = 0; k < chunks; ++k) {
+        scales_of_chunk<Format>(x + k * chunk_cols<Format>, amax[k], rule, tensor_scale, scales + k * lanes);
+        const Words bytes = load_bytes(scales + k * lanes);
+        const Floats step = group_steps<Format>(bytes, tensor_scale);
+        store(steps + k * lanes, step);
+        store(inverses + k * lanes, by_reciprocal ? e8m0_reciprocals(bytes) : 1.0f / step);
+        may_correct = may_correct && (by_reciprocal || moderate(amax[k], step));
+    }
+    if (to.scales) std::copy_n(scales, chunks * lanes, to.scales);
+    if constexpr (by_reciprocal)
+        write_groups<Format, Quotient::reciprocal>(to_e2m1, x, source, chunks * lanes, steps, inverses, to);
+    else if (may_correct)
+        write_groups<Format, Quotient::corrected>(to_e2m1, x, source, chunks * lanes, steps, inverses, to);
+    else
+        write_groups<Format, Quotient::division>(to_e2m1, x, source, chunks * lanes, steps, inverses, to);
+    return true;
+}
+
+// Adjacent groups of a row: strip by strip, and what is left over in a chunk of its own, filled up with zeros.
+template <class Format, bool by_reciprocal>
+bool quantize_groups(const float* x, const float* source, Index groups, const ScaleRule& rule, float tensor_scale, Targets to) noexcept {
+    constexpr Index size = Format::group_size;
+    const simd::E2m1Rounder to_e2m1;
+    while (groups >= simd::lanes) {
+        const Index chunks = std::min(groups / simd::lanes, strip_chunks), done = chunks * simd::lanes;
+        if (!quantize_strip<Format, by_reciprocal>(to_e2m1, x, source, chunks, rule, tensor_scale, to)) return false;
+        groups -= done;
+        x += done * size;
+        source += done * size;
+        to.advance(done, size);
+    }
+    if (groups == 0) return true;
+    alignas(64) float rest[chunk_cols<Format>] = {};
+    alignas(64) std::uint8_t codes[chunk_cols<Format> / 2], scales[simd::lanes];
+    std::copy_n(x, groups * size, rest);
+    if (!quantize_strip<Format, by_reciprocal>(to_e2m1, rest, rest, 1, rule, tensor_scale, {to.codes ? codes : nullptr, scales, to.values ? rest : nullptr})) return false;
+    if (to.scales) std::copy_n(scales, groups, to.scales);
+    if (to.codes) std::copy_n(codes, groups * size / 2, to.codes);
+    if (to.values) std::copy_n(rest, groups * size, to.values);
+    return true;
+}
+
+// Calls f(std::bool_constant) with whether a format's steps under that tensor scale are powers of two.
+template <class Format, class F>
+void with_reciprocals(float tensor_scale, F&& f) {
+    if constexpr (std::is_same_v<Format, Mxfp4>)
+        if (tensor_scale == 1.0f) return f(std::true_type{});
+    f(std::false_type{});
+}
+
+// Every row of x, rotated piece by piece where `block_size` is not 0, through quantize_groups; to(row) gives the row's targets. Returns as quantize() does.
+template <class Format, class RowTargets>
+Index quantize_rows(const ScaleRule& rule, MatrixView<const float> x, Index block_size, float tensor_scale, int threads, RowTargets&& to) {
+    if (block_size) check_rotation(block_size, x.cols);
+    const Index piece = block_size ? std::max(strip_chunks * chunk_cols<Format>, block_size) : x.cols;  // both are powers of two: a piece is whole chunks and whole blocks
+    FirstRow bad;
+    with_reciprocals<Format>(tensor_scale, [&]<bool by_reciprocal>(std::bool_constant<by_reciprocal>) {
+        parallel_for_ranges(x.rows, rows_a_piece(x.cols), threads, [&](Index begin, Index end) {
+            std::vector<float> rotated(static_cast<std::size_t>(block_size ? piece : 0));
+            for (Index r = begin; r < end; ++r) {
+                Targets target = to(r);
+                for (Index c = 0; c < x.cols; c += piece) {
+                    const Index cols = std::min(piece, x.cols - c);
+                    const float* values = x.row(r) + c;
+                    if (block_size) {
+                        rotate_piece(values, cols, block_size, rotated.data());
+                        values = rotated.data();
+                    }
+                    if (!quantize_groups<Format, by_reciprocal>(values, x.row(r) + c, cols / Format::group_size, rule, tensor_scale, target)) return bad.note(r);
+                    target.advance(cols / Format::group_size, Format::group_size);
+                }
+            }
+        });
+    });
+    if (!bad.found()) return -1;
+    // What is not finite is still there, even in place: its chunk was not written.
+    const Index position = first_nonfinite(x, threads);
+    if (position < 0) refuse_overflow(bad.row(), block_size);
+    return position;
 }
 
 }  // namespace
 
-float amax(MatrixView<const float> x, int threads) {
-    std::vector<float> largest(static_cast<std::size_t>((x.rows + row_grain - 1) / row_grain), 0.0f);
-    parallel_for_ranges(x.rows, row_grain, threads, [&](Index begin, Index end) {
-        float& mine = largest[static_cast<std::size_t>(begin / row_grain)];
-        for (Index r = begin; r < end; ++r) mine = std::max(mine, group_amax(x.row(r), x.cols));
+float amax(MatrixView<const float> x, int threads, Index block_size) {
+    if (block_size) check_rotation(block_size, x.cols);
+    const Index piece = block_size ? std::min(x.cols, std::max<Index>(block_size, 512)) : x.cols;
+    const Index rows = rows_a_piece(x.cols);
+    std::vector<float> largest(static_cast<std::size_t>((x.rows + rows - 1) / rows), 0.0f);
+    FirstRow bad;
+    parallel_for_ranges(x.rows, rows, threads, [&](Index begin, Index end) {
+        std::vector<float> rotated(static_cast<std::size_t>(block_size ? piece : 0));
+        std::uint32_t mine = 0;
+        for (Index r = begin; r < end; ++r) {
+            if (!block_size) mine = std::max(mine, std::bit_cast<std::uint32_t>(group_amax(x.row(r), x.cols)));
+            for (Index c = 0; block_size && c < x.cols; c += piece) mine = std::max(mine, rotate_piece(x.row(r) + c, std::min(piece, x.cols - c), block_size, rotated.data()));
+            if (mine >= infinity_bits) return bad.note(r);
+        }
+        largest[static_cast<std::size_t>(begin / rows)] = std::bit_cast<float>(mine);
     });
+    if (bad.found()) {
+        if (block_size && first_nonfinite(x, threads) < 0) refuse_overflow(bad.row(), block_size);
+        return std::numeric_limits<float>::quiet_NaN();
+    }
     return largest.empty() ? 0.0f : *std::max_element(largest.begin(), largest.end());
 }
 
-Index first_nonfinite(MatrixView<const float> x, int threads) {
-    std::vector<Index> found(static_cast<std::size_t>((x.rows + row_grain - 1) / row_grain), -1);
-    parallel_for_ranges(x.rows, row_grain, threads, [&](Index begin, Index end) {
-        for (Index r = begin; r < end; ++r) {
-            const float* row = x.row(r);
-            // One flag a row lets the scan vectorise; the position is looked for only where there is one.
-            std::uint32_t worst = 0;
-            for (Index c = 0; c < x.cols; ++c) worst = std::max(worst, std::bit_cast<std::uint32_t>(row[c]) & 0x7F800000u);
-            if (worst != 0x7F800000u) continue;
-            Index c = 0;
-            while ((std::bit_cast<std::uint32_t>(row[c]) & 0x7F800000u) != 0x7F800000u) ++c;
-            found[static_cast<std::size_t>(begin / row_grain)] = r * x.cols + c;
-            return;
-        }
+Index quantize(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<std::uint8_t> codes, MatrixView<std::uint8_t> scales, int threads,
+               Index block_size) {
+    check_group_rule(rule);
+    return with_format(format, [&]<class Format>(Format) {
+        check_groups<const float>(weight, scales, Format::group_size, "weight");
+        check_codes(codes, weight.rows, weight.cols);
+        return quantize_rows<Format>(rule, weight, block_size, tensor_scale, threads, [&](Index r) { return Targets{codes.row(r), scales.row(r), nullptr}; });
     });
-    const auto first = std::find_if(found.begin(), found.end(), [](Index position) { return position >= 0; });
-    return first == found.end() ? -1 : *first;
 }
 
 void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads) {
-    const bool weighted = rule.search == ScaleSearch::hessian || rule.search == ScaleSearch::hessian_block;
+    const bool weighted = needs_hessian(rule);
     check(!weighted || (hessian.rows == weight.cols && hessian.cols == weight.cols), "the scale rule weighs errors by a hessian of shape (" + std::to_string(weight.cols) + ", " +
                                                                                          std::to_string(weight.cols) + "); got (" + std::to_string(hessian.rows) + ", " + std::to_string(hessian.cols) + ")");
     with_format(format, [&]<class Format>(Format) {
         check_groups<const float>(weight, scales, Format::group_size, "weight");
-        parallel_for_ranges(weight.rows, row_grain, threads, [&](Index begin, Index end) {
+        if (!weighted) {
+            quantize_rows<Format>(rule, weight, 0, tensor_scale, threads, [&](Index r) { return Targets{nullptr, scales.row(r), nullptr}; });
+            return;
+        }
+        parallel_for_ranges(weight.rows, rows_a_piece(weight.cols), threads, [&](Index begin, Index end) {
             for (Index r = begin; r < end; ++r)
                 for (Index g = 0; g < scales.cols; ++g) {
                     const Index c = g * Format::group_size;
-                    const GroupMoment moment = weighted ? GroupMoment{hessian.row(c) + c, hessian.row_stride} : GroupMoment{};
-                    scales.row(r)[g] = group_scale<Format>(weight.row(r) + c, rule, tensor_scale, moment);
+                    scales.row(r)[g] = group_scale<Format>(weight.row(r) + c, rule, tensor_scale, GroupMoment{hessian.row(c) + c, hessian.row_stride});
                 }
         });
     });
@@ -95,12 +227,12 @@ void encode(std::string_view format, MatrixView<const float> weight, MatrixView<
     with_format(format, [&]<class Format>(Format) {
         check_groups(weight, scales, Format::group_size, "weight");
         check_codes(codes, weight.rows, weight.cols);
-        parallel_for_ranges(weight.rows, row_grain, threads, [&](Index begin, Index end) {
-            std::array<std::uint8_t, Format::group_size> group;
+        parallel_for_ranges(weight.rows, rows_a_piece(weight.cols), threads, [&](Index begin, Index end) {
+            const simd::E2m1Rounder to_e2m1;
             for (Index r = begin; r < end; ++r)
                 for (Index g = 0; g < scales.cols; ++g) {
-                    encode_values(weight.row(r) + g * Format::group_size, Format::group_size, group_step<Format>(scales.row(r)[g], tensor_scale), group.data());
-                    pack_row(group.data(), Format::group_size, codes.row(r) + g * Format::group_size / 2);
+                    const Index c = g * Format::group_size;
+                    encode_group<Format, Quotient::division>(to_e2m1, weight.row(r) + c, group_step<Format>(scales.row(r)[g], tensor_scale), 0.0f, codes.row(r) + c / 2);
                 }
         });
     });
@@ -110,27 +242,22 @@ void dequantize(std::string_view format, MatrixView<const std::uint8_t> codes, M
     with_format(format, [&]<class Format>(Format) {
         check_groups(out, scales, Format::group_size, "codes");
         check_codes(codes, out.rows, out.cols);
-        parallel_for_ranges(out.rows, row_grain, threads, [&](Index begin, Index end) {
+        parallel_for_ranges(out.rows, rows_a_piece(out.cols), threads, [&](Index begin, Index end) {
             for (Index r = begin; r < end; ++r)
                 for (Index g = 0; g < scales.cols; ++g) {
-                    const float step = group_step<Format>(scales.row(r)[g], tensor_scale);
-                    decode_values(codes.row(r) + g * Format::group_size / 2, Format::group_size, step, out.row(r) + g * Format::group_size);
+                    const Index c = g * Format::group_size;
+                    decode_group<Format>(codes.row(r) + c / 2, group_step<Format>(scales.row(r)[g], tensor_scale), out.row(r) + c);
                 }
         });
     });
 }
 
-void round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<const float> x, float tensor_scale, MatrixView<float> out, int threads) {
+Index round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<const float> x, float tensor_scale, MatrixView<float> out, int threads, Index block_size) {
+    check_group_rule(rule);
     check(out.rows == x.rows && out.cols == x.cols, "round_to_grid: out has another shape than x");
-    with_format(format, [&]<class Format>(Format) {
+    return with_format(format, [&]<class Format>(Format) {
         check(x.cols % Format::group_size == 0, "x has " + std::to_string(x.cols) + " columns; " + std::string(Format::name) + " needs a multiple of " + std::to_string(Format::group_size));
-        parallel_for_ranges(x.rows, row_grain, threads, [&](Index begin, Index end) {
-            for (Index r = begin; r < end; ++r)
-                for (Index c0 = 0; c0 < x.cols; c0 += Format::group_size) {
-                    const float step = group_step<Format>(group_scale<Format>(x.row(r) + c0, rule, tensor_scale), tensor_scale);
-                    round_values(x.row(r) + c0, Format::group_size, step, out.row(r) + c0);
-                }
-        });
+        return quantize_rows<Format>(rule, x, block_size, tensor_scale, threads, [&](Index r) { return Targets{nullptr, nullptr, out.row(r)}; });
     });
 }
 

@@ -1,28 +1,31 @@
 // Whole matrices to codes and scales and back. Rows are independent; every function gives the same bytes for any number of threads (0: the default) and on every ISA level.
 //
-// Shapes: weight (rows, cols), codes (rows, cols / 2) packed, scales (rows, cols / group_size). Values are finite: the caller asked first_nonfinite().
+// Shapes: weight (rows, cols), codes (rows, cols / 2) packed, scales (rows, cols / group_size). A `block_size` other than 0 stands for a block Hadamard rotation of the columns first, in the
+// same pass over memory; its bytes are those of rotating before.
 #pragma once
 
 #include <string_view>
 
+#include "base/finite.h"
 #include "codecs/scale_rule.h"
 
 namespace mrgptq {
 
-// The largest magnitude; 0 for an empty matrix.
-float amax(MatrixView<const float> x, int threads);
+// The largest magnitude; 0 for an empty matrix, NaN where a value is not finite. Throws where the rotation overflows.
+float amax(MatrixView<const float> x, int threads, Index block_size = 0);
 
-// Row-major position of the first NaN or infinity, -1 where all is finite.
-Index first_nonfinite(MatrixView<const float> x, int threads);
+// Scales and codes in one pass. Returns -1, or the row-major position of the first value that is not finite; codes and scales are then of no use. Throws where the rotation overflows.
+Index quantize(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<std::uint8_t> codes, MatrixView<std::uint8_t> scales, int threads,
+               Index block_size = 0);
 
-// hessian (cols, cols) where the rule weighs errors by it; without columns otherwise.
+// For finite weights; hessian (cols, cols) where the rule weighs errors by it, without columns otherwise.
 void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads);
 
 void encode(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<std::uint8_t> codes, int threads);
 
 void dequantize(std::string_view format, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<float> out, int threads);
 
-// dequantize(encode(x)) without the codes; `out` may be `x`.
-void round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<const float> x, float tensor_scale, MatrixView<float> out, int threads);
+// dequantize(quantize(x)) without the codes; `out` may be `x`. Returns as quantize() does; what lies before that position may have been written.
+Index round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<const float> x, float tensor_scale, MatrixView<float> out, int threads, Index block_size = 0);
 
 }  // namespace mrgptq

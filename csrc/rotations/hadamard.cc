@@ -3,60 +3,127 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstdint>
 #include <string>
 
 #include "base/check.h"
+#include "base/finite.h"
 #include "base/parallel.h"
 #include "linalg/symmetric.h"
+#include "simd/butterflies.h"
 
 namespace mrgptq {
 namespace {
 
+using namespace simd;
+
 constexpr Index row_grain = 8;
 constexpr Index strip = 64;  // columns a piece of the second pass takes: 512 bytes of each row
 
-void check_block(Index block_size, Index cols) {
-    check(block_size >= 2 && std::has_single_bit(static_cast<std::size_t>(block_size)), "rotation block size is " + std::to_string(block_size) + "; it must be a power of two from 2 on");
-    check(cols % block_size == 0, "the matrix has " + std::to_string(cols) + " columns; a rotation of block size " + std::to_string(block_size) + " needs a multiple of it");
+// Blocks that fit the registers: each is read once, transformed, scaled and written once. A block narrower than a vector shares it with its neighbours.
+template <int vectors, int block>
+std::uint32_t rotate_in_registers(const float* x, Index cols, float factor, float* out) noexcept {
+    constexpr Index width = vectors * lanes;
+    Words largest{};
+    const auto rotate = [&](const float* from, float* to) {
+        Floats v[vectors];
+        for (int i = 0; i < vectors; ++i) v[i] = load(from + i * lanes);
+        transform<vectors, block>(v);
+        for (int i = 0; i < vectors; ++i) {
+            v[i] *= factor;
+            largest = max(largest, magnitude_bits(v[i]));
+            store(to + i * lanes, v[i]);
+        }
+    };
+    Index c = 0;
+    for (; c + width <= cols; c += width) rotate(x + c, out + c);
+    if (c < cols) {  // narrow blocks alone, zeros beside them
+        float rest[width] = {};
+        std::copy(x + c, x + cols, rest);
+        rotate(rest, rest);
+        std::copy(rest, rest + (cols - c), out + c);
+    }
+    return largest_lane(largest);
 }
 
-// The unnormalised transform of k adjacent values.
-template <class Real>
-void butterflies(Real* x, Index k) noexcept {
-    for (Index half = 1; half < k; half *= 2)
-        for (Index start = 0; start < k; start += 2 * half)
-            for (Index i = start; i < start + half; ++i) {
-                const Real a = x[i], b = x[i + half];
-                x[i] = a + b;
-                x[i + half] = a - b;
+// One pass over a block in cache for the widths half, 2 half, ... below vectors * half, scaled by `factor` where it is the last.
+template <int vectors>
+void combine(float* x, Index half, Index start, float factor, Words& largest) noexcept {
+    for (Index c = start; c < start + half; c += lanes) {
+        Floats v[vectors];
+        for (int i = 0; i < vectors; ++i) v[i] = load(x + c + i * half);
+        detail::across<vectors>(v);
+        for (int i = 0; i < vectors; ++i) {
+            v[i] *= factor;
+            largest = max(largest, magnitude_bits(v[i]));
+            store(x + c + i * half, v[i]);
+        }
+    }
+}
+
+// Wider ones: pieces of `width` in registers, then pass after pass over the block, which a cache holds.
+std::uint32_t rotate_in_cache(const float* x, Index cols, Index block_size, float factor, float* out) noexcept {
+    constexpr Index width = most_block_vectors * lanes;
+    Words largest{};
+    for (Index begin = 0; begin < cols; begin += block_size) {
+        // No scaling yet, as the definition scales at the end; times one is exact.
+        rotate_in_registers<most_block_vectors, width>(x + begin, block_size, 1.0f, out + begin);
+        for (Index half = width; half < block_size;) {
+            const Index ratio = std::min<Index>(block_size / half, 8);
+            const bool last = ratio * half == block_size;
+            const float scale = last ? factor : 1.0f;
+            Words so_far{};
+            for (Index start = begin; start < begin + block_size; start += ratio * half) {
+                if (ratio == 2) combine<2>(out, half, start, scale, so_far);
+                if (ratio == 4) combine<4>(out, half, start, scale, so_far);
+                if (ratio == 8) combine<8>(out, half, start, scale, so_far);
             }
+            if (last) largest = max(largest, so_far);
+            half *= ratio;
+        }
+    }
+    return largest_lane(largest);
+}
+
+// Calls the kernel whose block is `block_size`, the largest of the registers' first.
+template <int block = most_block_vectors * lanes>
+std::uint32_t rotate_by(const float* x, Index cols, Index block_size, float factor, float* out) noexcept {
+    if (block_size == block) return rotate_in_registers<std::max(block / lanes, 1), block>(x, cols, factor, out);
+    if constexpr (block > 2) return rotate_by<block / 2>(x, cols, block_size, factor, out);
+    return 0;
 }
 
 }  // namespace
 
-void rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<float> out, int threads) {
-    check_block(block_size, x.cols);
-    check(out.rows == x.rows && out.cols == x.cols, "rotation: out has another shape than x");
+void check_rotation(Index block_size, Index cols) {
+    check(block_size >= 2 && std::has_single_bit(static_cast<std::size_t>(block_size)), "rotation block size is " + std::to_string(block_size) + "; it must be a power of two from 2 on");
+    check(cols % block_size == 0, "the matrix has " + std::to_string(cols) + " columns; a rotation of block size " + std::to_string(block_size) + " needs a multiple of it");
+}
+
+void refuse_overflow(Index row, Index block_size) {
+    throw std::invalid_argument("row " + std::to_string(row) + " overflows float32 when it is rotated by blocks of " + std::to_string(block_size));
+}
+
+std::uint32_t rotate_piece(const float* x, Index cols, Index block_size, float* out) noexcept {
     const float factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block_size)));
-    parallel_for_ranges(x.rows, row_grain, threads, [&](Index begin, Index end) {
-        for (Index r = begin; r < end; ++r) {
-            float* row = out.row(r);
-            if (row != x.row(r)) std::copy_n(x.row(r), x.cols, row);
-            for (Index c = 0; c < x.cols; c += block_size) butterflies(row + c, block_size);
-            std::uint32_t worst = 0;
-            for (Index c = 0; c < x.cols; ++c) {
-                row[c] *= factor;
-                worst = std::max(worst, std::bit_cast<std::uint32_t>(row[c]) & 0x7F800000u);
-            }
-            if (worst == 0x7F800000u) check(false, "row " + std::to_string(r) + " overflows float32 when it is rotated by blocks of " + std::to_string(block_size));
-        }
+    return block_size > most_block_vectors * lanes ? rotate_in_cache(x, cols, block_size, factor, out) : rotate_by(x, cols, block_size, factor, out);
+}
+
+Index rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<float> out, int threads) {
+    check_rotation(block_size, x.cols);
+    check(out.rows == x.rows && out.cols == x.cols, "rotation: out has another shape than x");
+    FirstRow beyond;
+    parallel_for_ranges(x.rows, rows_a_piece(x.cols), threads, [&](Index begin, Index end) {
+        for (Index r = begin; r < end; ++r)
+            if (rotate_piece(x.row(r), x.cols, block_size, out.row(r)) >= infinity_bits) beyond.note(r);
     });
+    if (!beyond.found()) return -1;
+    if (const Index position = out.data == x.data ? -1 : first_nonfinite(x, threads); position >= 0) return position;
+    refuse_overflow(beyond.row(), block_size);
 }
 
 void rotate_both(MatrixView<double> h, Index block_size, int threads) {
     check(h.rows == h.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); it must be square");
-    check_block(block_size, h.cols);
+    check_rotation(block_size, h.cols);
     parallel_for_ranges(h.rows, row_grain, threads, [&](Index begin, Index end) {
         for (Index r = begin; r < end; ++r)
             for (Index c = 0; c < h.cols; c += block_size) butterflies(h.row(r) + c, block_size);

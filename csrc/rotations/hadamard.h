@@ -3,12 +3,25 @@
 // Butterflies of width 1, 2, 4, ... make k log2(k) additions of a block; reference.py adds in the same order, so both give the same bytes.
 #pragma once
 
+#include <cstdint>
+
 #include "base/matrix_view.h"
 
 namespace mrgptq {
 
-// out = x T for finite x. `out` may be `x`; it may not overlap it otherwise. Throws where a sum overflows float32: the values are then within a factor k of its largest number.
-void rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<float> out, int threads);
+// Refuses a block size that is no power of two from 2 on or does not divide `cols`.
+void check_rotation(Index block_size, Index cols);
+
+// Refuses because row `row` overflows: its values are within a factor k of float32's largest number.
+[[noreturn]] void refuse_overflow(Index row, Index block_size);
+
+// A piece of a row, `cols` a multiple of the block size; `out` may be `x`. Returns the bits of the largest magnitude written: from those of infinity on where a sum overflowed or a value
+// of x was not finite, since every value of a block is in each of its sums.
+std::uint32_t rotate_piece(const float* x, Index cols, Index block_size, float* out) noexcept;
+
+// out = x T. `out` may be `x`; it may not overlap it otherwise. Throws where a sum overflows float32. Returns -1, or the row-major position of the first value of x that is not finite;
+// `out` is then of no use. In place such a value is gone when it is found: ask first_nonfinite() before.
+Index rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<float> out, int threads);
 
 // h = Tᵀ h T in place. Both factors sqrt(1/k) are applied as one 1/k, a power of two and so exact: the rotated identity is the identity.
 void rotate_both(MatrixView<double> h, Index block_size, int threads);

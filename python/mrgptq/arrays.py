@@ -70,7 +70,7 @@ def _widen(array: ArrayLike, name: str, dtype: str | None) -> NDArray[np.float32
     raise TypeError(f"{name} has dtype {values.dtype}; allowed: {FLOAT_DTYPES}")
 
 
-def as_float32(array: ArrayLike, name: str, *, rank: int | None = None, dtype: str | None = None, threads: int | None = None) -> NDArray[np.float32]:
+def as_float32(array: ArrayLike, name: str, *, rank: int | None = None, dtype: str | None = None, threads: int | None = None, finite: bool = True) -> NDArray[np.float32]:
     """Widen an array to finite float32 with adjacent columns; no copy where it already is that.
 
     Parameters
@@ -78,6 +78,7 @@ def as_float32(array: ArrayLike, name: str, *, rank: int | None = None, dtype: s
     array : anything numpy takes, of float32, float64, float16 or bfloat16; any strides.
     rank : the number of axes it must have; None for one or more.
     dtype : "bfloat16" where ``array`` holds bfloat16 bits as uint16.
+    finite : False leaves it to the caller to find what is not finite on the way, and to :func:`refuse_nonfinite` it: one pass over memory less.
 
     Raises
     ------
@@ -91,19 +92,25 @@ def as_float32(array: ArrayLike, name: str, *, rank: int | None = None, dtype: s
     matrix = values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
     if (matrix.shape[1] > 1 and matrix.strides[1] != 4) or matrix.strides[0] % 4 or not matrix.flags.aligned:
         matrix = matrix.copy()  # ascontiguousarray would leave an unaligned array where it is
-    position = _core.first_nonfinite(matrix, as_threads(threads))
+    widened = matrix if values.ndim == 2 else matrix.reshape(values.shape)
+    if finite:
+        refuse_nonfinite(widened, _core.first_nonfinite(matrix, as_threads(threads)), name)
+    return widened
+
+
+def refuse_nonfinite(values: NDArray[np.float32], position: int, name: str) -> None:
+    """Raise ValueError that names the value at a row-major position; none where it is -1."""
     if position >= 0:
         where = tuple(int(i) for i in np.unravel_index(position, values.shape))
         place = f"row {where[0]}, column {where[1]}" if len(where) == 2 else f"index {where}"
         raise ValueError(f"{name} is {values[where]} at {place}; every value must be finite in float32")
-    return matrix if values.ndim == 2 else matrix.reshape(values.shape)
 
 
-def as_output(out: NDArray[np.float32], like: NDArray[Any], name: str = "out") -> NDArray[np.float32]:
-    """Check an array that results are written into: float32, the shape of ``like``, writeable, adjacent columns."""
-    if not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != like.shape:
+def as_output(out: NDArray[np.float32], shape: tuple[int, ...], name: str = "out") -> NDArray[np.float32]:
+    """Check an array that results are written into: float32, of that shape, writeable, adjacent columns."""
+    if not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != shape:
         got = f"{out.dtype} of shape {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise ValueError(f"{name} is {got}; it must be a float32 array of shape {like.shape}")
+        raise ValueError(f"{name} is {got}; it must be a float32 array of shape {shape}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only")
     if out.ndim != 2 and not out.flags.c_contiguous or out.ndim == 2 and (out.strides[1] != 4 or out.strides[0] % 4):

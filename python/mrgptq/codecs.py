@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_output, as_scale, as_threads, choose
+from .arrays import as_float32, as_output, as_scale, as_threads, choose, refuse_nonfinite
 from .formats import MX_RULES, SCALE_SEARCHES, block_format, decode_e4m3, decode_e8m0
 from .result import LayerReport, QuantizedMatrix
+from .rotations import Identity, Rotation
 
 HESSIAN_SEARCHES = ("hessian", "hessian_block")
 """As "mse", the errors weighed by the diagonal of H or by the group's block of it."""
@@ -38,8 +39,10 @@ def nvfp4_tensor_scale(amax: float) -> float:
     return float(_core.nvfp4_tensor_scale(float(largest)))
 
 
-def tensor_scale_for(format: str, x: NDArray[np.float32], mx_rule: str = "even", tensor_scale: float | None = None, *, threads: int | None = None) -> float:
-    """The divisor of a matrix: the one given, else 2688 / amax(x) (NVFP4), or what the MX rule fixes (3 for four-thirds, 1 otherwise)."""
+def tensor_scale_for(
+    format: str, x: NDArray[np.float32], mx_rule: str = "even", tensor_scale: float | None = None, *, rotation: Rotation | None = None, name: str = "weight", threads: int | None = None
+) -> float:
+    """The divisor of a matrix: the one given, else 2688 / amax(x T) (NVFP4), or what the MX rule fixes (3 for four-thirds, 1 otherwise). Refuses an x called ``name`` whose amax is not finite."""
     if format == "mxfp4":
         fixed = float(_core.mx_tensor_scale(mx_rule))
         if tensor_scale is not None and as_scale(tensor_scale, "tensor_scale") != fixed:
@@ -52,12 +55,23 @@ def tensor_scale_for(format: str, x: NDArray[np.float32], mx_rule: str = "even",
         if not np.isfinite(largest):  # no amax in float32 calls for so small a divisor
             raise ValueError(f"tensor_scale is {tensor_scale!r}; 6 * 448 / tensor_scale, the largest value it could stand for, overflows float32")
         return divisor
-    return nvfp4_tensor_scale(_core.amax(x, as_threads(threads)))
+    matrix = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    amax = _core.amax(matrix, block_size_of(rotation), as_threads(threads))
+    if not np.isfinite(amax):
+        refuse_nonfinite(x, _core.first_nonfinite(matrix, as_threads(threads)), name)
+    return nvfp4_tensor_scale(amax)
+
+
+def block_size_of(rotation: Rotation | None) -> int:
+    """A rotation as the core takes it: 0 is none."""
+    if rotation is not None and not isinstance(rotation, Rotation):
+        raise TypeError(f"rotation is {rotation!r}; it must be None or a rotation such as Hadamard(32)")
+    return (None if rotation is None else rotation.block_size) or 0
 
 
 def absmax_tensor_scale(matrices: Sequence[NDArray[np.float32]], *, threads: int | None = None) -> float:
     """2688 / amax over all of some (rows, cols) float32 matrices, so that a zero matrix among them has no say."""
-    return nvfp4_tensor_scale(max(_core.amax(matrix, as_threads(threads)) for matrix in matrices))
+    return nvfp4_tensor_scale(max(_core.amax(matrix, 0, as_threads(threads)) for matrix in matrices))
 
 
 def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", *, iterations: int = 20, threads: int | None = None) -> float:
@@ -84,8 +98,8 @@ def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", 
     def fit(divisor: float) -> tuple[float, float]:
         error = dot = square = 0.0
         for matrix in matrices:
-            found = _core.find_scales("nvfp4", search, "even", matrix, divisor, None, as_threads(threads))
-            value = _core.dequantize("nvfp4", _core.encode("nvfp4", matrix, found, divisor, as_threads(threads)), found, divisor, as_threads(threads)).astype(np.float64)
+            codes, found, _ = _core.quantize("nvfp4", search, "even", matrix, 0, divisor, as_threads(threads))
+            value = _core.dequantize("nvfp4", codes, found, divisor, as_threads(threads)).astype(np.float64)
             error += float(np.square(matrix - value).sum())
             dot += float((matrix * value).sum())
             square += float(np.square(value).sum())
@@ -122,6 +136,7 @@ def quantize(
     scales: str | None = None,
     mx_rule: str = "even",
     tensor_scale: float | None = None,
+    rotation: Rotation | None = None,
     dtype: str | None = None,
     threads: int | None = None,
 ) -> QuantizedMatrix:
@@ -146,7 +161,8 @@ def quantize(
         - "floor", "ceil", "even", "four-thirds" (MXFP4): absmax by that rule.
     mx_rule : how MXFP4 rounds to a power of two. "floor" (OCP) may clip: 7.0 comes back as 6.0; "ceil" never clips; "even" is floor but one step up when the
         mantissa is at least 1.75, as compressed-tensors does; "four-thirds" is (4/3) 2^e, which only the fp_quant dialect stores. NVFP4 ignores it.
-    tensor_scale : the NVFP4 divisor; None takes 2688 / amax(weight).
+    tensor_scale : the NVFP4 divisor; None takes 2688 / amax(weight T).
+    rotation : turns the rows first, as ``rotation.apply(weight)`` does and with the same bytes, in the same pass over memory; its block size must divide ``cols``.
     dtype : "bfloat16" where ``weight`` is bfloat16 bits held as uint16.
     threads : None follows OMP_NUM_THREADS.
 
@@ -165,11 +181,16 @@ def quantize(
     start = time.perf_counter()
     block_format(format)
     search, rule = resolve_scales(format, scales, mx_rule)
-    values = as_float32(weight, "weight", rank=2, dtype=dtype, threads=threads)
+    block_size = block_size_of(rotation)
+    values = as_float32(weight, "weight", rank=2, dtype=dtype, threads=threads, finite=False)
     check_groups(values.shape[1], format)
-    divisor = tensor_scale_for(format, values, rule, tensor_scale, threads=threads)
-    found = _core.find_scales(format, search, rule, values, divisor, None, as_threads(threads))
-    codes = _core.encode(format, values, found, divisor, as_threads(threads))
+    if rotation is not None:
+        rotation.check_columns(values.shape[1], "weight")
+    divisor = tensor_scale_for(format, values, rule, tensor_scale, rotation=rotation, threads=threads)
+    codes, found, position = _core.quantize(format, search, rule, values, block_size, divisor, as_threads(threads))
+    refuse_nonfinite(values, position, "weight")
+    if rotation is not None:
+        values = rotation.apply(values, threads=threads)
     error = weight_error(values, _core.dequantize(format, codes, found, divisor, as_threads(threads)))
     report = LayerReport(
         "rounding",
@@ -181,7 +202,8 @@ def quantize(
         scale_offsets=scale_offsets(format, values, found, divisor, rule, threads=threads),
         seconds=time.perf_counter() - start,
     )
-    return QuantizedMatrix(format, codes, found, divisor, report=report, clip_mask=clip_mask(format, values, found, divisor) if search == "quest" else None)
+    mask = clip_mask(format, values, found, divisor) if search == "quest" else None
+    return QuantizedMatrix(format, codes, found, divisor, rotation or Identity(), report=report, clip_mask=mask)
 
 
 def clip_mask(format: str, x: NDArray[np.float32], scales: NDArray[np.uint8], divisor: float) -> NDArray[np.bool_]:
@@ -209,6 +231,7 @@ def round_activations(
     rule: str = "absmax",
     mx_rule: str = "even",
     tensor_scale: float | None = None,
+    rotation: Rotation | None = None,
     dtype: str | None = None,
     out: NDArray[np.float32] | None = None,
     threads: int | None = None,
@@ -220,7 +243,8 @@ def round_activations(
     x : (..., cols) array, finite, dtypes as in :func:`quantize`. Of a bfloat16 ``x`` the rule "absmax" rounds amax / 6 to bfloat16 before it becomes an NVFP4 scale: compressed-tensors
         divides in the input's own dtype, and up to 2.4 % of the scales differ from the float32 rule's.
     rule : a scale rule of :func:`quantize`; "absmax" is what stock kernels do, "mse" costs a search a group and loses less.
-    tensor_scale : the NVFP4 divisor, calibrated in checkpoints; None takes 2688 / amax(x).
+    tensor_scale : the NVFP4 divisor, calibrated in checkpoints; None takes 2688 / amax(x T).
+    rotation : turns x first, in the same pass; the result stays turned. A turned bfloat16 ``x`` is float32, and rounds as that.
     out : float32 array of x's shape; ``out=x`` rounds in place.
 
     Returns
@@ -231,15 +255,20 @@ def round_activations(
     search, mx_rule = resolve_scales(format, rule, mx_rule, name="rule")
     own_dtype = getattr(x, "dtype", None)
     bfloat16 = dtype == "bfloat16" or own_dtype == "BF16" or getattr(own_dtype, "name", None) == "bfloat16"  # "BF16": a StoredTensor's
-    values = as_float32(x, "x", dtype=dtype, threads=threads)
+    block_size = block_size_of(rotation)
+    # What is not finite is found on the way where nothing of the caller's is written before.
+    values = as_float32(x, "x", dtype=dtype, threads=threads, finite=out is not None)
     check_groups(values.shape[-1], format, "x")
+    if rotation is not None:
+        rotation.check_columns(values.shape[-1])
     matrix = values.reshape(-1, values.shape[-1])
-    divisor = tensor_scale_for(format, matrix, mx_rule, tensor_scale, threads=threads)
+    divisor = tensor_scale_for(format, values, mx_rule, tensor_scale, rotation=rotation, name="x", threads=threads)
     in_place = out is x
-    out = as_output(np.empty(values.shape, dtype=np.float32) if out is None else out, values)
+    out = as_output(np.empty(values.shape, dtype=np.float32) if out is None else out, values.shape)
     if not in_place and np.may_share_memory(out, matrix):
         matrix = matrix.copy()  # a shifted overlap would read what was just written
-    _core.round_to_grid(format, search, mx_rule, bfloat16, matrix, divisor, out.reshape(-1, out.shape[-1]), as_threads(threads))
+    position = _core.round_to_grid(format, search, mx_rule, bfloat16 and not block_size, matrix, block_size, divisor, out.reshape(-1, out.shape[-1]), as_threads(threads))
+    refuse_nonfinite(values, position, "x")
     return out
 
 

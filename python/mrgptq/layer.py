@@ -139,17 +139,21 @@ def quantize_layer(
     # Where no factor could be had there is no GPTQ to choose scales in; their plain counterpart is mse.
     first = search if search != "gptq" else "absmax" if usable else "mse"
     weights = _with_dead_columns(second_moment, recipe.damping) if search in HESSIAN_SEARCHES and second_moment is not None else None
-    scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
     losses: list[float] = []
     method, fallback, precision = "rounding", None, None
     coupled = outputs.core if usable and outputs is not None and outputs.usable else None
-    if factor is not None and factor.usable:
-        method, precision = "gptq", recipe.precision if search != "gptq" or _fits_float32(rotated, factor) else "float64"
-        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, coupled, precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
-    else:
+    if factor is None or not factor.usable:
         if factor is not None:
             fallback = f"rounded plainly, scales by {first}: the Hessian could not be factorised, not even with damping {factor.damping:g}"
-        codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
+        if weights is None:
+            codes, scales, _ = _core.quantize(recipe.format, first, rule, target, 0, divisor, as_threads(threads))
+        else:
+            scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
+            codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
+    else:
+        method, precision = "gptq", recipe.precision if search != "gptq" or _fits_float32(rotated, factor) else "float64"
+        scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
+        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, coupled, precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
 
     if outputs is not None and fallback is None:
         if not outputs.usable:
@@ -248,8 +252,7 @@ def _errors_by_moments(
     """The report's errors under the second moments at hand, each beside what plain rounding by absmax scales would have had."""
     if hessian is None:
         return {}
-    scales = _core.find_scales(format, "absmax", mx_rule, weight, divisor, None, as_threads(threads))
-    codes = _core.encode(format, weight, scales, divisor, as_threads(threads))
+    codes, scales, _ = _core.quantize(format, "absmax", mx_rule, weight, 0, divisor, as_threads(threads))
     errors = (weight - rounded, weight - _core.dequantize(format, codes, scales, divisor, as_threads(threads)))
     energy = _core.quadratic_form(weight, hessian, as_threads(threads))
     values: dict[str, Any] = dict(zip(("relative_error", "rounded_error"), (relative_error(error, energy, hessian, threads=threads) for error in errors), strict=True))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .arrays import as_scale, as_threads, choose
+from .arrays import as_output, as_scale, as_threads, choose
 from .display import Shown, format_bytes, format_number
 from .formats import MX_RULES, SCALE_SEARCHES, block_format
 from .rotations import Identity, Rotation
@@ -182,10 +182,11 @@ class QuantizedMatrix(Shown):
         """Bytes on disk: codes, scales and the tensor scale."""
         return self.codes.nbytes + self.scales.nbytes + (4 if self.tensor_scale != 1 else 0)
 
-    def dequantize(self, *, unrotate: bool = False, threads: int | None = None) -> NDArray[np.float32]:
-        """The values as (rows, cols) float32, in the rotated basis, or with ``unrotate=True`` in the original one."""
+    def dequantize(self, out: NDArray[np.float32] | None = None, *, unrotate: bool = False, threads: int | None = None) -> NDArray[np.float32]:
+        """The values as (rows, cols) float32, in the rotated basis, or with ``unrotate=True`` in the original one. ``out``: an array to write them into; new memory costs more than the values."""
         codes, scales = (np.ascontiguousarray(a) for a in (self.codes, self.scales))
-        values = _core.dequantize(self.format, codes, scales, self.tensor_scale, as_threads(threads))
+        values = np.empty(self.shape, dtype=np.float32) if out is None else as_output(out, self.shape)
+        _core.dequantize_into(self.format, codes, scales, self.tensor_scale, values, as_threads(threads))
         return self.rotation.apply_inverse(values, out=values, threads=threads) if unrotate and self.rotation != Identity() else values
 
     def _title(self) -> str:

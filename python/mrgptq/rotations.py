@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_output, as_symmetric, as_threads
+from .arrays import as_float32, as_output, as_symmetric, as_threads, refuse_nonfinite
 
 
 class Identity:
@@ -17,7 +17,7 @@ class Identity:
         values = as_float32(x, "x", dtype=dtype, threads=threads)
         if out is None:
             return values.copy()
-        np.copyto(as_output(out, values), values)
+        np.copyto(as_output(out, values.shape), values)
         return out
 
     apply_inverse = apply
@@ -90,16 +90,16 @@ class Hadamard:
         -------
         float32 array of x's shape (``out`` where given). Same bytes for any number of threads and on every machine.
         """
-        values = as_float32(x, "x", dtype=dtype, threads=threads)
+        fresh = out is None
+        # What is not finite is found on the way where nothing of the caller's is written before.
+        values = as_float32(x, "x", dtype=dtype, threads=threads, finite=not fresh)
         self.check_columns(values.shape[-1])
-        if out is None:
-            out = np.empty(values.shape, dtype=np.float32)
-        as_output(out, values)
+        out = np.empty(values.shape, dtype=np.float32) if out is None else as_output(out, values.shape)
         if out is not x and np.may_share_memory(out, values):
             values = values.copy()  # a shifted overlap would read what was just written
         cols = values.shape[-1]
         to = out if out.ndim == 2 else out.reshape(-1, cols)
-        _core.rotate_columns(values if values.ndim == 2 else values.reshape(-1, cols), self.block_size, to, as_threads(threads))
+        refuse_nonfinite(values, _core.rotate_columns(values if values.ndim == 2 else values.reshape(-1, cols), self.block_size, to, as_threads(threads)), "x")
         return out
 
     apply_inverse = apply

@@ -24,9 +24,7 @@ def to_numpy(x: torch.Tensor) -> tuple[NDArray[Any], str | None]:
 def rounded(x: torch.Tensor, activations: Activations, rotation: Rotation) -> torch.Tensor:
     """``x`` (..., cols) as the layer sees it: x T rounded to the grid, times T^-1; a tensor of x's dtype and device. The tensor scale, where unknown, comes from amax(x T)."""
     values, dtype = to_numpy(x)
-    if rotation.block_size:
-        values, dtype = rotation.apply(values, dtype=dtype), None
-    values = round_activations(values, activations.format, rule=activations.rule, mx_rule=activations.mx_rule, tensor_scale=activations.tensor_scale, dtype=dtype)
+    values = round_activations(values, activations.format, rule=activations.rule, mx_rule=activations.mx_rule, tensor_scale=activations.tensor_scale, rotation=rotation, dtype=dtype)
     if rotation.block_size:
         rotation.apply_inverse(values, out=values)
     return torch.from_numpy(values).to(device=x.device, dtype=x.dtype)

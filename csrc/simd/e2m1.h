@@ -1,0 +1,67 @@
+// E2M1 a vector at a time. The definition is formats/e2m1.h; tests/cpp/simd_test.cc holds these to its bytes.
+#pragma once
+
+#include "simd/vector.h"
+
+namespace mrgptq::simd {
+
+// Rounds to the grid of E2M1; make one before a loop, so that its constants stay in registers.
+//
+// The grid's step at a magnitude t <= 6 is 2^(e-1) with e = floor(log2 t) held in 0 ... 2. Adding the anchor 2^(22 + e), whose unit in the last place that step is, rounds t to nearest even;
+// the anchor may be any even number of units larger, and with 2 e more of them the sum's last bits are the code, because each power of two below t has two codes.
+class E2m1Rounder {
+public:
+    // Codes 0 ... 15 of the values nearest to x, ties to even, saturated, one zero: e2m1::encode. A NaN gets some code.
+    MRGPTQ_INLINE Words encode(Floats x) const noexcept {
+        const Floats t = at_most_six(x);
+        const Words exponent = max(bits(t) & exponent_mask_, one_);
+        const Words sum = bits(t + floats(exponent + (exponent >> 22) + code_anchor_));
+        const Words sign_and_more = bits(x) >> 28;  // four bits, the first is the sign
+#if defined(MRGPTQ_AVX512)
+        // Bits 0 to 2 from the sum, the others from the second; all zero where the code is.
+        return (Words)_mm512_maskz_ternarylogic_epi32(_mm512_test_epi32_mask((__m512i)sum, (__m512i)seven_), (__m512i)sum, (__m512i)sign_and_more, (__m512i)seven_, 0xE4);
+#else
+        const Words code = sum & seven_;
+        return select(code != 0, code | (sign_and_more & 8u), code);
+#endif
+    }
+
+    // The value that a magnitude is rounded to: e2m1::round_magnitude.
+    MRGPTQ_INLINE Floats round_magnitude(Floats magnitude) const noexcept {
+        const Floats t = at_most_six(magnitude);
+        const Floats anchor = floats(max(bits(t) & exponent_mask_, one_) + value_anchor_);
+        return (t + anchor) - anchor;
+    }
+
+private:
+    MRGPTQ_INLINE Floats at_most_six(Floats x) const noexcept {
+#if defined(MRGPTQ_AVX512)
+        return _mm512_range_ps(x, six_, 0b1010);  // the smaller magnitude, without a sign
+#else
+        return floats(min(magnitude_bits(x), bits(six_)));
+#endif
+    }
+
+    Floats six_ = held(splat(6.0f));
+    Words exponent_mask_ = held(splat(0x7F800000u)), one_ = held(splat(127u << 23)), seven_ = held(splat(7u));
+    Words value_anchor_ = held(splat(22u << 23)), code_anchor_ = held(splat((22u << 23) - 2 * 127u));
+};
+
+// Values of codes, of which the low four bits count: e2m1::decode.
+MRGPTQ_INLINE Floats decode_e2m1(Words code) noexcept {
+#if defined(MRGPTQ_AVX512)
+    return _mm512_permutexvar_ps((__m512i)code, _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f));
+#else
+    const Words sign = code << 28 & 0x80000000u;
+#if defined(MRGPTQ_AVX2)
+    const Floats magnitude = _mm256_permutevar8x32_ps(_mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f), (__m256i)code);
+#else
+    // Exponent and mantissa of a code from 2 on are a float32's, shifted and rebased from 1 to 127; 0 and 1 are halves: what a float32 of [1, 2) has above one.
+    const Words low = code & 7u;
+    const Floats magnitude = select(low < 2u, floats((low << 22) + (127u << 23)) - 1.0f, floats((low << 22) + (126u << 23)));
+#endif
+    return floats(bits(magnitude) | sign);
+#endif
+}
+
+}  // namespace mrgptq::simd
