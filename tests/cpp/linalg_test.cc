@@ -1,0 +1,196 @@
+// The kernel against the chain that it claims to be, Cholesky against the definition, symmetric matrices against double loops.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "linalg/cholesky.h"
+#include "linalg/lanes.h"
+#include "linalg/symmetric.h"
+#include "matrices.h"
+
+namespace mrgptq {
+namespace {
+
+using testing::layouts;
+using testing::Layout;
+using testing::Matrix;
+using testing::random_second_moment;
+using testing::thread_counts;
+
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+
+template <class Real>
+std::vector<Real> normals(Index count, unsigned seed) {
+    std::mt19937_64 generator(seed);
+    std::normal_distribution<Real> normal;
+    std::vector<Real> values(static_cast<std::size_t>(count));
+    for (Real& value : values) value = normal(generator);
+    return values;
+}
+
+template <class Real>
+Real chained(Real a, Real b, Real c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+template <class Real>
+class Kernel : public ::testing::Test {};
+using Reals = ::testing::Types<float, double>;
+TYPED_TEST_SUITE(Kernel, Reals);
+
+TYPED_TEST(Kernel, EveryElementIsOneChainBegunAtZeroWhateverTheStrides) {
+    using Real = TypeParam;
+    constexpr Index rows = kernel_rows<Real>, cols = kernel_cols;
+    for (const Index depth : {0, 1, 2, 7, 16, 128, 200})
+        for (const Index a_stride : {rows, Index{lanes}, rows + 5})
+            for (const Index b_stride : {cols, Index{lanes}})
+                for (const Index c_stride : {rows, Index{lanes} + 3}) {
+                    const auto a = normals<Real>((depth + 1) * a_stride, 1), b = normals<Real>((depth + 1) * b_stride, 2), before = normals<Real>(cols * c_stride, 3);
+                    auto plus = before, minus = before;
+                    multiply_tile<Real, false>(depth, a.data(), a_stride, b.data(), b_stride, plus.data(), c_stride);
+                    multiply_tile<Real, true>(depth, a.data(), a_stride, b.data(), b_stride, minus.data(), c_stride);
+                    auto expected_plus = before, expected_minus = before;
+                    for (Index j = 0; j < cols; ++j)
+                        for (Index r = 0; r < rows; ++r) {
+                            Real chain = 0;
+                            for (Index k = 0; k < depth; ++k) chain = chained(a[static_cast<std::size_t>(k * a_stride + r)], b[static_cast<std::size_t>(k * b_stride + j)], chain);
+                            expected_plus[static_cast<std::size_t>(j * c_stride + r)] += chain;
+                            expected_minus[static_cast<std::size_t>(j * c_stride + r)] -= chain;
+                        }
+                    ASSERT_EQ(plus, expected_plus) << depth;  // what lies between columns too
+                    ASSERT_EQ(minus, expected_minus) << depth;
+                }
+}
+
+TYPED_TEST(Kernel, StripsHoldEveryElementAndZerosBehindTheLast) {
+    using Real = TypeParam;
+    const Index depth = 5, room = 40;
+    const auto from = normals<double>(room * room, 4);
+    for (const Index width : {1, 3, 4, 8, 11, 16, 30})
+        for (const bool transposed : {false, true}) {
+            const Index row_step = transposed ? room : 1, col_step = transposed ? 1 : room;
+            std::vector<Real> strips(static_cast<std::size_t>(strip_count(width) * kernel_cols * depth), Real(99));
+            pack_strips(from.data(), row_step, col_step, depth, width, strips.data());
+            for (Index j = 0; j < strip_count(width) * kernel_cols; ++j)
+                for (Index k = 0; k < depth; ++k) {
+                    const Real expected = j < width ? static_cast<Real>(from[static_cast<std::size_t>(k * row_step + j * col_step)]) : Real(0);
+                    ASSERT_EQ(strips[static_cast<std::size_t>(j / kernel_cols * kernel_cols * depth + k * kernel_cols + j % kernel_cols)], expected);
+                }
+        }
+}
+
+// Sizes around the panel of 128 columns, the 32 lanes and the kernel's columns.
+TEST(Cholesky, IsTheFactorAndLeavesTheUpperTriangleAlone) {
+    for (const Index n : {1, 2, 5, 31, 32, 33, 127, 128, 129, 160, 165, 290}) {
+        const Matrix<double> h = random_second_moment(n);
+        std::vector<double> a(static_cast<std::size_t>(n * n));
+        for (Index c = 0; c < n; ++c)
+            for (Index r = 0; r < n; ++r) a[static_cast<std::size_t>(c * n + r)] = r >= c ? h(r, c) : -1000.0 - static_cast<double>(r);
+        ASSERT_TRUE(factorize(a.data(), n, n, 1));
+        for (Index r = 0; r < n; ++r)
+            for (Index c = 0; c <= r; ++c) {
+                long double sum = 0, magnitude = 0;
+                for (Index k = 0; k <= c; ++k) {
+                    const long double term = static_cast<long double>(a[static_cast<std::size_t>(k * n + r)]) * a[static_cast<std::size_t>(k * n + c)];
+                    sum += term;
+                    magnitude += std::fabs(term);
+                }
+                // Higham, Accuracy and Stability of Numerical Algorithms, theorem 10.3: |A - L Lᵀ| <= γ(n + 1) |L| |L|ᵀ, whatever the order of the sums.
+                const double m = static_cast<double>(n + 1) * 0x1p-53;
+                ASSERT_LE(std::fabs(static_cast<double>(sum) - h(r, c)), m / (1 - m) * static_cast<double>(magnitude)) << n << ": " << r << ", " << c;
+            }
+        for (Index c = 1; c < n; ++c)
+            for (Index r = 0; r < c; ++r) ASSERT_EQ(a[static_cast<std::size_t>(c * n + r)], -1000.0 - static_cast<double>(r));
+    }
+}
+
+TEST(Cholesky, ThreadsAndStrideDoNotReachTheBytes) {
+    const Index n = 290;
+    const Matrix<double> h = random_second_moment(n);
+    std::vector<double> first;
+    for (const Index stride : {n, n + 7})
+        for (const int threads : thread_counts) {
+            std::vector<double> a(static_cast<std::size_t>(n * stride), nan);
+            for (Index c = 0; c < n; ++c)
+                for (Index r = c; r < n; ++r) a[static_cast<std::size_t>(c * stride + r)] = h(r, c);
+            ASSERT_TRUE(factorize(a.data(), n, stride, threads));
+            std::vector<double> lower;
+            for (Index c = 0; c < n; ++c)
+                for (Index r = c; r < n; ++r) lower.push_back(a[static_cast<std::size_t>(c * stride + r)]);
+            if (first.empty()) first = lower;
+            ASSERT_EQ(lower, first);
+        }
+}
+
+TEST(Cholesky, SaysNoWhereverThePivotFails) {
+    const Index n = 200;
+    const Matrix<double> h = random_second_moment(n);
+    for (const Index bad : {0, 1, 50, 127, 128, 150, 199})
+        for (const double pivot : {0.0, -1.0, nan}) {
+            std::vector<double> a(static_cast<std::size_t>(n * n));
+            for (Index c = 0; c < n; ++c)
+                for (Index r = c; r < n; ++r) a[static_cast<std::size_t>(c * n + r)] = h(r, c);
+            a[static_cast<std::size_t>(bad * n + bad)] = pivot;
+            EXPECT_FALSE(factorize(a.data(), n, n, 2)) << bad;
+        }
+}
+
+TEST(Symmetric, MeasuresWhatDoubleLoopsFind) {
+    std::mt19937 generator(5);
+    for (const Index n : {1, 2, 63, 64, 65, 150})
+        for (const Layout layout : layouts)
+            for (const int threads : thread_counts) {
+                Matrix<double> h(random_second_moment(n), layout, nan);
+                for (int change = 0; change < 4; ++change) h(static_cast<Index>(generator() % n), static_cast<Index>(generator() % n)) += 0.25;  // the same difference in several places
+                if (n > 1) h(n - 1, 0) = -1e3;
+                Symmetry expected;
+                for (Index r = 0; r < n; ++r)
+                    for (Index c = 0; c < n; ++c) {
+                        expected.largest = std::max(expected.largest, std::fabs(h(r, c)));
+                        if (c >= r && std::fabs(h(r, c) - h(c, r)) > expected.apart) {
+                            expected.apart = std::fabs(h(r, c) - h(c, r));
+                            expected.row = r;
+                            expected.col = c;
+                        }
+                    }
+                const Symmetry found = measure_symmetry(h.view(), threads);
+                ASSERT_EQ(found.nonfinite, -1);
+                ASSERT_EQ(std::make_tuple(found.largest, found.apart, found.row, found.col), std::make_tuple(expected.largest, expected.apart, expected.row, expected.col)) << n;
+                for (const Index place : {n * n - 1, n * n / 2, Index{0}}) {
+                    h(place / n, place % n) = place % 2 ? nan : -std::numeric_limits<double>::infinity();
+                    ASSERT_EQ(measure_symmetry(h.view(), threads).nonfinite, place);
+                }
+            }
+}
+
+TEST(Symmetric, HalvesBecomeTheirMeanOrTheLowerOne) {
+    for (const Index n : {1, 2, 63, 64, 65, 150})
+        for (const Layout layout : layouts)
+            for (const int threads : thread_counts) {
+                Matrix<double> h(n, n);
+                const auto values = normals<double>(n * n, 6);
+                for (Index r = 0; r < n; ++r)
+                    for (Index c = 0; c < n; ++c) h(r, c) = values[static_cast<std::size_t>(r * n + c)];
+                Matrix<double> mean(h, layout, nan), mirrored(h, layout, nan);
+                make_symmetric(mean.view(), threads);
+                mirror_lower(mirrored.view(), threads);
+                for (Index r = 0; r < n; ++r)
+                    for (Index c = 0; c < n; ++c) {
+                        ASSERT_EQ(mean(r, c), 0.5 * (h(r, c) + h(c, r)));
+                        ASSERT_EQ(mirrored(r, c), h(std::max(r, c), std::min(r, c)));
+                    }
+                ASSERT_TRUE(mean.padding_untouched() && mirrored.padding_untouched());
+            }
+}
+
+}  // namespace
+}  // namespace mrgptq
