@@ -13,6 +13,7 @@
 #include "codecs/shrink.h"
 #include "rotations/hadamard.h"
 #include "matrices.h"
+#include "refusal.h"
 #include "simd/butterflies.h"
 #include "simd/e2m1.h"
 #include "simd/e4m3.h"
@@ -202,10 +203,24 @@ TEST(Searches, GiveTheScalesOfTheDefinition) {
         const Matrix<float> weight = mixed(150, 1056, wild, 7);
         for (const float tensor_scale : {100.0f, 7e5f, 1e-3f}) expect_the_definition<Nvfp4>(weight, {ScaleSearch::mse, MxRule::even, false}, tensor_scale);
         for (const MxRule rule : {MxRule::floor, MxRule::ceil, MxRule::even, MxRule::four_thirds}) expect_the_definition<Mxfp4>(weight, {ScaleSearch::mse, rule, false}, mx_tensor_scale(rule));
-        const Matrix<float> fewer = mixed(12, 544, wild, 8);
+        const Matrix<float> fewer = mixed(100, 544, wild, 8);
         expect_the_definition<Nvfp4>(fewer, {ScaleSearch::fpquant_mse, MxRule::even, false}, 100.0f);
         expect_the_definition<Nvfp4>(fewer, {ScaleSearch::fpquant_mse, MxRule::even, true}, 100.0f);
         for (const MxRule rule : {MxRule::even, MxRule::four_thirds}) expect_the_definition<Mxfp4>(fewer, {ScaleSearch::fpquant_mse, rule, false}, mx_tensor_scale(rule));
+    }
+}
+
+TEST(Searches, FindTheScaleThatClipsOneLargeValueForManyEqualOnes) {
+    Matrix<float> x(31, 300 * 32);
+    for (Index r = 0; r < 31; ++r)
+        for (Index g = 0; g < 300; ++g) {
+            x(r, 32 * g) = x(r, 32 * g + 16) = 6.0f;
+            for (Index i = 1; i <= r + 1 && i < 32; ++i)
+                if (i != 16) x(r, 32 * g + i) = 2.0f + 0.0133f * static_cast<float>(g);
+        }
+    for (const ScaleSearch search : {ScaleSearch::mse, ScaleSearch::fpquant_mse}) {
+        expect_the_definition<Nvfp4>(x, {search, MxRule::even, false}, 100.0f);
+        expect_the_definition<Mxfp4>(x, {search, MxRule::even, false}, 1.0f);
     }
 }
 
@@ -233,6 +248,16 @@ TEST(Butterflies, AddAsTheDefinitionForEveryBlockSize) {
             for (Index c = 0; c < cols; ++c) largest = std::max(largest, std::fabs(expected(r, c)));
         EXPECT_EQ(amax(x.view(), 2, k), largest) << k;
     }
+}
+
+TEST(Butterflies, AnOverflowInAnyBlockIsRefused) {
+    for (const Index k : {2, 16, 128, 1024})
+        for (Index block = 0; block < 3; ++block) {
+            Matrix<float> x(3, 3 * k), out(3, 3 * k);
+            for (Index c = 0; c < k; ++c) x(1, block * k + c) = 3e38f;
+            testing::expect_refused("row 1 overflows float32", [&] { rotate_columns(x.view(), k, out.view(), 1); });
+            testing::expect_refused("row 1 overflows float32", [&] { amax(x.view(), 1, k); });
+        }
 }
 
 TEST(RotateAndQuantize, GivesTheBytesOfTheTwoPasses) {
