@@ -54,7 +54,8 @@ inline Vector<float> fused(Vector<float> a, Vector<float> b, Vector<float> c) no
 #elif defined(__FMA__)
     return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
-    return {__builtin_fmaf(a[0], b[0], c[0]), __builtin_fmaf(a[1], b[1], c[1]), __builtin_fmaf(a[2], b[2], c[2]), __builtin_fmaf(a[3], b[3], c[3])};
+    for (int i = 0; i < vector_size<float>; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
 #else
     return a * b + c;
 #endif
@@ -66,7 +67,8 @@ inline Vector<double> fused(Vector<double> a, Vector<double> b, Vector<double> c
 #elif defined(__FMA__)
     return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #elif defined(__aarch64__)
-    return {__builtin_fma(a[0], b[0], c[0]), __builtin_fma(a[1], b[1], c[1])};
+    for (int i = 0; i < vector_size<double>; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+    return c;
 #else
     return a * b + c;
 #endif
