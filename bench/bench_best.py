@@ -4,7 +4,7 @@
     python bench/bench_best.py --table a.json b.json          the tables of earlier runs taken together
 
 Set s is windows 128 s ... 128 s + 127 (512 tokens each) of the calibration text. The near text gives 256 windows from its first 1 200 000 characters, the far one 128. A gap is a
-perplexity less the original's; "less" compares its mean over the sets with that of mr-gptq as the paper ships it (rotated, four-thirds for MXFP4, absmax activations), with a standard
+perplexity less the original's; "tempered" is the far perplexity with the logits divided by the temperature that suits the original there best, a difference is to mr-gptq, paired by set; "less" compares its mean over the sets with that of mr-gptq as the paper ships it (rotated, four-thirds for MXFP4, absmax activations), with a standard
 error from leaving out one set at a time.
 """
 
@@ -56,8 +56,8 @@ def mean_and_error(values):
 def table(rows):
     """Rows (set, AccuracyRow as dict) as aligned text, a line for each recipe and use."""
     original = next(row for _, row in rows if row["format"] is None)
-    lines = [("use", "recipe", "sets", "layer error", "perplexity", "gap", "less", "far perplexity", "divergence", "less", "far divergence", "less", "seconds")]
-    lines.append(("–", "original", "–", "–", f"{original['perplexity']:.3f}", "–", "–", f"{original['far_perplexity']:.2f}", "–", "–", "–", "–", "–"))
+    lines = [("use", "recipe", "sets", "layer error", "perplexity", "gap", "less", "far perplexity", "difference", "tempered", "difference", "divergence", "less", "far divergence", "less", "seconds")]
+    lines.append(("–", "original", "–", "–", f"{original['perplexity']:.3f}", "–", "–", f"{original['far_perplexity']:.2f}", "–", f"{original['far_tempered']:.2f}", *["–"] * 6))
     cells = {}
     for calibration_set, row in rows:
         if row["format"]:
@@ -74,6 +74,9 @@ def table(rows):
                 continue
             fraction, error = reduction([row[field] - zero for row in mine], [base[s][field] - zero for s in sets])
             cut.append(f"{100 * fraction:.0f} %" + (f" ± {100 * error:.0f}" if error is not None else ""))
+        far = []
+        for field in ("far_perplexity", "far_tempered"):
+            far += [mean_and_error(row[field] for row in mine), "–" if recipe == "mr-gptq" or not shared else mean_and_error(row[field] - base[s][field] for s, row in zip(sets, mine, strict=True))]
         lines.append(
             (
                 f"{format.upper()} W4A{4 if quantised_inputs else 16}",
@@ -83,7 +86,7 @@ def table(rows):
                 mean_and_error(row["perplexity"] for row in mine),
                 f"{statistics.fmean(row['perplexity'] for row in mine) - original['perplexity']:.3f}",
                 cut[0],
-                mean_and_error(row["far_perplexity"] for row in mine),
+                *far,
                 f"{statistics.fmean(row['divergence'] for row in mine):.5f}",
                 cut[1],
                 f"{statistics.fmean(row['far_divergence'] for row in mine):.5f}",
@@ -91,7 +94,7 @@ def table(rows):
                 f"{statistics.median(row['seconds'] for row in mine):.0f}",
             )
         )
-    return align(lines, numeric=(2, 3, 5, 8, 10, 12))
+    return align(lines, numeric=(2, 3, 5, 11, 13, 15))
 
 
 def main():
@@ -103,7 +106,8 @@ def main():
     parser.add_argument("--first-set", type=int, default=0)
     parser.add_argument("--rows", default="", help='only rows whose name holds this, such as "nvfp4 W4A16" or "best-online"')
     parser.add_argument("--windows", type=int, default=128, help="calibration windows in a set (default: 128)")
-    parser.add_argument("--test-windows", type=int, default=256, help="windows of the near text (default: 256); the far text gives half as many")
+    parser.add_argument("--test-windows", type=int, default=256, help="windows of the near text (default: 256)")
+    parser.add_argument("--far-windows", type=int, default=128, help="windows of the far text (default: 128)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path, nargs="+", metavar="JSON")
@@ -118,7 +122,7 @@ def main():
     rows = []
     for calibration_set in range(args.first_set, args.first_set + args.sets):
         measured = measure(
-            args.model, calibration, text[:1_200_000], recipes(args.rows), windows=args.windows, test_windows=args.test_windows, skip=calibration_set * args.windows, far=far, divergence=True, device=args.device
+            args.model, calibration, text[:1_200_000], recipes(args.rows), windows=args.windows, test_windows=args.test_windows, skip=calibration_set * args.windows, far=far, far_windows=args.far_windows, divergence=True, device=args.device
         )  # fmt: skip
         for row in measured:
             rows.append((calibration_set, asdict(row)))

@@ -55,7 +55,7 @@ def test_texts_and_sets_are_told_apart(leaf_folder, calibration_text, held_out_t
     """Each figure is of its own text, and a set is what it says it passes over."""
     far, label = calibration_text[len(calibration_text) // 2 :], "gptq"
     recipe = mg.Recipe.named(label, "mxfp4")
-    _, row = measure(leaf_folder, calibration_text, held_out_text, [(label, recipe)], windows=2, skip=3, test_windows=4, sequence=64, far=far, divergence=True)
+    first, row = measure(leaf_folder, calibration_text, held_out_text, [(label, recipe)], windows=2, skip=3, test_windows=4, sequence=64, far=far, divergence=True)
 
     tokenizer, model, original = hf.load_tokenizer(leaf_folder), hf.load_model(leaf_folder), hf.load_model(leaf_folder)
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
@@ -67,6 +67,17 @@ def test_texts_and_sets_are_told_apart(leaf_folder, calibration_text, held_out_t
         figures += [hf.perplexity(model, *test), hf.divergence(model, original, test[0])]
     assert [row.perplexity, row.divergence, row.far_perplexity, row.far_divergence] == pytest.approx(figures, rel=1e-9)
     assert len({f"{figure:.3g}" for figure in figures}) == 4
+
+    def losses(model, temperature):
+        inputs, targets = hf.token_windows(tokenizer, far, 2, 64, targets=True)
+        with torch.no_grad():
+            return -torch.log_softmax(model(inputs).logits.double() / temperature, -1).gather(-1, targets[..., None]).mean().item()
+
+    temperatures = [1 + i / 10 for i in range(21)]
+    best = min(temperatures, key=lambda t: losses(original, t))
+    assert 1 < best < 3, "else the next lines say nothing"
+    assert [first.far_tempered, row.far_tempered] == pytest.approx([np.exp(losses(original, best)), np.exp(losses(model, best))], rel=1e-5)  # float32 against float64 softmax
+    assert row.far_tempered < row.far_perplexity
 
 
 ROWS = [

@@ -1,7 +1,7 @@
 """Perplexity of a model on a text, and how far its predictions are from another's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ _LOGITS = 2**26
 """Logits held at a time, 256 MB in float32."""
 
 
-@torch.no_grad()
 def perplexity(model: Any, inputs: torch.Tensor, targets: torch.Tensor, *, progress: Callable[[int], None] | None = None) -> float:
     """exp of the mean negative log-likelihood of every target.
 
@@ -24,16 +23,26 @@ def perplexity(model: Any, inputs: torch.Tensor, targets: torch.Tensor, *, progr
     -------
     float : perplexity per token of the model's own tokenizer. Logits are reduced in float32, the sum over tokens in float64.
     """
+    return tempered_perplexities(model, inputs, targets, (1.0,), progress=progress)[0]
+
+
+@torch.no_grad()
+def tempered_perplexities(model: Any, inputs: torch.Tensor, targets: torch.Tensor, temperatures: Sequence[float], *, progress: Callable[[int], None] | None = None) -> list[float]:
+    """:func:`perplexity` with the logits divided by each of ``temperatures``, from one pass.
+
+    A text unlike the training text finds a model too sure of itself, and its perplexity then depends on how sure; at the temperature that suits the text it is flat in that.
+    """
     device = next(model.parameters()).device
     batch = max(1, _LOGITS // (inputs.shape[1] * model.config.get_text_config().vocab_size))
-    total = 0.0
+    totals = [0.0] * len(temperatures)
     for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
-        logits = model(input_ids=x.to(device), use_cache=False).logits.float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.to(device).flatten(), reduction="none")
-        total += float(losses.double().sum())
+        logits, wanted = model(input_ids=x.to(device), use_cache=False).logits.float().flatten(0, 1), y.to(device).flatten()
+        for i, temperature in enumerate(temperatures):
+            losses = torch.nn.functional.cross_entropy(logits / temperature, wanted, reduction="none")
+            totals[i] += float(losses.double().sum())
         if progress:
             progress(len(x))
-    return math.exp(total / targets.numel())
+    return [math.exp(total / targets.numel()) for total in totals]
 
 
 @torch.no_grad()

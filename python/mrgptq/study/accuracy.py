@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import hf
@@ -16,12 +16,16 @@ from ..result import layer_report
 _DIVERGENCE_WINDOWS = 64
 """Of the test's windows, at most: it needs the logits of two models, and tells methods apart on far fewer tokens than perplexity does."""
 
+_TEMPERATURES = tuple(1 + i / 10 for i in range(21))
+"""Tried on the far text; at the right one a perplexity is flat in it, so tenths are enough."""
+
 
 @dataclass(frozen=True)
 class AccuracyRow:
     """One cell: a recipe on a model. ``relative_error`` is the unweighted mean over its layers; None, as is the format, for the unquantised model.
 
-    ``far_perplexity`` is that of a text of another kind, ``divergence`` and ``far_divergence`` KL(original || quantised) in nats per token on both; None where not asked for.
+    ``far_perplexity`` is that of a text of another kind, ``far_tempered`` the same at the temperature, in tenths from 1 to 3, at which the original predicts that text best;
+    ``divergence`` and ``far_divergence``: KL(original || quantised) in nats per token on both. None where not asked for.
     ``seconds``: quantising.
     """
 
@@ -33,6 +37,7 @@ class AccuracyRow:
     relative_error: float | None
     perplexity: float
     far_perplexity: float | None = None
+    far_tempered: float | None = None
     divergence: float | None = None
     far_divergence: float | None = None
     seconds: float = 0.0
@@ -49,6 +54,7 @@ def measure(
     sequence: int = 512,
     skip: int = 0,
     far: str | None = None,
+    far_windows: int | None = None,
     divergence: bool = False,
     device: str = "cpu",
     threads: int | None = None,
@@ -62,7 +68,7 @@ def measure(
     recipes : iterable of (label, Recipe).
     windows, test_windows : windows of ``sequence`` tokens for calibration and for the perplexity.
     skip : calibration windows to pass over, for another calibration set from one text.
-    far : a text of another kind than both, whose perplexity is measured over half as many windows. divergence : measure that too, over the first 64 windows of each. device : of the forward passes.
+    far : a text of another kind than both, whose perplexity is measured over ``far_windows`` windows (None: half as many as ``test_windows``). divergence : measure that too, over the first 64 windows of each. device : of the forward passes.
     progress : called as progress(label) before each measurement.
 
     Yields
@@ -74,13 +80,18 @@ def measure(
     if not len(inputs):
         raise ValueError(f"the calibration text has no window left after {skip}")
     test = hf.token_windows(tokenizer, text, test_windows, sequence, targets=True)
-    far_test = None if far is None else hf.token_windows(tokenizer, far, max(1, test_windows // 2), sequence, targets=True)
+    far_test = None if far is None else hf.token_windows(tokenizer, far, far_windows or max(1, test_windows // 2), sequence, targets=True)
     reader = CheckpointReader(folder)
     modules = select_modules({name: reader.shape(name) for name in reader.names})
     if progress:
         progress("original")
     original = hf.load_model(folder, device=device)
-    yield AccuracyRow("original", None, None, None, None, None, hf.perplexity(original, *test), None if far_test is None else hf.perplexity(original, *far_test))
+    row = AccuracyRow("original", None, None, None, None, None, hf.perplexity(original, *test))
+    if far_test is not None:
+        tempered = dict(zip(_TEMPERATURES, hf.tempered_perplexities(original, *far_test, _TEMPERATURES), strict=True))
+        temperature = min(tempered, key=tempered.__getitem__)
+        row = replace(row, far_perplexity=tempered[1.0], far_tempered=tempered[temperature])
+    yield row
     for label, recipe in recipes:
         if progress:
             progress(f"{label}, {recipe.format}, W4A{4 if recipe.activations else 16}")
@@ -97,7 +108,7 @@ def measure(
             recipe.resolved_mx_rule if recipe.format == "mxfp4" else None,
             mean,
             hf.perplexity(model, *test),
-            None if far_test is None else hf.perplexity(model, *far_test),
+            *((None, None) if far_test is None else hf.tempered_perplexities(model, *far_test, (1.0, temperature))),
             hf.divergence(model, original, test[0][:_DIVERGENCE_WINDOWS]) if divergence else None,
             hf.divergence(model, original, far_test[0][:_DIVERGENCE_WINDOWS]) if divergence and far_test is not None else None,
             seconds,
