@@ -39,7 +39,15 @@ inline Real round_magnitude(Real t) noexcept {
     return t < Real(2) ? fine : (t < Real(4) ? middle : coarse);
 }
 
+// The code of half of `halves`, twice a value of the grid. Sums of comparisons, as above, so that it vectorises.
+constexpr std::uint8_t encode_halves(std::int8_t halves) noexcept {
+    const std::uint8_t a = static_cast<std::uint8_t>(halves < 0 ? -halves : halves);
+    const std::uint8_t code = static_cast<std::uint8_t>(a - (a > 4) - (a > 6) - 3 * (a > 8));
+    return static_cast<std::uint8_t>(code | (halves < 0 ? 8 : 0));
+}
+
 static_assert(encode(0.25f) == 0 && encode(0.75f) == 2 && encode(1.25f) == 2 && encode(1.75f) == 4 && encode(2.5f) == 4 && encode(3.5f) == 6 && encode(5.0f) == 6);
+static_assert(encode_halves(0) == 0 && encode_halves(4) == 4 && encode_halves(-6) == 13 && encode_halves(8) == 6 && encode_halves(-12) == 15);
 static_assert(encode(-0.2f) == 0 && encode(-0.3f) == 9 && encode(1e30f) == 7 && encode(-1e30) == 15);
 
 }  // namespace mrgptq::e2m1

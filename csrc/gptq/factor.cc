@@ -1,6 +1,7 @@
 #include "gptq/factor.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -21,6 +22,7 @@ Order order_named(std::string_view name) {
 Factor::Factor(MatrixView<const double> h, Order order, double damping, Index group_size, int threads) : order_(static_cast<std::size_t>(h.cols)), damping_(damping), kind_(order) {
     check(h.rows == h.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); it must be square");
     check(damping >= 0, "damping is " + std::to_string(damping) + "; it must be 0 or more");
+    constexpr Index line = 8;    // doubles between a column's end and the next one's start: columns a power of two apart would share one set of the caches
     constexpr Index grain = 16;  // columns of the factor that a thread fills at a time
     const Index n = h.cols;
     std::iota(order_.begin(), order_.end(), Index{0});
@@ -52,24 +54,28 @@ Factor::Factor(MatrixView<const double> h, Order order, double damping, Index gr
 
     if (mean > 0) dead_weight_ = std::max(damping, 0.01) * mean;
 
+    std::vector<std::uint8_t> dead(static_cast<std::size_t>(n));  // by position: the diagonal itself is a cache line an entry
+    for (Index p = 0; p < n; ++p) dead[static_cast<std::size_t>(p)] = h.row(column(p))[column(p)] == 0;
+    storage_.resize(n + line, n);
+    auto unit = storage_.topRows(n);
     for (;; damping_ = damping_ == 0 ? 0.01 : damping_ * 10) {
-        unit_.resize(n, n);
         parallel_for_ranges(n, grain, threads, [&](Index first, Index last) {
             for (Index p = first; p < last; ++p) {
                 const Index cp = column(p);
-                const bool dead = h.row(cp)[cp] == 0;
-                for (Index k = 0; k < n; ++k) {
-                    const Index ck = column(k);
-                    unit_(k, p) = dead || h.row(ck)[ck] == 0 ? 0 : h.row(cp)[ck];
+                double* mine = unit.col(p).data();
+                if (dead[static_cast<std::size_t>(p)]) {  // stands alone
+                    std::fill_n(mine, n, 0.0);
+                    mine[p] = dead_weight_;
+                    continue;
                 }
-                // A dead column stands alone.
-                unit_(p, p) = dead ? dead_weight_ : unit_(p, p) + damping_ * mean;
+                for (Index k = 0; k < n; ++k) mine[k] = dead[static_cast<std::size_t>(k)] ? 0 : h.row(cp)[column(k)];
+                mine[p] += damping_ * mean;
             }
         });
-        diagonal_ = unit_.diagonal();
+        diagonal_ = unit.diagonal();
         lambda_ = damping_ * mean;
-        const bool factorized = factorize(unit_.data(), n, n, threads);
-        pivots_ = unit_.diagonal().array().square();
+        const bool factorized = factorize(unit.data(), n, unit.outerStride(), threads);
+        pivots_ = unit.diagonal().array().square();
         // A pivot that has lost all its digits to cancellation is noise, whatever its sign, and dividing by it would make the feedback noise too.
         const double lost = static_cast<double>(n) * std::numeric_limits<double>::epsilon();
         usable_ = factorized && (pivots_.array() > lost * diagonal_.array()).all();
@@ -79,7 +85,7 @@ Factor::Factor(MatrixView<const double> h, Order order, double damping, Index gr
     }
     if (!usable_) return;
     parallel_for_ranges(n, grain, threads, [&](Index first, Index last) {
-        for (Index p = first; p < last; ++p) unit_.col(p).tail(n - p) /= unit_(p, p);
+        for (Index p = first; p < last; ++p) unit.col(p).tail(n - p) /= double(unit(p, p));
     });
 }
 

@@ -42,7 +42,7 @@ public:
     Index column(Index position) const noexcept { return order_[static_cast<std::size_t>(cols() - 1 - position)]; }
 
     // By reversed position. Strictly below the diagonal L[k,p] / L[p,p], on it ones, strictly above it R itself, which saves a matrix: whoever wants both has both.
-    const Columns<double>& unit() const noexcept { return unit_; }
+    Strided<double> unit() const noexcept { return {storage_.data(), cols(), cols(), Eigen::OuterStride<>(storage_.outerStride())}; }
     const Eigen::VectorXd& pivots() const noexcept { return pivots_; }      // L[p,p]²
     const Eigen::VectorXd& diagonal() const noexcept { return diagonal_; }  // R[p,p]
 
@@ -53,7 +53,7 @@ private:
     bool usable_ = false;
     Order kind_;
     double lambda_ = 0, dead_weight_ = 1;
-    Columns<double> unit_;
+    Columns<double> storage_;  // unit(), and a few unused rows below
     Eigen::VectorXd pivots_, diagonal_;
 };
 

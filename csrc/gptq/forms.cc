@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "base/parallel.h"
+#include "gptq/rows.h"
 #include "gptq/tile.h"
 
 namespace mrgptq {
@@ -17,11 +18,7 @@ constexpr Index most_tiles = 8;  // that one thread works off together: what is 
 // Rows [first_row, ...) of a matrix as tiles of 32, widened.
 std::vector<Tile<double>> widened(MatrixView<const float> e, Index first_tile, Index count) {
     std::vector<Tile<double>> tiles(static_cast<std::size_t>(count), Tile<double>::Zero(lanes, e.cols));
-    for (Index t = 0; t < count; ++t)
-        for (Index r = 0; r < std::min(lanes, e.rows - (first_tile + t) * lanes); ++r) {
-            const float* row = e.row((first_tile + t) * lanes + r);
-            for (Index c = 0; c < e.cols; ++c) tiles[static_cast<std::size_t>(t)](r, c) = row[c];
-        }
+    for (Index t = 0; t < count; ++t) rows_to_lanes(e, (first_tile + t) * lanes, tiles[static_cast<std::size_t>(t)].data(), [](Index c) { return c; });
     return tiles;
 }
 

@@ -12,7 +12,7 @@ template <class Real>
 void owed(const Factor& outputs, Index begin, Index end, MatrixView<const float> errors, MatrixView<Real> out, int threads) {
     constexpr Index most_tiles = 8;
     const Index count = end - begin, rows = outputs.cols(), n = errors.cols, tiles = (n + lanes - 1) / lanes;
-    const Columns<double>& unit = outputs.unit();
+    const auto unit = outputs.unit();
     // All transposed: a tile is 32 of the weight's columns, and its columns are rows of the weight.
     parallel_for_ranges(tiles, most_tiles, threads, [&](Index first_tile, Index last_tile) {
         std::vector<Tile<double>> sums(static_cast<std::size_t>(last_tile - first_tile), Tile<double>::Zero(lanes, (count + kernel_cols - 1) / kernel_cols * kernel_cols));
@@ -22,7 +22,7 @@ void owed(const Factor& outputs, Index begin, Index end, MatrixView<const float>
             const Index width = std::min(block, count - left);
             for (Index k = end; k < rows; k += block) {
                 const Index depth = std::min(block, rows - k);
-                strips.pack(&unit(k, begin + left), 1, rows, depth, width);
+                strips.pack(&unit.coeffRef(k, begin + left), 1, unit.outerStride(), depth, width);
                 for (Index t = first_tile; t < last_tile; ++t) {
                     const Index here = std::min(lanes, n - t * lanes);
                     for (Index r = 0; r < depth; ++r)

@@ -27,11 +27,11 @@ GroupFactors<Real> group_factors(const Factor& factor, Index group_size);
 // and below it. R stands above the diagonal of Factor::unit, and R is symmetric.
 template <class Real, class Use>
 void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real>& strips, Strips<Real>& own, Use&& use) {
-    const Columns<double>& unit = factor.unit();
+    const auto unit = factor.unit();
     const Index n = unit.cols(), width = end - begin;
     for (Index k = 0; k < begin; k += block) {
         const Index depth = std::min(block, begin - k);
-        strips.pack(&unit(k, begin), 1, n, depth, width);
+        strips.pack(&unit.coeffRef(k, begin), 1, unit.outerStride(), depth, width);
         use(strips, k, depth);
     }
     Columns<double> square = unit.block(begin, begin, width, width).template triangularView<Eigen::StrictlyUpper>();
@@ -41,7 +41,7 @@ void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real
     use(own, begin, width);
     for (Index k = end; k < n; k += block) {
         const Index depth = std::min(block, n - k);
-        strips.pack(&unit(begin, k), n, 1, depth, width);
+        strips.pack(&unit.coeffRef(begin, k), unit.outerStride(), 1, depth, width);
         use(strips, k, depth);
     }
 }

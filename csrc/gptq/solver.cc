@@ -11,6 +11,7 @@
 #include "formats/block_format.h"
 #include "gptq/outputs.h"
 #include "gptq/refine.h"
+#include "gptq/rows.h"
 #include "gptq/tile.h"
 
 namespace mrgptq {
@@ -24,14 +25,21 @@ struct Problem {
     const SolverOptions& options;
     const Eigen::Matrix<Real, Eigen::Dynamic, 1> pivots;
     const GroupFactors<Real> groups;  // of refinement; empty without
+    const std::vector<Index> positions;  // by column of the weight
 };
+
+std::vector<Index> positions_of(const Factor& factor) {
+    std::vector<Index> positions(static_cast<std::size_t>(factor.cols()));
+    for (Index p = 0; p < factor.cols(); ++p) positions[static_cast<std::size_t>(factor.column(p))] = p;
+    return positions;
+}
 
 template <class Format, class Real, class Weight>
 RowTile<Real> load(const Problem<Real>& problem, MatrixView<const Weight> weight, MatrixView<const std::uint8_t> scales, Index first_row) {
     const Index n = weight.cols, rows = std::min(lanes, weight.rows - first_row);
     RowTile<Real> tile{first_row, rows, Tile<Real>::Zero(lanes, n), Tile<std::int8_t>::Zero(lanes, n), Tile<std::uint8_t>::Constant(lanes, scales.cols, 1), Tile<float>::Ones(lanes, scales.cols)};
+    rows_to_lanes(weight, first_row, tile.error.data(), [&](Index c) { return problem.positions[static_cast<std::size_t>(c)]; });
     for (Index r = 0; r < rows; ++r) {
-        for (Index p = 0; p < n; ++p) tile.error(r, p) = static_cast<Real>(weight.row(first_row + r)[problem.factor.column(p)]);
         for (Index g = 0; g < scales.cols && !problem.options.search_scales; ++g) {
             tile.scales(r, g) = scales.row(first_row + r)[g];
             tile.steps(r, g) = group_step<Format>(tile.scales(r, g), problem.tensor_scale);
@@ -44,7 +52,7 @@ RowTile<Real> load(const Problem<Real>& problem, MatrixView<const Weight> weight
 template <class Format, class Real>
 double round_columns(const Problem<Real>& problem, const Strips<Real>& unit, RowTile<Real>& tile, Tile<Real>& feedback, Index begin, Index end) {
     constexpr Index few = 16;
-    double loss = 0;
+    Lane<double> loss = Lane<double>::Zero();
     for (Index last = end; last > begin; last -= few) {
         const Index first = last - few;
         for (Index p = last - 1; p >= first; --p) {
@@ -59,12 +67,12 @@ double round_columns(const Problem<Real>& problem, const Strips<Real>& unit, Row
                 residual[r] = t - q;
                 e[r] -= q;
             }
-            loss += problem.factor.pivots()[p] * residual.template cast<double>().square().sum();
+            loss += problem.factor.pivots()[p] * residual.template cast<double>().square();
             for (Index j = first; j < p; ++j) feedback.col(j - begin) += unit.at(p - begin, j - begin) * tile.error.col(p);
         }
         if (first > begin) unit.multiply(tile.error.col(first).data(), first - begin, few, first - begin, feedback.data());
     }
-    return loss;
+    return loss.sum();
 }
 
 // The searched recursion inside a block: each group tries every storable scale around absmax of what feedback has made of its weights.
@@ -72,7 +80,7 @@ template <class Format, class Real>
 double search_groups(const Problem<Real>& problem, const Strips<Real>& unit, RowTile<Real>& tile, Tile<Real>& feedback, Index begin, Index end) {
     constexpr Index size = Format::group_size;
     constexpr int below = SearchRange<Format>::below, above = SearchRange<Format>::above;
-    double loss = 0;
+    Lane<double> loss = Lane<double>::Zero();
     for (Index first = end - size; first >= begin; first -= size) {
         const GroupTile<Real, Format> weight = tile.error.middleCols(first, size);
         const GroupTile<Real, Format> fed = weight + feedback.middleCols(first - begin, size);
@@ -119,10 +127,10 @@ double search_groups(const Problem<Real>& problem, const Strips<Real>& unit, Row
         for (Index r = 0; r < lanes; ++r) tile.steps(r, group) = group_step<Format>(best_scales[r], problem.tensor_scale);
         tile.halves.middleCols(first, size) = (Real(2) * best_rounded).template cast<std::int8_t>();
         tile.error.middleCols(first, size) = best_error;
-        loss += least.template cast<double>().sum();
+        loss += least.template cast<double>();
         if (first > begin) unit.multiply(best_error.data(), first - begin, size, first - begin, feedback.data());
     }
-    return loss;
+    return loss.sum();
 }
 
 template <class Real>
@@ -142,7 +150,7 @@ void add_losses(std::vector<double>& sum, const std::vector<double>& losses) {
 }
 
 // Tiles that one thread takes through the columns side by side: what is packed of the factor for one serves all. A tile's bytes do not depend on its company.
-constexpr Index most_tiles = 8;
+constexpr Index most_tiles = 16;
 
 template <class Real>
 struct Band {
@@ -154,7 +162,7 @@ struct Band {
 // The recursion over all columns: the losses by tile.
 template <class Format, class Real>
 std::vector<double> visit_columns(const Problem<Real>& problem, Band<Real>& band) {
-    const Columns<double>& unit = problem.factor.unit();
+    const auto unit = problem.factor.unit();
     const Index n = unit.cols();
     std::vector<double> losses(band.tiles.size(), 0.0);
     for (Index end = n; end > 0; end -= std::min(block, end)) {
@@ -162,10 +170,10 @@ std::vector<double> visit_columns(const Problem<Real>& problem, Band<Real>& band
         for (auto& sum : band.sums) sum.setZero();
         for (Index k = end; k < n; k += block) {
             const Index depth = std::min(block, n - k);
-            band.strips.pack(&unit(k, begin), 1, n, depth, width);
+            band.strips.pack(&unit.coeffRef(k, begin), 1, unit.outerStride(), depth, width);
             for (std::size_t t = 0; t < band.tiles.size(); ++t) band.strips.multiply(band.tiles[t].error.col(k).data(), 0, depth, width, band.sums[t].data());
         }
-        band.own.pack(&unit(begin, begin), 1, n, width, width);
+        band.own.pack(&unit.coeffRef(begin, begin), 1, unit.outerStride(), width, width);
         for (std::size_t t = 0; t < band.tiles.size(); ++t) {
             losses[t] += problem.options.search_scales ? search_groups<Format>(problem, band.own, band.tiles[t], band.sums[t], begin, end)
                                                        : round_columns<Format>(problem, band.own, band.tiles[t], band.sums[t], begin, end);
@@ -216,14 +224,10 @@ std::vector<std::vector<double>> solve_band(const Problem<Real>& problem, Matrix
         }
     }
 
-    const Index n = weight.cols;
-    std::vector<std::uint8_t> row_codes(static_cast<std::size_t>(n));
-    for (const auto& tile : band.tiles)
-        for (Index r = 0; r < tile.rows; ++r) {
-            for (Index p = 0; p < n; ++p) row_codes[static_cast<std::size_t>(problem.factor.column(p))] = e2m1::encode(0.5f * static_cast<float>(tile.halves(r, p)));
-            pack_row(row_codes.data(), n, codes.row(tile.first_row + r));
-            std::copy_n(tile.scales.row(r).begin(), scales.cols, scales.row(tile.first_row + r));
-        }
+    for (const auto& tile : band.tiles) {
+        halves_to_rows(tile.halves.data(), codes, tile.first_row, tile.rows, [&](Index c) { return problem.positions[static_cast<std::size_t>(c)]; });
+        for (Index r = 0; r < tile.rows; ++r) std::copy_n(tile.scales.row(r).begin(), scales.cols, scales.row(tile.first_row + r));
+    }
     return losses;
 }
 
@@ -283,7 +287,7 @@ std::vector<double> solve_coupled(const Problem<Real>& problem, MatrixView<const
 template <class Format, class Real>
 SolverResult solve_format(MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs, const SolverOptions& options,
                           MatrixView<std::uint8_t> codes, int threads) {
-    const Problem<Real> problem{tensor_scale, factor, options, factor.pivots().cast<Real>(), options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{}};
+    const Problem<Real> problem{tensor_scale, factor, options, factor.pivots().cast<Real>(), options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{}, positions_of(factor)};
     if (outputs != nullptr) return {solve_coupled<Format>(problem, weight, scales, *outputs, codes, threads)};
     return {solve_rows<Format>(problem, weight, scales, codes, threads)};
 }

@@ -36,14 +36,13 @@ void subtract_products(Tiles& x, Tiles& sums, Strips<double>& strips, Index begi
 }  // namespace
 
 void divide_by_square(Tiles& x, const Factor& factor, Index first, Index last) {
-    const Columns<double>& unit = factor.unit();
-    const Index n = unit.cols();
+    const auto unit = factor.unit();
     Tiles sums(x.size(), Tile<double>(lanes, block));
     Strips<double> strips;
     for (Index end = last; end > first; end -= std::min(block, end - first)) {
         const Index begin = std::max(end - block, first), width = end - begin;
-        subtract_products(x, sums, strips, begin - first, width, end - first, last - first, [&](Index k, Index depth) { strips.pack(&unit(first + k, begin), 1, n, depth, width); });
-        strips.pack(&unit(begin, begin), 1, n, width, width);
+        subtract_products(x, sums, strips, begin - first, width, end - first, last - first, [&](Index k, Index depth) { strips.pack(&unit.coeffRef(first + k, begin), 1, unit.outerStride(), depth, width); });
+        strips.pack(&unit.coeffRef(begin, begin), 1, unit.outerStride(), width, width);
         solve_backwards(x, strips, begin - first, width);
     }
 }
@@ -51,14 +50,14 @@ void divide_by_square(Tiles& x, const Factor& factor, Index first, Index last) {
 void divide_by_unit(Tiles& x, const Factor& factor) { divide_by_square(x, factor, 0, factor.cols()); }
 
 void divide_by_transposed_unit(Tiles& x, const Factor& factor) {
-    const Columns<double>& unit = factor.unit();
+    const auto unit = factor.unit();
     const Index n = unit.cols();
     Tiles sums(x.size(), Tile<double>(lanes, block));
     Strips<double> strips;
     for (Index begin = 0; begin < n; begin += block) {
         const Index width = std::min(block, n - begin);
-        subtract_products(x, sums, strips, begin, width, 0, begin, [&](Index k, Index depth) { strips.pack(&unit(begin, k), n, 1, depth, width); });
-        strips.pack(&unit(begin, begin), n, 1, width, width);
+        subtract_products(x, sums, strips, begin, width, 0, begin, [&](Index k, Index depth) { strips.pack(&unit.coeffRef(begin, k), unit.outerStride(), 1, depth, width); });
+        strips.pack(&unit.coeffRef(begin, begin), unit.outerStride(), 1, width, width);
         solve_forwards(x, strips, begin, width);
     }
 }

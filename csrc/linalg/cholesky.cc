@@ -1,7 +1,9 @@
 #include "linalg/cholesky.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "base/parallel.h"
@@ -40,85 +42,142 @@ struct Square {
     const double* strip(Index first) const noexcept { return strips.data() + first * width; }
 };
 
-// 32 rows below the square: x Lᵀ = x, solved from left to right, a group of columns at a time.
-void solve_lanes(const Square& square, double* x) noexcept {
-    for (Index first = 0; first < square.width; first += kernel_cols) {
-        const double* strip = square.strip(first);
-        double* group = x + first * lanes;
-        for (Index row = 0; row < lanes && first > 0; row += kernel_rows<double>) multiply_tile<double, true>(first, x + row, lanes, strip, kernel_cols, group + row, lanes);
-        const Index here = std::min(kernel_cols, square.width - first);
-        for (Index j = 0; j < here; ++j) {
-            double* column = group + j * lanes;
-            for (Index i = 0; i < j; ++i) {
-                const double weight = strip[(first + i) * kernel_cols + j];
-                const double* solved = group + i * lanes;
-                for (Index r = 0; r < lanes; ++r) column[r] -= weight * solved[r];
-            }
-            const double pivot = strip[(first + j) * kernel_cols + j];
-            for (Index r = 0; r < lanes; ++r) column[r] /= pivot;
+// Rows that are worked off together, adjacent in each column: with the panel's columns a quarter to half of the first cache, which leaves the rest to what they are multiplied with.
+constexpr Index height = kernel_rows<double>;
+static_assert(height % kernel_cols == 0);
+
+// A whole group of columns against its own triangle, which stays in registers.
+template <Index cols>
+void solve_group(const double* triangle, double* x) noexcept {
+    constexpr Index w = vector_size<double>;
+    std::array<Vector<double>, cols> low, high;
+#pragma GCC unroll 8
+    for (Index j = 0; j < cols; ++j) {
+        Vector<double> a = load(x + j * height), b = load(x + j * height + w);
+#pragma GCC unroll 8
+        for (Index i = 0; i < j; ++i) {
+            const Vector<double> weight = splat(triangle[i * kernel_cols + j]);
+            a -= weight * low[i];
+            b -= weight * high[i];
         }
+        const Vector<double> pivot = splat(triangle[j * kernel_cols + j]);
+        low[j] = a / pivot;
+        high[j] = b / pivot;
+        store(x + j * height, low[j]);
+        store(x + j * height + w, high[j]);
     }
 }
 
-// The rows below a panel, packed both ways: as lanes for the left factor of what they take off the rest, as strips for the right one.
-struct Below {
-    Index rows, width;
-    std::vector<double> left, right;
+// `height` rows below the square: x Lᵀ = x, solved from left to right, a group of columns at a time.
+void solve_rows(const Square& square, double* x) noexcept {
+    for (Index first = 0; first < square.width; first += kernel_cols) {
+        const double* strip = square.strip(first);
+        double* group = x + first * height;
+        if (first > 0) multiply_tile<double, true>(first, x, height, strip, kernel_cols, group, height);
+        const Index here = std::min(kernel_cols, square.width - first);
+        if (here == kernel_cols)
+            solve_group<kernel_cols>(strip + first * kernel_cols, group);
+        else
+            for (Index j = 0; j < here; ++j) {
+                double* column = group + j * height;
+                for (Index i = 0; i < j; ++i)
+                    for (Index r = 0; r < height; ++r) column[r] -= strip[(first + i) * kernel_cols + j] * group[i * height + r];
+                for (Index r = 0; r < height; ++r) column[r] /= strip[(first + j) * kernel_cols + j];
+            }
+    }
+}
 
-    Below(Index rows, Index width)
-        : rows(rows), width(width), left(static_cast<std::size_t>((rows + lanes - 1) / lanes * lanes * width)), right(static_cast<std::size_t>((rows + lanes - 1) / lanes * lanes * width)) {}
-    double* of_lanes(Index first_row) noexcept { return left.data() + first_row * width; }
-    double* of_strip(Index first_row) noexcept { return right.data() + first_row * width; }
+// The rows below a panel, packed both ways: `height` of them together as the left factor of what they take off the rest, in strips as the right one. Room for the first panel's, which has most.
+struct Below {
+    Index first = 0, width = 0;  // the matrix's row that is the first here; the panel's columns
+    std::unique_ptr<double[]> left, right;
+
+    explicit Below(Index most_rows) {
+        const auto size = static_cast<std::size_t>((most_rows + height - 1) / height * height * panel);
+        left = std::make_unique_for_overwrite<double[]>(size);
+        right = std::make_unique_for_overwrite<double[]>(size);
+    }
+    double* of_rows(Index row) noexcept { return left.get() + (row - first) * width; }
+    double* of_strip(Index row) noexcept { return right.get() + (row - first) * width; }
 };
 
-// A tile of 32 rows by kernel_cols columns that the matrix's end or its diagonal cuts: worked out beside, and only what is the matrix's own and not above its diagonal copied back.
-void subtract_cut(Below& below, Index row, Index col, double* corner, Index stride) noexcept {
-    double tile[lanes * kernel_cols];
-    const Index rows = std::min(lanes, below.rows - row), cols = std::min(kernel_cols, below.rows - col);
-    for (Index j = 0; j < cols; ++j)
-        for (Index r = 0; r < rows; ++r) tile[j * lanes + r] = row + r >= col + j ? corner[j * stride + r] : 0;
-    for (Index r = 0; r < lanes; r += kernel_rows<double>) multiply_tile<double, true>(below.width, below.of_lanes(row) + r, lanes, below.of_strip(col), kernel_cols, tile + r, lanes);
+// Columns of `rows` rows between the matrix and pieces of `height` rows, one piece after the other, down a column at a time as memory likes it; rows that are not there are zero in the pieces.
+void pack_rows(const double* columns, Index stride, Index width, Index rows, double* x) noexcept {
+    for (Index c = 0; c < width; ++c, columns += stride, x += height) {
+        double* piece = x;
+        Index first = 0;
+        for (; first + height <= rows; first += height, piece += height * width)
+            for (Index r = 0; r < height; ++r) piece[r] = columns[first + r];
+        if (first < rows)
+            for (Index r = 0; r < height; ++r) piece[r] = first + r < rows ? columns[first + r] : 0;
+    }
+}
+
+void unpack_rows(const double* x, Index width, Index rows, double* columns, Index stride) noexcept {
+    for (Index c = 0; c < width; ++c, columns += stride, x += height) {
+        const double* piece = x;
+        Index first = 0;
+        for (; first + height <= rows; first += height, piece += height * width)
+            for (Index r = 0; r < height; ++r) columns[first + r] = piece[r];
+        for (Index r = first; r < rows; ++r) columns[r] = piece[r - first];
+    }
+}
+
+// A tile of `height` rows by kernel_cols columns that the matrix's end or its diagonal cuts: worked out beside, and only what is the matrix's own and not above its diagonal copied back.
+void subtract_cut(Below& below, Index row, Index col, Index n, double* to, Index stride) noexcept {
+    double tile[height * kernel_cols];
+    const Index rows = std::min(height, n - row), cols = std::min(kernel_cols, n - col);
+    for (Index j = 0; j < kernel_cols; ++j)
+        for (Index r = 0; r < height; ++r) tile[j * height + r] = j < cols && r < rows && row + r >= col + j ? to[j * stride + r] : 0;
+    multiply_tile<double, true>(below.width, below.of_rows(row), height, below.of_strip(col), kernel_cols, tile, height);
     for (Index j = 0; j < cols; ++j)
         for (Index r = 0; r < rows; ++r)
-            if (row + r >= col + j) corner[j * stride + r] = tile[j * lanes + r];
+            if (row + r >= col + j) to[j * stride + r] = tile[j * height + r];
+}
+
+// Takes the panel's products off what lies to its right, on and below the diagonal of an (n, n) matrix.
+void subtract_products(Below& below, double* columns, Index n, Index stride, int threads) {
+    constexpr Index block = 256;  // rows and columns that a thread takes at a time: their factors, 256 KiB each, stay in the second cache
+    const Index begin = below.first, blocks = (n - begin + block - 1) / block;
+    parallel_for(blocks * (blocks + 1) / 2, threads, [&](Index piece) {
+        Index i = 0;
+        while ((i + 1) * (i + 2) / 2 <= piece) ++i;
+        const Index first_row = begin + i * block, first_col = begin + (piece - i * (i + 1) / 2) * block;
+        for (Index row = first_row; row < std::min(first_row + block, n); row += height)
+            for (Index col = first_col; col < std::min(first_col + block, n); col += kernel_cols) {
+                if (row + height <= col) break;  // above the diagonal
+                double* to = columns + col * stride + row;
+                if (row < col + kernel_cols || row + height > n)
+                    subtract_cut(below, row, col, n, to, stride);
+                else
+                    multiply_tile<double, true>(below.width, below.of_rows(row), height, below.of_strip(col), kernel_cols, to, stride);
+            }
+    });
 }
 
 }  // namespace
 
 bool factorize(double* columns, Index n, Index stride, int threads) {
-    constexpr Index block = 128;  // rows and columns of the rest that a thread takes at a time
+    constexpr Index rows_at_once = 128;  // of those below a panel, for a thread
+    Below below(std::max<Index>(n - panel, 0));
     for (Index start = 0; start < n; start += panel) {
-        const Index width = std::min(panel, n - start), rows = n - start - width;
+        const Index width = std::min(panel, n - start);
+        below.width = width;
+        below.first = start + width;
         double* corner = columns + start * stride + start;
         if (!factorize_square(corner, width, stride)) return false;
-        if (rows == 0) break;
+        if (below.first == n) break;
         const Square square(corner, width, stride);
-        Below below(rows, width);
-        parallel_for((rows + lanes - 1) / lanes, threads, [&](Index piece) {
-            const Index first = piece * lanes, here = std::min(lanes, rows - first);
-            double* x = below.of_lanes(first);
-            for (Index c = 0; c < width; ++c) std::copy_n(corner + c * stride + width + first, here, x + c * lanes);
-            solve_lanes(square, x);
-            for (Index c = 0; c < width; ++c) std::copy_n(x + c * lanes, here, corner + c * stride + width + first);
-            pack_strips(x, lanes, Index{1}, width, lanes, below.of_strip(first));
+        parallel_for_ranges(n - below.first, rows_at_once, threads, [&](Index begin, Index end) {
+            double *from = corner + width + begin, *rows = below.of_rows(below.first + begin);
+            pack_rows(from, stride, width, end - begin, rows);
+            for (Index row = below.first + begin; row < below.first + end; row += height) {
+                solve_rows(square, below.of_rows(row));
+                pack_strips(below.of_rows(row), height, Index{1}, width, height, below.of_strip(row));
+            }
+            unpack_rows(rows, width, end - begin, from, stride);
         });
-        double* rest = columns + (start + width) * stride + start + width;
-        const Index blocks = (rows + block - 1) / block;
-        parallel_for(blocks * (blocks + 1) / 2, threads, [&](Index piece) {
-            Index i = 0;
-            while ((i + 1) * (i + 2) / 2 <= piece) ++i;
-            const Index first_row = i * block, first_col = (piece - i * (i + 1) / 2) * block;
-            for (Index col = first_col; col < std::min(first_col + block, rows); col += kernel_cols)
-                for (Index row = first_row; row < std::min(first_row + block, rows); row += lanes) {
-                    if (row + lanes <= col) continue;  // above the diagonal
-                    double* to = rest + col * stride + row;
-                    if (row < col + kernel_cols || row + lanes > rows) {
-                        subtract_cut(below, row, col, to, stride);
-                        continue;
-                    }
-                    for (Index r = 0; r < lanes; r += kernel_rows<double>) multiply_tile<double, true>(width, below.of_lanes(row) + r, lanes, below.of_strip(col), kernel_cols, to + r, stride);
-                }
-        });
+        subtract_products(below, columns, n, stride, threads);
     }
     return true;
 }

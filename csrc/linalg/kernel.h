@@ -19,6 +19,10 @@ template <class Real, bool subtract>
 inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, Real* c, Index c_stride) noexcept {
     constexpr Index w = vector_size<Real>;
     std::array<Vector<Real>, kernel_cols> low{}, high{};
+    for (Index j = 0; j < kernel_cols; ++j) {  // needed at the end: on its way meanwhile
+        __builtin_prefetch(c + j * c_stride, 1);
+        __builtin_prefetch(c + j * c_stride + kernel_rows<Real> - 1, 1);
+    }
     for (Index k = 0; k < depth; ++k, a += a_stride, b += b_stride) {
         const Vector<Real> a0 = load(a), a1 = load(a + w);
 #pragma GCC unroll 8

@@ -22,9 +22,17 @@ void pack_strips(const From* from, Index row_step, Index col_step, Index depth, 
     for (Index first = 0; first < width; first += kernel_cols, strips += depth * kernel_cols) {
         const Index here = std::min(kernel_cols, width - first);
         if (here < kernel_cols) std::fill_n(strips, depth * kernel_cols, Real(0));
-        if (row_step == 1 && here == kernel_cols) {
+        if (row_step == 1 && here == kernel_cols && depth % kernel_cols == 0) {
+            for (Index k = 0; k < depth; k += kernel_cols) {  // squares, turned in registers
+                std::array<std::array<Real, kernel_cols>, kernel_cols> square;
+                for (std::size_t j = 0; j < kernel_cols; ++j)
+                    for (std::size_t i = 0; i < kernel_cols; ++i) square[j][i] = static_cast<Real>(from[k + static_cast<Index>(i) + (first + static_cast<Index>(j)) * col_step]);
+                for (std::size_t i = 0; i < kernel_cols; ++i)
+                    for (std::size_t j = 0; j < kernel_cols; ++j) strips[(k + static_cast<Index>(i)) * kernel_cols + static_cast<Index>(j)] = square[j][i];
+            }
+        } else if (col_step == 1 && here == kernel_cols) {
             for (Index k = 0; k < depth; ++k)
-                for (Index j = 0; j < kernel_cols; ++j) strips[k * kernel_cols + j] = static_cast<Real>(from[k + (first + j) * col_step]);
+                for (Index j = 0; j < kernel_cols; ++j) strips[k * kernel_cols + j] = static_cast<Real>(from[k * row_step + first + j]);
         } else {
             for (Index k = 0; k < depth; ++k)
                 for (Index j = 0; j < here; ++j) strips[k * kernel_cols + j] = static_cast<Real>(from[k * row_step + (first + j) * col_step]);
