@@ -120,7 +120,7 @@ def _loss(weight, answer, scales, divisor, h, threads):
         answer = answer.dequantize(threads=threads)
     elif answer.dtype == np.uint8:
         answer = _core.dequantize(FORMAT, answer, scales, divisor, threads)
-    return _core.quadratic_form(weight - answer, h, threads)
+    return _core.quadratic_form(weight - answer, h, "float64", threads)
 
 
 def measure(threads: int, quick: bool, compare: bool, large: bool = False) -> list[dict]:

@@ -54,7 +54,12 @@ def test_gptq_beats_rounding_on_every_layer_of_leaf(leaf, format, precision):
             assert abs(np.sqrt(q.report.relative_error) - np.sqrt(errors[recipe])) <= 2 * apart / np.sqrt(energy), (name, recipe)
             # And what plain rounding would have had, to set beside: absmax scales in the recipe's own basis.
             plain = mg.quantize_layer(w, h, mg.Recipe(format, rotation=q.recipe.rotation, solver="rtn", scales="absmax"))
-            assert q.report.rounded_error == plain.report.relative_error == plain.report.rounded_error
+            assert plain.report.relative_error == plain.report.rounded_error
+            # Both forms of the quotient, with float32 products, are off by at most this much of themselves: sums of cols terms that may cancel.
+            rotated, turned = q.rotation.apply(w), q.rotation.apply_hessian(h)
+            forms = [reference.loss(abs(x), abs(turned)) / reference.loss(x, turned) for x in (rotated, rotated - plain.dequantize())]
+            off = 2 * (len(h) + 4) * 2.0**-24 * sum(forms) if precision == "float32" and recipe != "rtn" else 0
+            assert abs(q.report.rounded_error / plain.report.relative_error - 1) <= off
         assert errors["best"] < errors["gptq"] < errors["rtn"] and errors["mr-gptq"] < errors["rtn"], (name, errors)
 
 

@@ -54,8 +54,8 @@ def core_calls():
         "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, H, H, CORE, 0.5, 1)),
         "measure_symmetry": lambda: (_core.measure_symmetry, (H, 1)),
         "make_symmetric": lambda: (_core.make_symmetric, (H.copy(), 1)),
-        "quadratic_form": lambda: (_core.quadratic_form, (W, H, 1)),
-        "coupled_form": lambda: (_core.coupled_form, (W, np.eye(len(W)), H, 1)),
+        "quadratic_form": lambda: (_core.quadratic_form, (W, H, "float64", 1)),
+        "coupled_form": lambda: (_core.coupled_form, (W, np.eye(len(W)), H, "float32", 1)),
     }
 
 

@@ -74,15 +74,17 @@ void register_gptq(py::module_& module) {
         const auto in_place = writable<double>(h);
         without_gil([&] { make_symmetric(in_place, threads); });
     });
-    module.def("quadratic_form", [](const py::array& e, const py::array& h, int threads) {
+    module.def("quadratic_form", [](const py::array& e, const py::array& h, const std::string& precision, int threads) {
         const auto in = view<float>(e);
         const auto in_h = view<double>(h);
-        return without_gil([&] { return quadratic_form(in, in_h, threads); });
+        const bool single = precision_named(precision) == Precision::float32;
+        return without_gil([&] { return single ? quadratic_form<float>(in, in_h, threads) : quadratic_form<double>(in, in_h, threads); });
     });
-    module.def("coupled_form", [](const py::array& e, const py::array& a, const py::array& h, int threads) {
+    module.def("coupled_form", [](const py::array& e, const py::array& a, const py::array& h, const std::string& precision, int threads) {
         const auto in = view<float>(e);
         const auto in_a = view<double>(a), in_h = view<double>(h);
-        return without_gil([&] { return coupled_form(in, in_a, in_h, threads); });
+        const bool single = precision_named(precision) == Precision::float32;
+        return without_gil([&] { return single ? coupled_form<float>(in, in_a, in_h, threads) : coupled_form<double>(in, in_a, in_h, threads); });
     });
 }
 

@@ -1,8 +1,10 @@
 #include "gptq/forms.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "base/check.h"
@@ -13,49 +15,82 @@
 namespace mrgptq {
 namespace {
 
-constexpr Index most_tiles = 8;  // that one thread works off together: what is packed for one serves all
+constexpr Index most_tiles = 16;  // that one thread works off together: what is packed for one serves all
 
-// Rows [first_row, ...) of a matrix as tiles of 32, widened.
-std::vector<Tile<double>> widened(MatrixView<const float> e, Index first_tile, Index count) {
-    std::vector<Tile<double>> tiles(static_cast<std::size_t>(count), Tile<double>::Zero(lanes, e.cols));
-    for (Index t = 0; t < count; ++t) rows_to_lanes(e, (first_tile + t) * lanes, tiles[static_cast<std::size_t>(t)].data(), [](Index c) { return c; });
+// A power of two near 1 / max|x| of what decides a matrix's range, so that float32 holds what matters of it; 1 where that is zero, or in float64, which needs none. Undoing it is exact.
+template <class Real>
+double unit_scale(double largest) noexcept {
+    return std::is_same_v<Real, float> && largest > 0 ? std::ldexp(1.0, -std::ilogb(largest)) : 1.0;
+}
+
+// Of a second moment, none of whose entries exceeds the largest of its diagonal.
+template <class Real>
+double scale_of(MatrixView<const double> h) noexcept {
+    double largest = 0;
+    for (Index c = 0; c < h.rows; ++c) largest = std::max(largest, std::fabs(h.row(c)[c]));
+    return unit_scale<Real>(largest);
+}
+
+template <class Real>
+double scale_of(MatrixView<const float> e) noexcept {
+    float largest = 0;
+    for (Index r = 0; r < e.rows; ++r)
+        for (Index c = 0; c < e.cols; ++c) largest = std::max(largest, std::fabs(e.row(r)[c]));
+    return unit_scale<Real>(largest);
+}
+
+// Rows [first_row, ...) of a matrix as tiles of 32, times a power of two.
+template <class Real>
+std::vector<Tile<Real>> tiles_of(MatrixView<const float> e, Index first_tile, Index count, double scale) {
+    std::vector<Tile<Real>> tiles(static_cast<std::size_t>(count), Tile<Real>::Zero(lanes, e.cols));
+    for (Index t = 0; t < count; ++t) {
+        Tile<Real>& tile = tiles[static_cast<std::size_t>(t)];
+        rows_to_lanes(e, (first_tile + t) * lanes, tile.data(), [](Index c) { return c; });
+        tile *= static_cast<Real>(scale);
+    }
     return tiles;
 }
 
-// Room for a block of columns of a product, up to the next whole strip.
-Tile<double> columns_of_product() { return Tile<double>(lanes, block); }
-
-double dot(const Tile<double>& sums, const Tile<double>& x, Index begin, Index width) { return sums.leftCols(width).cwiseProduct(x.middleCols(begin, width)).sum(); }
+// Σ sums ∘ x over columns [begin, begin + width) of x, in float64.
+template <class Real>
+double dot(const Tile<Real>& sums, const Tile<Real>& x, Index begin, Index width) {
+    Lane<double> total = Lane<double>::Zero();
+    for (Index c = 0; c < width; ++c) total += sums.col(c).array().template cast<double>() * x.col(begin + c).array().template cast<double>();
+    return total.sum();
+}
 
 // Sums of sum_of_band(first_tile, count, sums), which fills in one number for each tile, over all tiles of `rows` rows.
 template <class SumOfBand>
 double sum_of_tiles(Index rows, int threads, SumOfBand&& sum_of_band) {
-    const Index tiles = (rows + lanes - 1) / lanes;
+    const Index tiles = (rows + lanes - 1) / lanes, team = threads > 0 ? threads : default_threads();
+    const Index size = std::clamp<Index>((tiles + team - 1) / team, 1, most_tiles);
     std::vector<double> sums(static_cast<std::size_t>(tiles), 0.0);
-    parallel_for_ranges(tiles, most_tiles, threads, [&](Index first, Index last) { sum_of_band(first, last - first, sums.data() + first); });
+    parallel_for_ranges(tiles, size, threads, [&](Index first, Index last) { sum_of_band(first, last - first, sums.data() + first); });
     return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 }  // namespace
 
+template <class Real>
 double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int threads) {
     check(h.rows == e.cols && h.cols == e.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); a matrix of " + std::to_string(e.cols) + " columns needs (" +
                                                     std::to_string(e.cols) + ", " + std::to_string(e.cols) + ")");
     const Index n = e.cols;
-    return sum_of_tiles(e.rows, threads, [&](Index first_tile, Index count, double* sums) {
-        const std::vector<Tile<double>> x = widened(e, first_tile, count);
-        Strips<double> strips;
-        std::vector<Tile<double>> products(x.size(), columns_of_product());
+    const double of_e = scale_of<Real>(e), of_h = scale_of<Real>(h);
+    const double sum = sum_of_tiles(e.rows, threads, [&](Index first_tile, Index count, double* sums) {
+        const std::vector<Tile<Real>> x = tiles_of<Real>(e, first_tile, count, of_e);
+        Strips<Real> strips;
+        std::vector<Tile<Real>> products(x.size(), Tile<Real>(lanes, block));
         // H is symmetric: what lies below the diagonal square of a block of columns counts twice.
         for (Index begin = 0; begin < n; begin += block) {
             const Index width = std::min(block, n - begin);
             for (auto& product : products) product.setZero();
             for (Index k = begin + width; k < n; k += block) {
                 const Index depth = std::min(block, n - k);
-                strips.pack(h.row(k) + begin, h.row_stride, 1, depth, width);
+                strips.pack(Scaled{h.row(k) + begin, of_h}, h.row_stride, 1, depth, width);
                 for (std::size_t t = 0; t < x.size(); ++t) strips.multiply(x[t].col(k).data(), 0, depth, width, products[t].data());
             }
-            strips.pack(h.row(begin) + begin, h.row_stride, 1, width, width);
+            strips.pack(Scaled{h.row(begin) + begin, of_h}, h.row_stride, 1, width, width);
             for (std::size_t t = 0; t < x.size(); ++t) {
                 products[t] *= 2;
                 strips.multiply(x[t].col(begin).data(), 0, width, width, products[t].data());
@@ -63,42 +98,55 @@ double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int
             }
         }
     });
+    return sum / of_e / of_e / of_h;
 }
 
+template <class Real>
 double coupled_form(MatrixView<const float> e, MatrixView<const double> a, MatrixView<const double> h, int threads) {
     const auto square = [](MatrixView<const double> x, Index n) { return x.rows == n && x.cols == n; };
     check(square(a, e.rows) && square(h, e.cols), "coupled_form: the second moments of outputs and inputs do not have the rows and columns of the errors");
     const Index rows = e.rows, n = e.cols;
-    return sum_of_tiles(rows, threads, [&](Index first_tile, Index count, double* sums) {
-        const std::vector<Tile<double>> x = widened(e, first_tile, count);
-        std::vector<Tile<double>> mixed(x.size(), Tile<double>::Zero(lanes, (n + kernel_cols - 1) / kernel_cols * kernel_cols));  // A E
-        Strips<double> strips;
-        Tile<double> weights(lanes, block);  // of A, symmetric: its rows are its columns
+    const double of_e = scale_of<Real>(e), of_a = scale_of<Real>(a), of_h = scale_of<Real>(h);
+    const double sum = sum_of_tiles(rows, threads, [&](Index first_tile, Index count, double* sums) {
+        const std::vector<Tile<Real>> x = tiles_of<Real>(e, first_tile, count, of_e);
+        std::vector<Tile<Real>> mixed(x.size(), Tile<Real>::Zero(lanes, (n + kernel_cols - 1) / kernel_cols * kernel_cols));  // A E
+        Strips<Real> strips;
+        std::vector<Tile<Real>> weights(x.size(), Tile<Real>(lanes, block));  // of A, symmetric: its rows are its columns
+        std::vector<float> scaled(static_cast<std::size_t>(block * block));
         for (Index k = 0; k < rows; k += block) {
             const Index depth = std::min(block, rows - k);
+            for (std::size_t t = 0; t < x.size(); ++t) {
+                const Index first_row = (first_tile + static_cast<Index>(t)) * lanes, here = std::min(lanes, rows - first_row);
+                weights[t].setZero();
+                for (Index r = 0; r < depth; ++r)
+                    for (Index i = 0; i < here; ++i) weights[t](i, r) = static_cast<Real>(a.row(k + r)[first_row + i] * of_a);
+            }
             for (Index begin = 0; begin < n; begin += block) {
                 const Index width = std::min(block, n - begin);
-                strips.pack(e.row(k) + begin, e.row_stride, 1, depth, width);
-                for (std::size_t t = 0; t < x.size(); ++t) {
-                    const Index first_row = (first_tile + static_cast<Index>(t)) * lanes, here = std::min(lanes, rows - first_row);
-                    weights.setZero();
-                    for (Index r = 0; r < depth; ++r) std::copy_n(a.row(k + r) + first_row, here, weights.col(r).data());
-                    strips.multiply(weights.data(), 0, depth, width, mixed[t].col(begin).data());
-                }
+                for (Index r = 0; r < depth; ++r)
+                    for (Index c = 0; c < width; ++c) scaled[static_cast<std::size_t>(r * block + c)] = e.row(k + r)[begin + c] * static_cast<float>(of_e);
+                strips.pack(scaled.data(), block, 1, depth, width);
+                for (std::size_t t = 0; t < x.size(); ++t) strips.multiply(weights[t].data(), 0, depth, width, mixed[t].col(begin).data());
             }
         }
-        std::vector<Tile<double>> products(x.size(), columns_of_product());
+        std::vector<Tile<Real>> products(x.size(), Tile<Real>(lanes, block));
         for (Index begin = 0; begin < n; begin += block) {
             const Index width = std::min(block, n - begin);
             for (auto& product : products) product.setZero();
             for (Index k = 0; k < n; k += block) {
                 const Index depth = std::min(block, n - k);
-                strips.pack(h.row(k) + begin, h.row_stride, 1, depth, width);
+                strips.pack(Scaled{h.row(k) + begin, of_h}, h.row_stride, 1, depth, width);
                 for (std::size_t t = 0; t < x.size(); ++t) strips.multiply(mixed[t].col(k).data(), 0, depth, width, products[t].data());
             }
             for (std::size_t t = 0; t < x.size(); ++t) sums[t] += dot(products[t], x[t], begin, width);
         }
     });
+    return sum / of_e / of_e / of_a / of_h;
 }
+
+template double quadratic_form<float>(MatrixView<const float>, MatrixView<const double>, int);
+template double quadratic_form<double>(MatrixView<const float>, MatrixView<const double>, int);
+template double coupled_form<float>(MatrixView<const float>, MatrixView<const double>, MatrixView<const double>, int);
+template double coupled_form<double>(MatrixView<const float>, MatrixView<const double>, MatrixView<const double>, int);
 
 }  // namespace mrgptq

@@ -1,4 +1,6 @@
-// The quadratic forms that reports measure errors by, in float64, summed in an order that no number of threads changes.
+// The quadratic forms that reports measure errors by, summed in an order that no number of threads changes.
+//
+// Products are in Real, what they add up to in float64. For float32 everything is brought to the size of 1 by powers of two first, so it loses digits but no range.
 #pragma once
 
 #include "base/matrix_view.h"
@@ -6,9 +8,11 @@
 namespace mrgptq {
 
 // tr(E H Eᵀ) for E (rows, cols) float32 and a symmetric H (cols, cols).
+template <class Real>
 double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int threads);
 
 // tr(A E H Eᵀ), A (rows, rows) symmetric too.
+template <class Real>
 double coupled_form(MatrixView<const float> e, MatrixView<const double> a, MatrixView<const double> h, int threads);
 
 }  // namespace mrgptq

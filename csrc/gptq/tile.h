@@ -45,7 +45,7 @@ struct Strips {
 
     // Element (k, j) is from[k * row_step + j * col_step].
     template <class From>
-    void pack(const From* from, Index row_step, Index col_step, Index rows, Index cols) noexcept {
+    void pack(From from, Index row_step, Index col_step, Index rows, Index cols) noexcept {
         depth = rows;
         pack_strips(from, row_step, col_step, rows, cols, data.data());
     }

@@ -16,9 +16,18 @@ constexpr Index product_depth = 128;
 
 constexpr Index strip_count(Index cols) noexcept { return (cols + kernel_cols - 1) / kernel_cols; }
 
-// Strips of a (depth, width) matrix whose element (k, j) is from[k * row_step + j * col_step]; columns up to the next whole strip become zero. One of the steps is 1 where it matters.
+// A pointer whose values are read times a factor.
+struct Scaled {
+    const double* data;
+    double factor;
+    double operator[](Index i) const noexcept { return data[i] * factor; }
+    Scaled operator+(Index i) const noexcept { return {data + i, factor}; }
+};
+
+// Strips of a (depth, width) matrix whose element (k, j) is from[k * row_step + j * col_step], `from` a pointer or like one; columns up to the next whole strip become zero. One of the steps is
+// 1 where it matters.
 template <class Real, class From>
-void pack_strips(const From* from, Index row_step, Index col_step, Index depth, Index width, Real* strips) noexcept {
+void pack_strips(From from, Index row_step, Index col_step, Index depth, Index width, Real* strips) noexcept {
     for (Index first = 0; first < width; first += kernel_cols, strips += depth * kernel_cols) {
         const Index here = std::min(kernel_cols, width - first);
         if (here < kernel_cols) std::fill_n(strips, depth * kernel_cols, Real(0));

@@ -172,17 +172,17 @@ def as_damping(damping: float) -> float:
     return value
 
 
-def relative_error(error: NDArray[np.float32], energy: float | None, hessian: NDArray[np.float64], *, threads: int | None = None) -> float | None:
-    """tr(E H E^T) / energy in float64, energy being tr(W H W^T); None where that is 0 or not known. error (rows, cols) float32, hessian (cols, cols) float64, in one basis."""
-    return _core.quadratic_form(error, hessian, as_threads(threads)) / energy if energy else None
+def relative_error(error: NDArray[np.float32], energy: float | None, hessian: NDArray[np.float64], *, precision: str = "float64", threads: int | None = None) -> float | None:
+    """tr(E H E^T) / energy with products in ``precision``, energy being tr(W H W^T); None where that is 0 or not known. error (rows, cols) float32, hessian (cols, cols) float64, in one basis."""
+    return _core.quadratic_form(error, hessian, precision, as_threads(threads)) / energy if energy else None
 
 
 def output_errors(
-    errors: Sequence[NDArray[np.float32]], weight: NDArray[np.float32], outputs: NDArray[np.float64], hessian: NDArray[np.float64], *, threads: int | None = None
+    errors: Sequence[NDArray[np.float32]], weight: NDArray[np.float32], outputs: NDArray[np.float64], hessian: NDArray[np.float64], *, precision: str = "float64", threads: int | None = None
 ) -> tuple[float | None, ...]:
-    """tr(A E H E^T) / tr(A W H W^T) of each E in float64; None where the latter is 0. errors E and weight W (rows, cols) float32, outputs A (rows, rows), hessian H (cols, cols)."""
-    energy = _core.coupled_form(weight, outputs, hessian, as_threads(threads))
-    return tuple(_core.coupled_form(error, outputs, hessian, as_threads(threads)) / energy if energy > 0 else None for error in errors)
+    """tr(A E H E^T) / tr(A W H W^T) of each E, products in ``precision``; None where the latter is 0. errors E and weight W (rows, cols) float32, outputs A (rows, rows), hessian H (cols, cols)."""
+    energy = _core.coupled_form(weight, outputs, hessian, precision, as_threads(threads))
+    return tuple(_core.coupled_form(error, outputs, hessian, precision, as_threads(threads)) / energy if energy > 0 else None for error in errors)
 
 
 def backward_passes(rows_by_block: Sequence[Sequence[int]]) -> list[list[int]]:

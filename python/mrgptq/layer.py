@@ -161,6 +161,7 @@ def quantize_layer(
         elif outputs.dead_columns == outputs.cols:
             fallback = "outputs counted alike: the output Hessian is zero, no gradient reached the layer"
     rounded = _core.dequantize(recipe.format, codes, scales, divisor, as_threads(threads))
+    errors, energy = _errors_by_moments(recipe.format, rotated, rounded, rule, divisor, second_moment, outputs, precision or "float64", threads)
     report = LayerReport(
         method=method,
         format=recipe.format,
@@ -168,7 +169,7 @@ def quantize_layer(
         cols=cols,
         scales=scales_name(recipe.format, search if usable else first, rule),
         weight_error=weight_error(rotated, rounded),
-        damped_errors=_damped_errors(losses, target, factor, threads),
+        damped_errors=_damped_errors(losses, target, factor, energy if target is rotated else None, precision, threads),
         scale_offsets=scale_offsets(recipe.format, rotated, scales, divisor, rule, threads=threads),
         damping=factor.damping if factor else None,
         damping_asked=recipe.damping if factor else None,
@@ -179,7 +180,7 @@ def quantize_layer(
         cross=recipe.cross if cross is not None and usable else 0.0,
         tokens=tokens,
         seconds=time.perf_counter() - start,
-        **_errors_by_moments(recipe.format, rotated, rounded, rule, divisor, second_moment, outputs, threads),
+        **errors,
     )
     activations = activations_of(recipe)
     return QuantizedMatrix(recipe.format, codes, scales, divisor, rotation, activations, recipe, report)
@@ -247,27 +248,29 @@ def _with_dead_columns(hessian: NDArray[np.float64], damping: float) -> NDArray[
 
 
 def _errors_by_moments(
-    format: str, weight: NDArray[np.float32], rounded: NDArray[np.float32], mx_rule: str, divisor: float, hessian: NDArray[np.float64] | None, outputs: Factor | None, threads: int | None
-) -> dict[str, Any]:
-    """The report's errors under the second moments at hand, each beside what plain rounding by absmax scales would have had."""
+    format: str, weight: NDArray[np.float32], rounded: NDArray[np.float32], mx_rule: str, divisor: float, hessian: NDArray[np.float64] | None, outputs: Factor | None, precision: str, threads: int | None
+) -> tuple[dict[str, Any], float | None]:
+    """The report's errors under the second moments at hand, each beside what plain rounding by absmax scales would have had; and tr(W H W^T)."""
     if hessian is None:
-        return {}
+        return {}, None
     codes, scales, _ = _core.quantize(format, "absmax", mx_rule, weight, 0, divisor, as_threads(threads))
     errors = (weight - rounded, weight - _core.dequantize(format, codes, scales, divisor, as_threads(threads)))
-    energy = _core.quadratic_form(weight, hessian, as_threads(threads))
-    values: dict[str, Any] = dict(zip(("relative_error", "rounded_error"), (relative_error(error, energy, hessian, threads=threads) for error in errors), strict=True))
+    energy = _core.quadratic_form(weight, hessian, precision, as_threads(threads))
+    values: dict[str, Any] = dict(zip(("relative_error", "rounded_error"), (relative_error(error, energy, hessian, precision=precision, threads=threads) for error in errors), strict=True))
     if outputs is not None:
-        values |= zip(("output_error", "rounded_output_error"), output_errors(errors, weight, outputs.hessian, hessian, threads=threads), strict=True)
-    return values
+        values |= zip(("output_error", "rounded_output_error"), output_errors(errors, weight, outputs.hessian, hessian, precision=precision, threads=threads), strict=True)
+    return values, energy
 
 
-def _damped_errors(losses: list[float], target: NDArray[np.float32], factor: Factor | None, threads: int | None) -> tuple[float, ...]:
-    """The solver's losses over tr(W R W^T), R = H + λI with dead columns weighed as the solver does."""
-    if not losses or factor is None:
+def _damped_errors(losses: list[float], target: NDArray[np.float32], factor: Factor | None, undamped: float | None, precision: str | None, threads: int | None) -> tuple[float, ...]:
+    """The solver's losses over tr(W R W^T), R = H + λI with dead columns weighed as the solver does; ``undamped``: tr(W H W^T) where it is known."""
+    if not losses or factor is None or precision is None:
         return ()
+    if undamped is None:
+        undamped = _core.quadratic_form(target, factor.hessian, precision, as_threads(threads))
     squares = np.einsum("ij,ij->j", target, target, dtype=np.float64)
     dead = factor.hessian.diagonal() == 0
-    energy = _core.quadratic_form(target, factor.hessian, as_threads(threads)) + factor.core.lambda_ * float(squares[~dead].sum()) + factor.core.dead_weight * float(squares[dead].sum())
+    energy = undamped + factor.core.lambda_ * float(squares[~dead].sum()) + factor.core.dead_weight * float(squares[dead].sum())
     return tuple(loss / energy for loss in losses) if energy > 0 else ()
 
 
