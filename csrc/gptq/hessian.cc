@@ -13,7 +13,7 @@ namespace {
 
 constexpr Index panel_tokens = 256;
 constexpr Index block = 128;  // rows and columns of the sum that a thread takes at a time
-constexpr Index most_panels = 4;  // that one visit of a block adds: the sum, in float64, is read and written once for all of them
+constexpr Index most_panels = 8;  // that one visit of a block adds: the sum, in float64, is read and written once for all of them
 static_assert(panel_tokens % product_depth == 0 && block % lanes == 0);
 
 Index padded(Index cols) noexcept { return (cols + lanes - 1) / lanes * lanes; }
@@ -22,10 +22,26 @@ Index padded(Index cols) noexcept { return (cols + lanes - 1) / lanes * lanes; }
 Index half_size(Index cols) noexcept { return padded(cols) * panel_tokens; }
 Index panel_size(Index cols) noexcept { return 2 * half_size(cols); }
 
-void copy_token(const float* token, Index cols, Index place, float* panel) noexcept {
-    float* strips = panel + half_size(cols);
-    for (Index first = 0; first < cols; first += lanes) std::copy_n(token + first, std::min(lanes, cols - first), panel + first * panel_tokens + place * lanes);
-    for (Index first = 0; first < cols; first += kernel_cols) std::copy_n(token + first, std::min(kernel_cols, cols - first), strips + first * panel_tokens + place * kernel_cols);
+// `width` columns of some tokens to both their places, or the fewer that are left.
+template <Index width>
+void copy_columns(const float* from, Index stride, Index tokens, Index here, float* to) noexcept {
+    for (Index t = 0; t < tokens; ++t, from += stride, to += width) {
+        if (here == width)
+            for (Index c = 0; c < width; ++c) to[c] = from[c];
+        else
+            std::copy_n(from, here, to);
+    }
+}
+
+// Some tokens of x to places from `place` on, 32 columns after 32 columns: token after token would touch a page for every few values.
+void copy_tokens(MatrixView<const float> x, Index first_token, Index tokens, Index place, float* panel) noexcept {
+    const Index cols = x.cols;
+    for (Index first = 0; first < cols; first += lanes) {
+        const float* from = x.row(first_token) + first;
+        copy_columns<lanes>(from, x.row_stride, tokens, std::min(lanes, cols - first), panel + first * panel_tokens + place * lanes);
+        for (Index c = 0; c < std::min(lanes, cols - first); c += kernel_cols)
+            copy_columns<kernel_cols>(from + c, x.row_stride, tokens, std::min(kernel_cols, cols - first - c), panel + half_size(cols) + (first + c) * panel_tokens + place * kernel_cols);
+    }
 }
 
 // sum += panelᵀ panel for one panel after another on the lower triangle, block by block; tokens behind the last of a panel are zeros.
@@ -67,7 +83,11 @@ void Hessian::update(MatrixView<const float> x, int threads) {
     constexpr Index grain = 32;  // tokens
     const auto take = [&](Index from, Index count, Index place, float* panels) {
         parallel_for_ranges(count, grain, threads, [&](Index begin, Index end) {
-            for (Index t = begin; t < end; ++t) copy_token(x.row(from + t), cols_, (place + t) % panel_tokens, panels + (place + t) / panel_tokens * panel_size(cols_));
+            for (Index t = begin; t < end;) {  // up to the end of a panel at a time
+                const Index at = (place + t) % panel_tokens, here = std::min(end - t, panel_tokens - at);
+                copy_tokens(x, from + t, here, at, panels + (place + t) / panel_tokens * panel_size(cols_));
+                t += here;
+            }
         });
     };
     Index done = 0;

@@ -23,11 +23,11 @@ def perplexity(model: Any, inputs: torch.Tensor, targets: torch.Tensor, *, progr
     -------
     float : perplexity per token of the model's own tokenizer. Logits are reduced in float32, the sum over tokens in float64.
     """
-    return tempered_perplexities(model, inputs, targets, (1.0,), progress=progress)[0]
+    return tempered_perplexities(model, inputs, targets, temperatures=(1.0,), progress=progress)[0]
 
 
 @torch.no_grad()
-def tempered_perplexities(model: Any, inputs: torch.Tensor, targets: torch.Tensor, temperatures: Sequence[float], *, progress: Callable[[int], None] | None = None) -> list[float]:
+def tempered_perplexities(model: Any, inputs: torch.Tensor, targets: torch.Tensor, *, temperatures: Sequence[float], progress: Callable[[int], None] | None = None) -> list[float]:
     """:func:`perplexity` with the logits divided by each of ``temperatures``, from one pass.
 
     A text unlike the training text finds a model too sure of itself, and its perplexity then depends on how sure; at the temperature that suits the text it is flat in that.

@@ -87,8 +87,9 @@ def measure(
         progress("original")
     original = hf.load_model(folder, device=device)
     row = AccuracyRow("original", None, None, None, None, None, hf.perplexity(original, *test))
+    temperature = 1.0
     if far_test is not None:
-        tempered = dict(zip(_TEMPERATURES, hf.tempered_perplexities(original, *far_test, _TEMPERATURES), strict=True))
+        tempered = dict(zip(_TEMPERATURES, hf.tempered_perplexities(original, *far_test, temperatures=_TEMPERATURES), strict=True))
         temperature = min(tempered, key=tempered.__getitem__)
         row = replace(row, far_perplexity=tempered[1.0], far_tempered=tempered[temperature])
     yield row
@@ -100,6 +101,9 @@ def measure(
         known = [error for error in errors if error is not None]
         mean = sum(known) / len(known) if known else None
         seconds = time.perf_counter() - start
+        near, far_plain, far_tempered = hf.perplexity(model, *test), None, None
+        if far_test is not None:
+            far_plain, far_tempered = hf.tempered_perplexities(model, *far_test, temperatures=(1.0, temperature))
         yield AccuracyRow(
             label,
             recipe.format,
@@ -107,8 +111,9 @@ def measure(
             recipe.rotation,
             recipe.resolved_mx_rule if recipe.format == "mxfp4" else None,
             mean,
-            hf.perplexity(model, *test),
-            *((None, None) if far_test is None else hf.tempered_perplexities(model, *far_test, (1.0, temperature))),
+            near,
+            far_plain,
+            far_tempered,
             hf.divergence(model, original, test[0][:_DIVERGENCE_WINDOWS]) if divergence else None,
             hf.divergence(model, original, far_test[0][:_DIVERGENCE_WINDOWS]) if divergence and far_test is not None else None,
             seconds,
