@@ -177,6 +177,17 @@ def test_a_value_of_exactly_six_steps_is_masked_as_qutlass_masks_it():
     assert q.clip_mask[0, :6].tolist() == [True, False, True, True, True, False] and not q.clip_mask[0, 7::2].any()
 
 
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_a_layer_by_quest_has_the_mask_too(solver):
+    """Of its own, rotated weight: what GPTQ feeds back moves values, not what the scales cut off."""
+    rng = np.random.default_rng(3)
+    w, x = rng.standard_normal((8, 64)).astype(np.float32), rng.standard_normal((256, 64))
+    q = mg.quantize_layer(w, x.T @ x, mg.Recipe("mxfp4", rotation=32, scales="quest", solver=solver))
+    plain = mg.quantize(mg.Hadamard(32).apply(w), "mxfp4", scales="quest")
+    assert np.array_equal(q.scales, plain.scales) and np.array_equal(q.clip_mask, plain.clip_mask) and not q.clip_mask.all()
+    assert mg.quantize_layer(w, x.T @ x, mg.Recipe("mxfp4", solver=solver)).clip_mask is None
+
+
 def test_quest_of_groups_without_deviation():
     """log2(0) is -inf: the smallest scale stands for it. A zero group is not clipped; a constant one is, to nearly zero."""
     w = np.zeros((3, 64), dtype=np.float32)

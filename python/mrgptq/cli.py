@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -266,6 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         args.run(args)
+        sys.stdout.flush()  # here, where a reader that has gone is told from an error
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails again
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         print(f"mrgptq: {error}", file=sys.stderr)
         return 1

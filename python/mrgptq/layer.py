@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_symmetric, as_threads
-from .codecs import HESSIAN_SEARCHES, absmax_tensor_scale, alternating_tensor_scale, check_groups, scale_offsets, scales_name, tensor_scale_for, weight_error
+from .codecs import HESSIAN_SEARCHES, absmax_tensor_scale, alternating_tensor_scale, check_groups, clip_mask, scale_offsets, scales_name, tensor_scale_for, weight_error
 from .formats import SCALE_SEARCHES, block_format
 from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_errors, relative_error
 from .recipe import Recipe, as_recipe
@@ -183,7 +183,8 @@ def quantize_layer(
         **errors,
     )
     activations = activations_of(recipe)
-    return QuantizedMatrix(recipe.format, codes, scales, divisor, rotation, activations, recipe, report)
+    mask = clip_mask(recipe.format, rotated, scales, divisor) if (search if usable else first) == "quest" else None
+    return QuantizedMatrix(recipe.format, codes, scales, divisor, rotation, activations, recipe, report, clip_mask=mask)
 
 
 def activations_of(recipe: Recipe, tensor_scale: float | None = None) -> Activations | None:

@@ -16,7 +16,7 @@ from .rotations import rotation_of
 
 SOLVERS = ("rtn", "gptq")
 PRECISIONS = ("float32", "float64")
-BEST_ROUNDS, BEST_DAMPING, BEST_CROSS, ONLINE_CROSS = 6, 0.05, 0.25, 0.1
+BEST_ROUNDS, BEST_DAMPING, BEST_CROSS, ROUNDED_CROSS = 6, 0.05, 0.25, 0.1
 """Of the recipes "best" and "best-online"; bench/accuracy.md has the figures that chose them."""
 NAMES = ("rtn", "gptq", "mr-gptq", "best", "best-online")
 DIALECTS = ("compressed-tensors", "fp_quant", "mrgptq")
@@ -107,7 +107,7 @@ class Recipe(Shown):
         ----------
         name : "rtn": absmax scales and plain rounding. "gptq": absmax scales, activation order. "mr-gptq": the paper as its authors ship it: Hadamard 16 (NVFP4) or
             32 (MXFP4), fpquant_mse scales, activation order. "best": scales chosen inside GPTQ, refined; what measured best (bench/accuracy.md) among what the dialect's stock
-            loaders carry out, so without a rotation in compressed-tensors. "best-online": also an online rotation and another activation rule where they pay, which is at W4A4, and a target for other inputs there too; then
+            loaders carry out, so without a rotation in compressed-tensors. "best-online": also an online rotation and another activation rule where they pay, which is at W4A4,; then
             only the dialect "mrgptq" and our own runtime serve it.
         dialect : "fp_quant" stores MXFP4 by four-thirds, "compressed-tensors" and "mrgptq" by even.
         """
@@ -124,8 +124,8 @@ class Recipe(Shown):
         best = replace_checked(base, scales="gptq", order="group", rounds=BEST_ROUNDS, damping=BEST_DAMPING, output_hessian="fisher", precision="float32")
         if activations is None:
             best = replace_checked(best, cross=BEST_CROSS)
-        elif name == "best-online":
-            best = replace_checked(best, cross=ONLINE_CROSS)
+        elif format == "nvfp4" or name == "best-online":
+            best = replace_checked(best, cross=ROUNDED_CROSS)
         # At W4A4 the inputs' rounding decides, and MXFP4's is better in a rotated basis, NVFP4's in the original one. Loaders of fp_quant always rotate.
         rotated = format == "mxfp4" and activations is not None and (name == "best-online" or dialect == "fp_quant")
         searched = activations is not None and name == "best-online" and dialect != "fp_quant"
