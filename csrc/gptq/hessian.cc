@@ -1,6 +1,7 @@
 #include "gptq/hessian.h"
 
 #include <algorithm>
+#include <memory>
 #include <string>
 
 #include "base/check.h"
@@ -22,14 +23,14 @@ Index padded(Index cols) noexcept { return (cols + lanes - 1) / lanes * lanes; }
 Index half_size(Index cols) noexcept { return padded(cols) * panel_tokens; }
 Index panel_size(Index cols) noexcept { return 2 * half_size(cols); }
 
-// `width` columns of some tokens to both their places, or the fewer that are left.
+// `width` columns of some tokens, zeros for those that are not there.
 template <Index width>
 void copy_columns(const float* from, Index stride, Index tokens, Index here, float* to) noexcept {
     for (Index t = 0; t < tokens; ++t, from += stride, to += width) {
         if (here == width)
             for (Index c = 0; c < width; ++c) to[c] = from[c];
         else
-            std::copy_n(from, here, to);
+            std::fill(std::copy_n(from, here, to), to + width, 0.0f);
     }
 }
 
@@ -39,8 +40,8 @@ void copy_tokens(MatrixView<const float> x, Index first_token, Index tokens, Ind
     for (Index first = 0; first < cols; first += lanes) {
         const float* from = x.row(first_token) + first;
         copy_columns<lanes>(from, x.row_stride, tokens, std::min(lanes, cols - first), panel + first * panel_tokens + place * lanes);
-        for (Index c = 0; c < std::min(lanes, cols - first); c += kernel_cols)
-            copy_columns<kernel_cols>(from + c, x.row_stride, tokens, std::min(kernel_cols, cols - first - c), panel + half_size(cols) + (first + c) * panel_tokens + place * kernel_cols);
+        for (Index c = 0; c < lanes; c += kernel_cols)
+            copy_columns<kernel_cols>(from + c, x.row_stride, tokens, std::clamp<Index>(cols - first - c, 0, kernel_cols), panel + half_size(cols) + (first + c) * panel_tokens + place * kernel_cols);
     }
 }
 
@@ -55,6 +56,10 @@ void add_products(const float* panels, Index count, MatrixView<double> sum, int 
         const Index rows = std::min(block, cols - row0), row_end = std::min(row0 + block, padded(cols)), col_end = std::min(col0 + block, padded(cols));
         for (Index col = col0; col < col_end; col += lanes) {
             const Index width = std::min(lanes, cols - col);
+            // The sum's own rows lie a whole row apart, where a power of two would throw each other out of the caches between two panels.
+            alignas(64) double total[block * lanes] = {};
+            for (Index r = 0; r < rows; ++r)
+                for (Index c = 0; c < width; ++c) total[r * lanes + c] = sum.row(row0 + r)[col + c];
             for (Index p = 0; p < count; ++p) {
                 const float *panel = panels + p * panel_size(cols), *strips = panel + half_size(cols);
                 alignas(64) float product[block * lanes] = {};
@@ -63,9 +68,10 @@ void add_products(const float* panels, Index count, MatrixView<double> sum, int 
                         for (Index row = row0; row < row_end; row += kernel_cols)
                             multiply_tile<float, false>(product_depth, panel + col * panel_tokens + depth * lanes + lane, lanes, strips + row * panel_tokens + depth * kernel_cols, kernel_cols,
                                                         product + (row - row0) * lanes + lane, lanes);
-                for (Index r = 0; r < rows; ++r)
-                    for (Index c = 0; c < width; ++c) sum.row(row0 + r)[col + c] += static_cast<double>(product[r * lanes + c]);
+                for (Index i = 0; i < rows * lanes; ++i) total[i] += static_cast<double>(product[i]);
             }
+            for (Index r = 0; r < rows; ++r)
+                for (Index c = 0; c < width; ++c) sum.row(row0 + r)[col + c] = total[r * lanes + c];
         }
     });
 }
@@ -98,10 +104,10 @@ void Hessian::update(MatrixView<const float> x, int threads) {
         if (panel_tokens_ == panel_tokens) clear_panel(threads);
     }
     if (const Index whole = std::min((x.rows - done) / panel_tokens, most_panels); whole > 0) {
-        std::vector<float> panels(static_cast<std::size_t>(whole * panel_size(cols_)));
+        const auto panels = std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(whole * panel_size(cols_)));
         for (Index count; (count = std::min((x.rows - done) / panel_tokens, whole)) > 0; done += count * panel_tokens) {
-            take(done, count * panel_tokens, 0, panels.data());
-            add_products(panels.data(), count, view(), threads);
+            take(done, count * panel_tokens, 0, panels.get());
+            add_products(panels.get(), count, view(), threads);
         }
     }
     if (done < x.rows) {
