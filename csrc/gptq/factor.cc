@@ -85,7 +85,7 @@ Factor::Factor(MatrixView<const double> h, Order order, double damping, Index gr
     }
     if (!usable_) return;
     parallel_for_ranges(n, grain, threads, [&](Index first, Index last) {
-        for (Index p = first; p < last; ++p) unit.col(p).tail(n - p) /= double(unit(p, p));
+        for (Index p = first; p < last; ++p) unit.col(p).tail(n - p) /= unit(p, p);
     });
 }
 

@@ -15,12 +15,11 @@
 namespace mrgptq {
 namespace {
 
-constexpr Index most_tiles = 16;  // that one thread works off together: what is packed for one serves all
-
-// A power of two near 1 / max|x| of what decides a matrix's range, so that float32 holds what matters of it; 1 where that is zero, or in float64, which needs none. Undoing it is exact.
+// A power of two near 1 / max|x| of what decides a matrix's range, so that float32 holds what matters of it; 1 where that is zero, or in float64, which needs none. Undoing it is exact. Its
+// exponent stays within `most`, so that the factor itself is finite where the largest value is subnormal.
 template <class Real>
-double unit_scale(double largest) noexcept {
-    return std::is_same_v<Real, float> && largest > 0 ? std::ldexp(1.0, -std::ilogb(largest)) : 1.0;
+double unit_scale(double largest, int most) noexcept {
+    return std::is_same_v<Real, float> && largest > 0 ? std::ldexp(1.0, std::clamp(-std::ilogb(largest), -most, most)) : 1.0;
 }
 
 // Of a second moment, none of whose entries exceeds the largest of its diagonal.
@@ -28,7 +27,7 @@ template <class Real>
 double scale_of(MatrixView<const double> h) noexcept {
     double largest = 0;
     for (Index c = 0; c < h.rows; ++c) largest = std::max(largest, std::fabs(h.row(c)[c]));
-    return unit_scale<Real>(largest);
+    return unit_scale<Real>(largest, 1000);
 }
 
 template <class Real>
@@ -36,7 +35,7 @@ double scale_of(MatrixView<const float> e) noexcept {
     float largest = 0;
     for (Index r = 0; r < e.rows; ++r)
         for (Index c = 0; c < e.cols; ++c) largest = std::max(largest, std::fabs(e.row(r)[c]));
-    return unit_scale<Real>(largest);
+    return unit_scale<Real>(largest, 126);
 }
 
 // Rows [first_row, ...) of a matrix as tiles of 32, times a power of two.
@@ -62,10 +61,9 @@ double dot(const Tile<Real>& sums, const Tile<Real>& x, Index begin, Index width
 // Sums of sum_of_band(first_tile, count, sums), which fills in one number for each tile, over all tiles of `rows` rows.
 template <class SumOfBand>
 double sum_of_tiles(Index rows, int threads, SumOfBand&& sum_of_band) {
-    const Index tiles = (rows + lanes - 1) / lanes, team = threads > 0 ? threads : default_threads();
-    const Index size = std::clamp<Index>((tiles + team - 1) / team, 1, most_tiles);
+    const Index tiles = (rows + lanes - 1) / lanes;
     std::vector<double> sums(static_cast<std::size_t>(tiles), 0.0);
-    parallel_for_ranges(tiles, size, threads, [&](Index first, Index last) { sum_of_band(first, last - first, sums.data() + first); });
+    parallel_for_ranges(tiles, band_size(tiles, threads), threads, [&](Index first, Index last) { sum_of_band(first, last - first, sums.data() + first); });
     return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 

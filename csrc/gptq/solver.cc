@@ -149,9 +149,6 @@ void add_losses(std::vector<double>& sum, const std::vector<double>& losses) {
     for (std::size_t k = 0; k < sum.size(); ++k) sum[k] += losses[std::min(k, losses.size() - 1)];
 }
 
-// Tiles that one thread takes through the columns side by side: what is packed of the factor for one serves all. A tile's bytes do not depend on its company.
-constexpr Index most_tiles = 16;
-
 template <class Real>
 struct Band {
     std::vector<RowTile<Real>> tiles;
@@ -234,11 +231,9 @@ std::vector<std::vector<double>> solve_band(const Problem<Real>& problem, Matrix
 // All rows of a weight, band by band: the losses summed over their tiles.
 template <class Format, class Real, class Weight>
 std::vector<double> solve_rows(const Problem<Real>& problem, MatrixView<const Weight> weight, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes, int threads) {
-    const Index tiles = (weight.rows + lanes - 1) / lanes, team = threads > 0 ? threads : default_threads();
-    // As few bands as their size allows, but the same number for each thread.
-    const Index rounds = (tiles + most_tiles * team - 1) / (most_tiles * team), size = std::max<Index>((tiles + rounds * team - 1) / (rounds * team), 1);
+    const Index tiles = (weight.rows + lanes - 1) / lanes;
     std::vector<std::vector<double>> losses(static_cast<std::size_t>(tiles));
-    parallel_for_ranges(tiles, size, threads, [&](Index first, Index last) {
+    parallel_for_ranges(tiles, band_size(tiles, threads), threads, [&](Index first, Index last) {
         auto mine = solve_band<Format>(problem, weight, first, last - first, scales, codes);
         std::move(mine.begin(), mine.end(), losses.begin() + first);
     });

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/matrix_view.h"
+#include "base/parallel.h"
 #include "formats/block_format.h"
 #include "gptq/eigen.h"
 #include "linalg/lanes.h"
@@ -27,6 +28,14 @@ using GroupTile = Eigen::Matrix<T, lanes, Format::group_size, Eigen::ColMajor>;
 
 template <class T>
 using Lane = Eigen::Array<T, lanes, 1>;
+
+// Tiles that one thread takes through the columns side by side, a band: what is packed for one serves all. As few bands as their size allows, but the same number for each thread. A tile's bytes
+// do not depend on its company.
+inline Index band_size(Index tiles, int threads) noexcept {
+    constexpr Index most_tiles = 16;
+    const Index team = threads > 0 ? threads : default_threads(), rounds = (tiles + most_tiles * team - 1) / (most_tiles * team);
+    return rounds > 0 ? (tiles + rounds * team - 1) / (rounds * team) : 1;
+}
 
 template <class Real>
 struct RowTile {

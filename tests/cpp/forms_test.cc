@@ -61,6 +61,19 @@ TYPED_TEST(Forms, KnowNoRange) {  // what float32 could not hold, were it not br
     }
 }
 
+TYPED_TEST(Forms, AreFiniteWhereNothingIsNormal) {  // a factor that brought such values to 1 would be infinite
+    Matrix<float> e(2, 2);
+    Matrix<double> h(2, 2), a(2, 2);
+    e(0, 0) = e(1, 1) = std::numeric_limits<float>::denorm_min();
+    e(0, 1) = e(1, 0) = 0;
+    h(0, 0) = h(1, 1) = a(0, 0) = a(1, 1) = 0x1p-1060;
+    h(0, 1) = h(1, 0) = a(0, 1) = a(1, 0) = 0;
+    EXPECT_EQ(quadratic_form<TypeParam>(e.view(), h.view(), 1), 0.0);  // 2^-1358 is less than float64 has
+    EXPECT_EQ(coupled_form<TypeParam>(e.view(), a.view(), h.view(), 1), 0.0);
+    h(0, 0) = h(1, 1) = a(0, 0) = a(1, 1) = 0x1p600;
+    EXPECT_EQ(quadratic_form<TypeParam>(e.view(), h.view(), 1), 0x1p303);  // twice 2^-298+600
+}
+
 TYPED_TEST(Forms, CoupledIsTheDoubleLoop) {
     constexpr double unit_roundoff = std::numeric_limits<TypeParam>::epsilon() / 2;
     const Index rows = 270, cols = 11;  // two panels of rows
