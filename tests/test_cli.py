@@ -344,11 +344,13 @@ def offset_shares(folder, name, leaf_folder):
             yield from (f"{step:+d}:" if step else "0:", f"{100 * share:.0f}", "%")
 
 
-def test_a_reader_that_has_gone_is_no_error(finished):
-    """inspect OUT | head: the output ends where nobody reads on, without a word and with status 0."""
-    process = subprocess.Popen([sys.executable, "-m", "mrgptq.cli", "inspect", finished[0]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == (b"", 0)
+def test_a_reader_that_has_gone_is_no_error(finished, leaf_folder, tmp_path):
+    """inspect OUT | head: the output ends where nobody reads on, without a word and with status 0. The second command's waits in the buffer until its end."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for command in (["inspect", finished[0]], ["quantize", leaf_folder, tmp_path / "out", "--recipe", "rtn", "--dry-run"]):
+        process = subprocess.Popen([sys.executable, "-m", "mrgptq.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered)
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 @pytest.mark.parametrize("recorded", ["mr-gptq", "best", None])

@@ -86,14 +86,11 @@ Hessian::Hessian(Index cols) : cols_(cols) {
 
 void Hessian::update(MatrixView<const float> x, int threads) {
     check(x.cols == cols_, "x has " + std::to_string(x.cols) + " columns; this Hessian has " + std::to_string(cols_));
-    constexpr Index grain = 32;  // tokens
+    constexpr Index grain = 32;  // tokens; from a panel's start, or inside one panel, so that no range crosses into the next
+    static_assert(panel_tokens % grain == 0);
     const auto take = [&](Index from, Index count, Index place, float* panels) {
         parallel_for_ranges(count, grain, threads, [&](Index begin, Index end) {
-            for (Index t = begin; t < end;) {  // up to the end of a panel at a time
-                const Index at = (place + t) % panel_tokens, here = std::min(end - t, panel_tokens - at);
-                copy_tokens(x, from + t, here, at, panels + (place + t) / panel_tokens * panel_size(cols_));
-                t += here;
-            }
+            copy_tokens(x, from + begin, end - begin, (place + begin) % panel_tokens, panels + begin / panel_tokens * panel_size(cols_));
         });
     };
     Index done = 0;

@@ -88,14 +88,14 @@ TYPED_TEST(Kernel, StripsHoldEveryElementAndZerosBehindTheLast) {
         }
 }
 
-// Sizes around the panel of 128 columns, the 32 lanes and the kernel's columns.
+// Sizes around the panel of 128 columns, the rows that go together and the columns of the kernel; the largest has three blocks of 256 below its first panel.
 TEST(Cholesky, IsTheFactorAndLeavesTheUpperTriangleAlone) {
-    for (const Index n : {1, 2, 5, 31, 32, 33, 127, 128, 129, 160, 165, 290}) {
+    for (const Index n : {1, 2, 5, 31, 32, 33, 127, 128, 129, 160, 165, 290, 650}) {
         const Matrix<double> h = random_second_moment(n);
         std::vector<double> a(static_cast<std::size_t>(n * n));
         for (Index c = 0; c < n; ++c)
             for (Index r = 0; r < n; ++r) a[static_cast<std::size_t>(c * n + r)] = r >= c ? h(r, c) : -1000.0 - static_cast<double>(r);
-        ASSERT_TRUE(factorize(a.data(), n, n, 1));
+        ASSERT_TRUE(factorize(a.data(), n, n, 1)) << n;
         for (Index r = 0; r < n; ++r)
             for (Index c = 0; c <= r; ++c) {
                 long double sum = 0, magnitude = 0;
@@ -114,7 +114,7 @@ TEST(Cholesky, IsTheFactorAndLeavesTheUpperTriangleAlone) {
 }
 
 TEST(Cholesky, ThreadsAndStrideDoNotReachTheBytes) {
-    const Index n = 290;
+    const Index n = 650;
     const Matrix<double> h = random_second_moment(n);
     std::vector<double> first;
     for (const Index stride : {n, n + 7})
