@@ -183,7 +183,7 @@ def test_progress_goes_to_stderr(finished):
         (["--recipe", "rtn", "--format", "mxfp4", "--rotation", "64"], 28, ["MXFP4 W4A16, Hadamard 64", "even", "-> 682.2 kB"]),
         (["--recipe", "rtn", "--format", "mxfp4", "--activations", "mxfp4", "--dialect", "fp_quant"], 28, ["MXFP4 W4A4", "four-thirds", "fp_quant"]),
         (["--calibration", CALIBRATION, "--recipe", "mr-gptq", "--rotation", "0", "--tokens", "1e4", "--sequence", "100"], 28, ["NVFP4 W4A16\n", "10000 tokens in windows of 100", "gptq", "activation\n", "fpquant_mse", "damping", "0.01"]),
-        (["--calibration", CALIBRATION, "--tokens", "1e4"], 28, ["NVFP4 W4A16\n", "9728 tokens in windows of 512", "rotation        none", "scales          gptq", "order           group", "damping         0.05", "cross           0.25", "output Hessian  fisher"]),
+        (["--calibration", CALIBRATION, "--tokens", "1e4"], 28, ["NVFP4 W4A16\n", "9728 tokens in windows of 512", "rotation        none", "scales          gptq", "order           group", "damping         0.05", "cross           0.4", "output Hessian  fisher"]),
         (["--calibration", CALIBRATION, "--rotation", "32", "--cross", "0", "--output-hessian", "none"], 28, ["NVFP4 W4A16, Hadamard 32\n", "scales     gptq"]),
         (["--calibration", CALIBRATION, "--recipe", "best-online", "--format", "mxfp4", "--activations", "mxfp4"], 28, ["MXFP4 W4A4, Hadamard 32, activations by mse\n", "mrgptq\n"]),
         (["--recipe", "rtn", "--targets", r"layers\.[02].*down"], 2, ["2, 98,304 weights", "model.layers.2.mlp.down_proj"]),

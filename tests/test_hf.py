@@ -91,6 +91,27 @@ def assert_is_cross_moment(cross, x, seen):
     assert np.all(np.abs(cross - x.T @ seen / len(x)) <= 1.2e-5 * (np.abs(x).T @ np.abs(seen)) / len(x) + 1e-300)
 
 
+def residual_stream(model, inputs, batch=8):
+    """What each block adds attention to, and what it adds the MLP to: two lists of (tokens, hidden)."""
+    with torch.no_grad():
+        blocks = model.model.layers
+        before, middle = [[] for _ in blocks], [[] for _ in blocks]
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda m, args, i=i: before[i].append(args[0].flatten(0, -2)))
+            block.post_attention_layernorm.register_forward_pre_hook(lambda m, args, i=i: middle[i].append(args[0].flatten(0, -2)))
+        for part in inputs.split(batch):
+            model(input_ids=part, use_cache=False)
+    return [torch.cat(parts) for parts in before], [torch.cat(parts) for parts in middle]
+
+
+def assert_is_stream_moment(stream, asked, own, seen):
+    """(S - S̃)^T X̃ / tokens. Calibration finds the stream before the MLP by taking the MLP's output from the block's: each of four float32 operations rounds by 2^-24 of the largest number in
+    them, here at most four times the stream's own; a batch's product as in assert_is_cross_moment."""
+    asked, own, seen = asked.double().numpy(), own.double().numpy(), seen.double().numpy()
+    off = 16 * 2.0**-24 * max(np.abs(asked).max(), np.abs(own).max())
+    assert np.all(np.abs(stream - (asked - own).T @ seen / len(seen)) <= (1.2e-5 * np.abs(asked - own).T + off) @ np.abs(seen) / len(seen))
+
+
 def assert_is_second_moment(hessian, x):
     """X^T X / tokens. Ours sums panels of 256 products in float32: each entry is off by at most gamma = 256 u / (1 - 256 u), u = 2^-24, of the sum of magnitudes."""
     x = x.double().numpy()
@@ -131,13 +152,13 @@ def test_each_block_is_calibrated_on_what_the_quantised_blocks_before_it_give(na
 
 @pytest.fixture
 def crossed(monkeypatch):
-    """The cross moments that calibration hands to quantize_layer, in order; None where it hands none."""
+    """The (cross, stream) moments that calibration hands to quantize_layer, in order; None where it hands none."""
     seen = []
     calibration = importlib.import_module("mrgptq.hf.calibrate")
     original = calibration.quantize_layer
 
     def spy(weight, hessian, recipe, **options):
-        seen.append(options.get("cross"))
+        seen.append((options.get("cross"), options.get("stream")))
         return original(weight, hessian, recipe, **options)
 
     monkeypatch.setattr(calibration, "quantize_layer", spy)
@@ -151,9 +172,9 @@ def test_the_cross_moment_sets_the_original_models_inputs_against_those_of_the_q
     inputs = random_tokens(11)
     recipe = mg.Recipe(format, rotation=rotation, scales="gptq", order="group", rounds=1, cross=0.5, activations=activations)
     matrices, hessians = quantise(decoder(name), inputs, recipe, noted)
-    crosses = dict(zip(matrices, crossed, strict=True))
+    moments = dict(zip(matrices, crossed, strict=True))
     turn = mg.Hadamard(rotation) if rotation else mg.Identity()
-    original = Captured(decoder(name), list(matrices), inputs)
+    original, (incoming, middle) = Captured(decoder(name), list(matrices), inputs), residual_stream(decoder(name), inputs)
     apart = 0
     for block in range(3):
         independent = decoder(name)
@@ -162,12 +183,45 @@ def test_the_cross_moment_sets_the_original_models_inputs_against_those_of_the_q
         if activations:
             for layer in names_in(block):
                 round_inputs(independent.get_submodule(layer), format, turn)
+        own_incoming, own_middle = residual_stream(independent, inputs)
         for layer, seen in Captured(independent, names_in(block), inputs).items():
+            cross, stream = moments[layer]
             assert_is_second_moment(hessians[layer], seen)
-            assert_is_cross_moment(crosses[layer], original[layer], seen)
+            assert_is_cross_moment(cross, original[layer], seen)
             assert matrices[layer].report.cross == 0.5
-            apart += np.abs(crosses[layer] - crosses[layer].T).max() > 1e-3 * np.abs(crosses[layer]).max()  # what tells X^T X̃ from X̃^T X
+            apart += np.abs(cross - cross.T).max() > 1e-3 * np.abs(cross).max()  # what tells X^T X̃ from X̃^T X
+            # Gemma 2 puts norms behind attention and MLP: no linear layer of it writes into the stream.
+            writes = {LEAVES[3]: (incoming, own_incoming), LEAVES[6]: (middle, own_middle)}.get(layer.split(".", 3)[3]) if name != "Gemma2" else None
+            assert (stream is not None) == (writes is not None)
+            if writes:
+                assert_is_stream_moment(stream, writes[0][block], writes[1][block], seen)
+                assert (np.abs(stream).max() > 1e-4) == (block > 0 or (activations is not None and layer.endswith("down_proj")))
     assert apart >= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "writers"),
+    [
+        ("Llama", {}, ("self_attn.o_proj", "mlp.down_proj")),
+        ("Gemma2", {}, (None, None)),  # norms behind attention and MLP
+        ("Granite", {"residual_multiplier": 0.5}, (None, None)),
+        ("GPTNeoX", {"use_parallel_residual": True}, (None, None)),  # both added to one input
+        ("GPTNeoX", {"use_parallel_residual": False}, ("attention.dense", "mlp.dense_4h_to_h")),
+        ("Mixtral", {"num_local_experts": 4}, ("self_attn.o_proj", None)),  # experts' outputs are weighted
+    ],
+)
+def test_the_layers_that_write_into_the_residual_stream_are_told_by_what_they_do(name, more, writers):
+    """Against what transformers' sources say of each family."""
+    torch.manual_seed(5)
+    config = getattr(transformers, f"{name}Config")(**(SMALL | DECODERS.get(name, {}) | more))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    calibration = importlib.import_module("mrgptq.hf.calibrate")
+    beside = importlib.import_module("mrgptq.hf.beside")
+    _, blocks = importlib.import_module("mrgptq.hf.model").decoder_blocks(model)
+    with torch.no_grad():
+        hidden, kwargs = calibration._enter(model, blocks, random_tokens(3), 2)
+        assert len(hidden[-1]) == 1 and beside.stream_writers(blocks[0], hidden[-1], kwargs[0]) == writers
+        assert all(not module._forward_hooks for module in blocks[0].modules())
 
 
 def test_without_cross_no_second_pass_is_made_and_nothing_changes(noted, crossed, monkeypatch):
@@ -176,7 +230,7 @@ def test_without_cross_no_second_pass_is_made_and_nothing_changes(noted, crossed
     monkeypatch.setattr(type(model.model.layers[0]), "__deepcopy__", lambda *_: pytest.fail("a block was copied"), raising=False)
     weights = {name: model.get_submodule(name).weight.detach().numpy().copy() for name in names_in(0)}
     matrices, hessians = quantise(model, inputs, mg.Recipe("mxfp4", scales="gptq", order="group", rounds=1), noted)
-    assert crossed == [None] * 21
+    assert crossed == [(None, None)] * 21
     for name, weight in weights.items():
         alone = mg.quantize_layer(weight, hessians[name], matrices[name].recipe)
         assert np.array_equal(matrices[name].codes, alone.codes) and np.array_equal(matrices[name].scales, alone.scales)

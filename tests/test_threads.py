@@ -51,7 +51,7 @@ def core_calls():
         "HessianSum.matrix": lambda: (sums[0].matrix, (1,)),
         "CholeskyFactor": lambda: (_core.CholeskyFactor, (H, "activation", 0.01, 1, 1)),
         "solve": lambda: (_core.solve, ("nvfp4", W, Q.scales.copy(), Q.tensor_scale, CORE, None, "float32", False, "even", 0, 1)),
-        "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, H, H, CORE, 0.5, 1)),
+        "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, H, W, H, CORE, 0.5, 1)),
         "measure_symmetry": lambda: (_core.measure_symmetry, (H, 1)),
         "make_symmetric": lambda: (_core.make_symmetric, (H.copy(), 1)),
         "quadratic_form": lambda: (_core.quadratic_form, (W, H, "float64", 1)),

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <optional>
 
 #include <pybind11/stl.h>
 
@@ -57,12 +58,13 @@ void register_gptq(py::module_& module) {
         const SolverResult result = without_gil([&] { return solve(format, in, in_out_scales, tensor_scale, factor, outputs, options, out, threads); });
         return py::make_tuple(codes, result.losses);
     });
-    module.def("shift_to_inputs", [](const py::array& weight, const py::array& cross, const py::array& h, const Factor& factor, double strength, int threads) {
+    module.def("shift_to_inputs", [](const py::array& weight, const py::array& cross, const std::optional<py::array>& stream, const py::array& h, const Factor& factor, double strength, int threads) {
         const auto in = view<float>(weight);
         const auto in_cross = view<double>(cross), in_h = view<double>(h);
+        const auto in_stream = stream ? view<float>(*stream) : MatrixView<const float>{};
         auto target = matrix<float>(in.rows, in.cols);
         const auto out = writable<float>(target);
-        without_gil([&] { shift_to_inputs(in, in_cross, in_h, factor, strength, out, threads); });
+        without_gil([&] { shift_to_inputs(in, in_cross, in_stream, in_h, factor, strength, out, threads); });
         return target;
     });
     module.def("measure_symmetry", [](const py::array& h, int threads) {

@@ -9,11 +9,13 @@
 
 namespace mrgptq {
 
-void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const double> h, const Factor& factor, double strength, MatrixView<float> target, int threads) {
+void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const float> stream, MatrixView<const double> h, const Factor& factor, double strength,
+                     MatrixView<float> target, int threads) {
     constexpr Index most_tiles = 8;
     const Index n = weight.cols, tiles = (weight.rows + lanes - 1) / lanes;
     check(factor.usable() && factor.cols() == n && cross.rows == n && cross.cols == n && h.rows == n && h.cols == n && target.rows == weight.rows && target.cols == n,
           "shift_to_inputs: weight, cross, hessian, factor and target do not have the same columns");
+    check(stream.rows == 0 || (stream.rows == weight.rows && stream.cols == n), "shift_to_inputs: stream does not have the shape of weight");
     parallel_for_ranges(tiles, most_tiles, threads, [&](Index first_tile, Index last_tile) {
         const auto count = static_cast<std::size_t>(last_tile - first_tile);
         std::vector<Tile<double>> w(count, Tile<double>::Zero(lanes, n)), gap(count, Tile<double>::Zero(lanes, (n + kernel_cols - 1) / kernel_cols * kernel_cols));
@@ -23,8 +25,12 @@ void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cr
         };
         each_row([&](std::size_t t, Index r, Index row) {
             for (Index c = 0; c < n; ++c) w[t](r, c) = weight.row(row)[c];
+            for (Index p = 0; p < n && stream.rows > 0; ++p) {
+                const Index c = factor.column(p);
+                gap[t](r, p) = h.row(c)[c] == 0 ? 0 : stream.row(row)[c];
+            }
         });
-        // W (cross - H), columns by the factor's position; a dead column has nothing to make up for.
+        // ... + W (cross - H), columns by the factor's position; a dead column has nothing to make up for.
         Strips<double> strips;
         std::vector<double> difference(static_cast<std::size_t>(block * block));
         for (Index begin = 0; begin < n; begin += block) {

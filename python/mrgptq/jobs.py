@@ -146,7 +146,7 @@ def make_plan(
 
 def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int, sequence: int, *, twice: bool, outputs: bool) -> int:
     """Peak bytes: the shard under way, a layer's working copies, and with calibration the float32 model, the tokens' hidden states, one batch inside a block, and
-    one block's Hessians with what the factor takes; ``twice``: the original's hidden states, block and cross moments beside them; ``outputs``: the output Hessians of the blocks that share a backward pass, the
+    one block's Hessians with what the factor takes; ``twice``: the original's hidden states, block, cross and stream moments beside them; ``outputs``: the output Hessians of the blocks that share a backward pass, the
     widest one's working copies, and what a window's forward pass leaves for the backward one."""
     widest = max(cols for _, cols in shapes.values())
     layer = max(rows * cols for rows, cols in shapes.values()) * 4 * 4
@@ -159,7 +159,8 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
     batch = min(tokens, _BATCH_WINDOWS * sequence) * (6 * hidden_size + 4 * widest) * 4
     blocks = _by_block(shapes)
     hessians = max(sum(block[group[0]][1] ** 2 * 8 for group in fused_groups(block)) for block in blocks)
-    original = hidden + hessians + max(sum(rows * cols * 4 for rows, cols in block.values()) for block in blocks) if twice else 0
+    streams = max(sum(rows * cols for rows, cols in block.values() if rows == hidden_size) for block in blocks) * 8  # at most: not all of these write into the stream
+    original = hidden + hessians + streams + max(sum(rows * cols * 4 for rows, cols in block.values()) for block in blocks) if twice else 0
     moments = backward = 0
     if outputs:
         sizes = [sum(8 * rows**2 for rows, _ in block.values()) for block in blocks]

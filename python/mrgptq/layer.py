@@ -58,6 +58,7 @@ def quantize_layer(
     tensor_scale: float | None = None,
     factor: Factor | None = None,
     cross: ArrayLike | None = None,
+    stream: ArrayLike | None = None,
     output_hessian: ArrayLike | None = None,
     dtype: str | None = None,
     threads: int | None = None,
@@ -75,6 +76,8 @@ def quantize_layer(
     cross : (cols, cols) array X^T X̃ / tokens for callers who have the inputs X of the original model beside the inputs X̃ that the quantised layer will see; ``hessian`` is then that
         of X̃. The solver's target becomes W + recipe.cross * W (cross - H)(H + λI)^-1, at 1 the unconstrained optimum that GPTAQ and Qronos approach; with X from the unquantised
         model that overfitted 65 000 tokens. The report's errors are still measured against W, under the hessian.
+    stream : (rows, cols) array D^T X̃ / tokens beside ``cross``, for a layer whose outputs are added to something (the residual stream) that in the quantised model falls short of the original's
+        by D, (tokens, rows): the layer then makes up for D too, and the target becomes W + recipe.cross * (W (cross - H) + stream)(H + λI)^-1. float32.
     output_hessian : Hessian or (rows, rows) array A, symmetric: the second moment of the loss's gradients at the layer's outputs, such as ``hf.collect_output_hessians`` gives. Then
         tr(A E H E^T) is made small instead of tr(E H E^T): rows, worked off in blocks by descending diagonal of A, make up for the errors of those before. Any positive multiple gives the
         same codes. None: outputs count alike.
@@ -133,7 +136,9 @@ def quantize_layer(
     usable = factor is not None and factor.usable
     target = rotated
     if cross is not None:
-        target = _shifted(rotated, cross, recipe, factor, threads)
+        target = _shifted(rotated, cross, stream, recipe, factor, threads)
+    elif stream is not None:
+        raise ValueError("stream is given without cross; a layer makes up for what its outputs are added to only beside its inputs")
     if search in HESSIAN_SEARCHES and second_moment is None:
         raise ValueError(f'hessian is None; the scales "{search}" weigh errors by it')
     # Where no factor could be had there is no GPTQ to choose scales in; their plain counterpart is mse.
@@ -195,8 +200,8 @@ def activations_of(recipe: Recipe, tensor_scale: float | None = None) -> Activat
     return Activations(recipe.activations, mx_rule, tensor_scale, search)
 
 
-def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, recipe: Recipe, factor: Factor | None, threads: int | None) -> NDArray[np.float32]:
-    """The rotated weight moved to where it answers the inputs it will see as the original answered its own; see ``cross`` of quantize_layer."""
+def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, stream: ArrayLike | None, recipe: Recipe, factor: Factor | None, threads: int | None) -> NDArray[np.float32]:
+    """The rotated weight moved to where it answers the inputs it will see as the original answered its own; see ``cross`` and ``stream`` of quantize_layer."""
     if factor is None:
         raise ValueError('cross is given, but the recipe\'s solver is "rtn"; it needs "gptq"')
     if recipe.cross == 0:
@@ -213,11 +218,16 @@ def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, recipe: Recipe, fac
         raise ValueError(f"cross has shape {matrix.shape}; a weight of {cols} columns needs ({cols}, {cols})")
     if not np.isfinite(matrix).all():
         raise ValueError(f"cross[{', '.join(map(str, np.argwhere(~np.isfinite(matrix))[0]))}] is not finite")
+    missing = None if stream is None else as_float32(stream, "stream", rank=2, threads=threads)
+    if missing is not None and missing.shape != rotated.shape:
+        raise ValueError(f"stream has shape {missing.shape}; the weight's is {rotated.shape}")
     if not factor.usable:
         return rotated
-    target = _core.shift_to_inputs(rotated, factor.rotation.apply_both(matrix, threads=threads), factor.hessian, factor.core, recipe.cross, as_threads(threads))
+    if missing is not None:
+        missing = factor.rotation.apply(missing, threads=threads)
+    target = _core.shift_to_inputs(rotated, factor.rotation.apply_both(matrix, threads=threads), missing, factor.hessian, factor.core, recipe.cross, as_threads(threads))
     if _core.first_nonfinite(target, as_threads(threads)) >= 0:
-        raise ValueError("cross moves the target beyond float32; it must be of the size of the hessian")
+        raise ValueError("cross moves the target beyond float32; it and stream must be of the size of the hessian")
     return target
 
 

@@ -16,7 +16,7 @@ from .rotations import rotation_of
 
 SOLVERS = ("rtn", "gptq")
 PRECISIONS = ("float32", "float64")
-BEST_ROUNDS, BEST_DAMPING, BEST_CROSS, ROUNDED_CROSS = 6, 0.05, 0.25, 0.1
+BEST_ROUNDS, BEST_DAMPING, BEST_CROSS, ROUNDED_CROSS = 6, 0.05, 0.4, 0.1
 """Of the recipes "best" and "best-online"; bench/accuracy.md has the figures that chose them."""
 NAMES = ("rtn", "gptq", "mr-gptq", "best", "best-online")
 DIALECTS = ("compressed-tensors", "fp_quant", "mrgptq")
@@ -40,7 +40,8 @@ class Recipe(Shown):
     damping : λ / mean(diag H), >= 0.
     rounds : rounds of block coordinate descent on scales and codes after GPTQ; need the order "group".
     cross : 0 … 1, how far a layer's target moves from W to what answers the quantised model's inputs most nearly as W answers the original's. Used where the cross moment is at hand:
-        calibration of a model collects it, by a second pass through the original blocks; ``quantize_layer`` takes it as ``cross``. 0 for not at all.
+        calibration of a model collects it, by a second pass through the original blocks, and with it what the residual stream has lost, which the layers that write into it make up for by as much;
+        ``quantize_layer`` takes both, as ``cross`` and ``stream``. 0 for not at all.
     output_hessian : "fisher" has calibration of a model measure how much its predictions mind each output of a layer, by backward passes, and rows make up for each other's errors
         accordingly; None: outputs count alike and rows are independent. ``quantize_layer`` takes such a matrix as ``output_hessian``.
     activations : None for W4A16; the format's own name for W4A4.

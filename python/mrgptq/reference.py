@@ -487,9 +487,10 @@ def refine(w, h, codes, scales, format, g, damping=0.01, rounds=1, damping_asked
     return codes, scales, losses
 
 
-def shifted_target(w, h, cross, damping=0.01, strength=1.0):
-    """W + strength * W (G - H)(H + λI)^-1 for H = X̃^T X̃ / tokens and G = X^T X̃ / tokens: what answers X̃ most nearly as W answers X. float32; dead columns keep their weights."""
-    gap = np.where(h.diagonal() == 0, 0.0, w.astype(np.float64) @ (cross - h))
+def shifted_target(w, h, cross, damping=0.01, strength=1.0, stream=0.0):
+    """W + strength * (W (G - H) + S)(H + λI)^-1 for H = X̃^T X̃ / tokens, G = X^T X̃ / tokens and S = D^T X̃ / tokens: what answers X̃ most nearly as W answers X, and D with it, which what the
+    answers are added to falls short by. float32; dead columns keep their weights."""
+    gap = np.where(h.diagonal() == 0, 0.0, w.astype(np.float64) @ (cross - h) + stream)
     return (w + strength * np.linalg.solve(damped(h, damping), gap.T).T).astype(np.float32)
 
 

@@ -33,7 +33,8 @@ class LayerReport(Shown):
     scale_offsets : {steps: groups}, how far the stored scales lie from what absmax would have stored; eight E4M3 steps are a factor of two, an E8M0 step is one.
     output_error : tr(A E H E^T) / tr(A W H W^T), A being the outputs' second moment; None where none was given, or where it or H is zero. rounded_output_error : the one that plain absmax
         rounding would have had. output_damping : λ / mean(live diagonal of A) as used, 0.05 unless the factorisation failed at first.
-    cross : how far the target was moved towards the inputs that the layer will see, 0 for not at all; see ``cross`` of quantize_layer.
+    cross : how far the target was moved towards the inputs that the layer will see and, where it writes into the residual stream, to what that has lost; 0 for not at all; see ``cross`` of
+        quantize_layer.
     tokens : how many tokens the Hessian saw, None where it came as a plain array.
     seconds : wall time of the layer, its share of a common factor not included.
     """

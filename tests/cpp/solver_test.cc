@@ -1,4 +1,4 @@
-// The solver and shifted targets over every layout and number of threads.
+// The solver over every layout and number of threads.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -11,7 +11,6 @@
 
 #include "codecs/codec.h"
 #include "gptq/factor.h"
-#include "gptq/shift.h"
 #include "gptq/solver.h"
 #include "matrices.h"
 #include "refusal.h"
@@ -208,52 +207,6 @@ TEST_P(Solve, SearchAndRoundsNeedAFactorInGroupOrder) {
         for (const SolverOptions& options : {SolverOptions{p.precision, true, MxRule::even, 0}, SolverOptions{p.precision, false, MxRule::even, 1}})
             expect_refused("searched scales and refinement rounds need a factor in group order", [&] { run(order, options); });
     expect_refused("rounds is -1; it must be 0 or more", [&] { run(Order::group, {p.precision, false, MxRule::even, -1}); });
-}
-
-// ---- shift_to_inputs
-
-TEST(ShiftToInputs, SolvesForTheTargetWhateverTheLayoutAndTheThreads) {
-    const Index rows = 70, cols = 96;
-    const Matrix<float> weight = random_matrix(rows, cols);
-    Matrix<double> h = random_second_moment(cols), cross = random_second_moment(cols, 9);
-    for (Index i = 0; i < cols; ++i) h(17, i) = h(i, 17) = 0;
-    for (Index i = 0; i < cols; ++i) cross(3, i) *= 1.5;  // no symmetric matrix
-    const double strength = 0.75;
-    for (const Order order : {Order::natural, Order::activation, Order::group}) {
-        const Factor factor(h.view(), order, 0.01, 16);
-        ASSERT_TRUE(factor.usable());
-        Matrix<float> target(rows, cols);
-        shift_to_inputs(weight.view(), cross.view(), h.view(), factor, strength, target.view(), 1);
-        for (Index r = 0; r < rows; ++r) {
-            EXPECT_EQ(target(r, 17), weight(r, 17));
-            for (Index c = 0; c < cols; ++c) {
-                if (c == 17) continue;
-                // (target - w)(H + λI) = strength * w (cross - H). The target is rounded to float32; float64's part, of some thousand operations on numbers that the factor lets grow by no more
-                // than its condition (101 at a damping of 0.01, times what the diagonals differ by), stays below that rounding too.
-                double residual = 0, magnitude = 0;
-                for (Index k = 0; k < cols; ++k) {
-                    const double damped = k == 17 ? 0.0 : h(k, c) + (k == c ? factor.lambda() : 0.0);
-                    residual += (static_cast<double>(target(r, k)) - weight(r, k)) * damped - strength * weight(r, k) * (cross(k, c) - h(k, c));
-                    magnitude += std::fabs(target(r, k) * damped) + 0x1p-24 * std::fabs(weight(r, k)) * (std::fabs(cross(k, c)) + std::fabs(h(k, c)));
-                }
-                EXPECT_LE(std::fabs(residual), 2 * 0x1p-24 * magnitude);
-            }
-        }
-        for (const Layout layout : layouts)
-            for (const int threads : thread_counts) {
-                Matrix<float> same(rows, cols, layout, static_cast<float>(nan));
-                shift_to_inputs(Matrix<float>(weight, layout, static_cast<float>(nan)).view(), Matrix<double>(cross, layout, nan).view(), Matrix<double>(h, layout, nan).view(), factor, strength, same.view(), threads);
-                EXPECT_EQ(same, target);
-                EXPECT_TRUE(same.padding_untouched());
-            }
-        Matrix<float> still(rows, cols);
-        shift_to_inputs(weight.view(), cross.view(), h.view(), factor, 0, still.view(), 1);
-        EXPECT_EQ(still, weight);
-        shift_to_inputs(weight.view(), h.view(), h.view(), factor, 1, still.view(), 1);  // the inputs it was made for: nothing to make up
-        EXPECT_EQ(still, weight);
-        expect_refused("do not have the same columns", [&] { shift_to_inputs(weight.view(), Matrix<double>(cols, cols - 1).view(), h.view(), factor, 1, still.view(), 1); });
-        expect_refused("do not have the same columns", [&] { shift_to_inputs(weight.view(), cross.view(), h.view(), factor, 1, Matrix<float>(rows - 1, cols).view(), 1); });
-    }
 }
 
 }  // namespace

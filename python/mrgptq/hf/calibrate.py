@@ -1,14 +1,14 @@
 """Calibration block by block: each block is quantised under the inputs it gets from the quantised blocks before it."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.hooks import RemovableHandle
 
 from ..arrays import located
@@ -20,11 +20,9 @@ from ..recipe import Recipe
 from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
 from .activations import round_inputs, to_numpy
+from .beside import Apart, Group, Kwargs, observe_both, removing, run_block
 from .fisher import collect_output_hessians
 from .model import decoder_blocks
-
-_Group = tuple[str, ...]  # modules that share an input
-_Kwargs = dict[int, dict[str, Any]]  # what a block is called with, by batch size
 
 
 class _FirstBlockReached(Exception):
@@ -39,7 +37,8 @@ def calibrate(
 
     The Hessian of a layer is taken from its inputs before they are rounded. At W4A4 the layers of a block compute with rounded inputs meanwhile, its weights being the original
     ones; then the block's weights are replaced and its outputs feed the next block. Where ``recipe.cross`` is above 0, the original blocks are run beside the quantised ones on what the
-    original model would have handed them, and each layer's target makes up for part of the difference. Where ``recipe.output_hessian`` is set, a backward pass through the
+    original model would have handed them, and each layer's target makes up for part of the difference; layers whose outputs are added to the residual stream make up for the stream's, too
+    (where a block adds them as they are: not behind a norm, as Gemma 2 does, nor weighted, as experts are). Where ``recipe.output_hessian`` is set, a backward pass through the
     model, the blocks before being quantised by then, measures what each layer's outputs matter; blocks share such a pass as far as their matrices fit into 4 GiB.
 
     Parameters
@@ -73,9 +72,9 @@ def calibrate(
         groups = fused_groups(linears.get(index, []))
         named = {name: model.get_submodule(name) for group in groups for name in group}
         original = copy.deepcopy(block) if recipe.cross else None
-        hessians, activations, crosses = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
+        hessians, activations, apart = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
         for group in groups:
-            for name, matrix in _quantize_group(group, named, hessians.pop(group), crosses.pop(group, None), output_hessians, activations.get(group), recipe, threads):
+            for name, matrix in _quantize_group(group, named, hessians.pop(group), apart, output_hessians, activations.get(group), recipe, threads):
                 done += 1
                 if progress:
                     progress("quantise", done, len(modules))
@@ -106,7 +105,7 @@ def _linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.Modu
     return by_block
 
 
-def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_windows: int) -> tuple[list[torch.Tensor], list[_Kwargs]]:
+def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_windows: int) -> tuple[list[torch.Tensor], list[Kwargs]]:
     """Run the model up to its first block: the hidden states as batches, and for each block the keyword arguments it is called with, by batch size.
 
     Masks and position embeddings may differ from block to block (sliding windows), so one whole pass for each batch size collects them.
@@ -114,7 +113,7 @@ def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_
     decoder = model.base_model  # without the head, whose logits would take more room than everything else
     batches = list(inputs.split(batch_windows))
     device = next(model.parameters()).device
-    block_kwargs: list[_Kwargs] = [{} for _ in blocks]
+    block_kwargs: list[Kwargs] = [{} for _ in blocks]
     hidden: list[torch.Tensor] = []
     size = 0
 
@@ -130,9 +129,9 @@ def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_
 
     for size in sorted({len(batch) for batch in batches}):
         handles = [block.register_forward_pre_hook(note_kwargs(i), with_kwargs=True) for i, block in enumerate(blocks)]
-        with _removing(handles):
+        with removing(handles):
             decoder(input_ids=batches[-1 if size == len(batches[-1]) else 0].to(device), use_cache=False)
-    with _removing([blocks[0].register_forward_pre_hook(stop, with_kwargs=True)]):
+    with removing([blocks[0].register_forward_pre_hook(stop, with_kwargs=True)]):
         for batch in batches:
             try:
                 decoder(input_ids=batch.to(device), use_cache=False)
@@ -141,39 +140,34 @@ def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_
     return hidden, block_kwargs
 
 
-def _forward(block: torch.nn.Module, batch: torch.Tensor, kwargs: _Kwargs) -> torch.Tensor:
-    output = block(batch, use_cache=False, past_key_values=None, **kwargs[len(batch)])
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _run(block: torch.nn.Module, hidden: list[torch.Tensor], kwargs: _Kwargs, *, keep: bool) -> None:
+def _run(block: torch.nn.Module, hidden: list[torch.Tensor], kwargs: Kwargs, *, keep: bool) -> None:
     """Pass every batch through a block; with ``keep`` its outputs take the place of the inputs."""
     for i, batch in enumerate(hidden):
-        output = _forward(block, batch, kwargs)
+        output = run_block(block, batch, kwargs)
         if keep:
             hidden[i] = output
 
 
 def _observe(
     block: torch.nn.Module,
-    groups: list[_Group],
+    groups: list[Group],
     named: dict[str, Any],
     hidden: list[torch.Tensor],
-    kwargs: _Kwargs,
+    kwargs: Kwargs,
     recipe: Recipe,
     threads: int | None,
     original: torch.nn.Module | None,
     original_hidden: list[torch.Tensor],
-) -> tuple[dict[_Group, Hessian], dict[_Group, Activations], dict[_Group, torch.Tensor]]:
-    """One pass of a block: {group: Hessian} of the inputs before rounding, at W4A4 {group: Activations} with the calibrated tensor scale, and {group: sum of X^T X̃} of the
-    original block's inputs X and the block's own X̃ where there is an original to compare with."""
+) -> tuple[dict[Group, Hessian], dict[Group, Activations], Apart]:
+    """One pass of a block: {group: Hessian} of the inputs before rounding, at W4A4 {group: Activations} with the calibrated tensor scale, and how far the
+    block and the original have come apart where there is an original to compare with."""
     rotation = rotation_of(recipe.rotation)
-    crosses: dict[_Group, torch.Tensor] = {}
+    apart = Apart({}, {})
     hessians = {group: Hessian(named[group[0]].in_features) for group in groups}
     largest = dict.fromkeys(groups, 0.0)
     handles: list[RemovableHandle] = []
 
-    def watch(group: _Group) -> Callable[..., None]:
+    def watch(group: Group) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             values, dtype = to_numpy(args[0])
             with located(f"the input of {group[0]}"):
@@ -188,57 +182,25 @@ def _observe(
         if recipe.activations:
             # Until the calibrated scale is known each batch is rounded by its own.
             handles += round_inputs([named[name] for name in group], cast(Activations, activations_of(recipe)), rotation)
-    with _removing(handles):
+    with removing(handles):
         if original is None:
             _run(block, hidden, kwargs, keep=False)
         else:
-            crosses = _observe_both(block, original, groups, named, hidden, original_hidden, kwargs)
+            apart = observe_both(block, original, groups, named, hidden, original_hidden, kwargs)
     for group, hessian in hessians.items():
         if not hessian.tokens:
             raise ValueError(f"{group[0]} never saw an input while the calibration text passed; leave it out with ignore")
     if not recipe.activations:
-        return hessians, {}, crosses
-    scales: dict[_Group, float | None] = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
-    return hessians, {group: cast(Activations, activations_of(recipe, scales[group])) for group in groups}, crosses
-
-
-def _observe_both(
-    block: torch.nn.Module, original: torch.nn.Module, groups: list[_Group], named: dict[str, Any], hidden: list[torch.Tensor], original_hidden: list[torch.Tensor], kwargs: _Kwargs
-) -> dict[_Group, torch.Tensor]:
-    """Pass every batch through a block and through its original: {group: sum over tokens of X^T X̃}, (cols, cols) float64, products of a batch in float32.
-
-    The original's outputs take the place of its inputs, for the next block; the block's own inputs stay, since its weights are still to change.
-    """
-    inputs: dict[_Group, torch.Tensor] = {}
-    crosses = {group: torch.zeros(named[group[0]].in_features, named[group[0]].in_features, dtype=torch.float64, device=hidden[0].device) for group in groups}
-    paths = {module: name for name, module in block.named_modules()}
-
-    def keep(group: _Group) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[group] = args[0].flatten(0, -2)
-
-        return hook
-
-    def multiply(group: _Group) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            crosses[group] += inputs.pop(group).T @ args[0].flatten(0, -2)
-
-        return hook
-
-    with _removing([original.get_submodule(paths[named[group[0]]]).register_forward_pre_hook(keep(group)) for group in groups]):
-        # Before the hooks that round: they hand a module other inputs than it was given.
-        with _removing([named[group[0]].register_forward_pre_hook(multiply(group), prepend=True) for group in groups]):
-            for i, batch in enumerate(hidden):
-                original_hidden[i] = _forward(original, original_hidden[i], kwargs)
-                _forward(block, batch, kwargs)
-    return crosses
+        return hessians, {}, apart
+    scales: dict[Group, float | None] = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
+    return hessians, {group: cast(Activations, activations_of(recipe, scales[group])) for group in groups}, apart
 
 
 def _quantize_group(
-    group: _Group,
+    group: Group,
     named: dict[str, Any],
     hessian: Hessian,
-    cross_sum: torch.Tensor | None,
+    apart: Apart,
     output_hessians: dict[str, Hessian],
     activations: Activations | None,
     recipe: Recipe,
@@ -249,20 +211,16 @@ def _quantize_group(
     with located(", ".join(group)):
         tensor_scale = shared_tensor_scale(list(weights.values()), recipe, threads=threads)
     factor = make_factor(hessian, recipe, threads=threads) if recipe.solver == "gptq" else None
-    cross = None if cross_sum is None else cross_sum.cpu().numpy() / hessian.tokens
+
+    def mean(total: torch.Tensor | None) -> NDArray[np.float64] | None:
+        return None if total is None else total.cpu().numpy() / hessian.tokens
+
+    cross = mean(apart.crosses.pop(group, None))
     for name, weight in weights.items():
         with located(name):
-            matrix = quantize_layer(weight, hessian, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, output_hessian=output_hessians.pop(name, None), threads=threads)
+            stream, outputs = mean(apart.streams.pop(name, None)), output_hessians.pop(name, None)
+            matrix = quantize_layer(weight, hessian, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, stream=stream, output_hessian=outputs, threads=threads)
         matrix = replace(matrix, activations=activations)
         parameter = named[name].weight
         parameter.copy_(torch.from_numpy(matrix.dequantize(unrotate=True, threads=threads)).to(parameter.device))
         yield name, matrix
-
-
-@contextmanager
-def _removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

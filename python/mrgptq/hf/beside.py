@@ -1,0 +1,110 @@
+"""A block beside its original: how far the inputs of its layers, and the residual stream that they add to, have come apart."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+Group = tuple[str, ...]  # modules that share an input
+Kwargs = dict[int, dict[str, Any]]  # what a block is called with, by batch size
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks in the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_block(block: torch.nn.Module, batch: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
+    """A block's hidden states for a batch of them."""
+    output = block(batch, use_cache=False, past_key_values=None, **kwargs[len(batch)])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def stream_writers(block: torch.nn.Module, batch: torch.Tensor, kwargs: Kwargs) -> tuple[str | None, str | None]:
+    """The two linear layers of a block whose outputs are added to the residual stream as they are, by their paths in the block.
+
+    The first is added to the block's input, and some module reads that sum; the second is added to that sum, and the result leaves the block. Both are told by their numbers, equal to the bit, so
+    a layer whose output passes a norm, a gate or a factor on its way is none (None), nor are those of a block that adds attention and MLP to one input.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    read: list[torch.Tensor] = []
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(module, torch.nn.Linear) and output.shape == batch.shape:
+                outputs[path] = output
+            read.extend(x for x in args if isinstance(x, torch.Tensor) and x.shape == batch.shape)
+
+        return hook
+
+    with removing([module.register_forward_hook(keep(path)) for path, module in block.named_modules() if path]):
+        left = run_block(block, batch, kwargs)
+    for first, output in outputs.items():
+        middle = batch + output
+        if any(torch.equal(x, middle) for x in read):
+            return first, next((last for last, more in outputs.items() if torch.equal(middle + more, left)), None)
+    return None, None
+
+
+class Apart(NamedTuple):
+    """Sums over tokens, float64, of a batch's products in float32."""
+
+    crosses: dict[Group, torch.Tensor]
+    """X^T X̃, (cols, cols), of the inputs X of the original's layers and X̃ of the block's own."""
+    streams: dict[str, torch.Tensor]
+    """D^T X̃, (rows, cols), of the modules that write into the residual stream: by D the stream before the module falls short of the original's."""
+
+
+def observe_both(
+    block: torch.nn.Module, original: torch.nn.Module, groups: list[Group], named: dict[str, Any], hidden: list[torch.Tensor], original_hidden: list[torch.Tensor], kwargs: Kwargs
+) -> Apart:
+    """Pass every batch through a block and through its original.
+
+    The original's outputs take the place of its inputs, for the next block; the block's own inputs stay, since its weights are still to change.
+    """
+    paths = {module: path for path, module in block.named_modules()}
+    first, last = stream_writers(original, original_hidden[-1], kwargs)
+    writers = {name: paths[module] for name, module in named.items() if paths[module] in (first, last)}
+    device = hidden[0].device
+    crosses = {group: torch.zeros(named[group[0]].in_features, named[group[0]].in_features, dtype=torch.float64, device=device) for group in groups}
+    streams = {name: torch.zeros(named[name].out_features, named[name].in_features, dtype=torch.float64, device=device) for name in writers}
+    asked: dict[Group, torch.Tensor] = {}  # inputs of the original's layers
+    seen: dict[Group, torch.Tensor] = {}  # inputs of the block's own
+    meant: dict[str, torch.Tensor] = {}  # outputs of the original's writers
+    added: dict[str, torch.Tensor] = {}  # outputs of the block's own
+
+    def keep_input(group: Group, store: dict[Group, torch.Tensor]) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            store[group] = args[0].flatten(0, -2)
+
+        return hook
+
+    def keep_output(name: str, store: dict[str, torch.Tensor]) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            store[name] = output
+
+        return hook
+
+    handles = [original.get_submodule(paths[named[group[0]]]).register_forward_pre_hook(keep_input(group, asked)) for group in groups]
+    # Before the hooks that round: they hand a module other inputs than it was given.
+    handles += [named[group[0]].register_forward_pre_hook(keep_input(group, seen), prepend=True) for group in groups]
+    handles += [original.get_submodule(path).register_forward_hook(keep_output(name, meant)) for name, path in writers.items()]
+    handles += [named[name].register_forward_hook(keep_output(name, added)) for name in writers]
+    with removing(handles):
+        for i, batch in enumerate(hidden):
+            before = original_hidden[i]
+            original_hidden[i] = run_block(original, before, kwargs)
+            after = run_block(block, batch, kwargs)
+            for group in asked.keys() & seen.keys():  # who never saw an input is refused by name later
+                crosses[group] += asked[group].T @ seen[group]
+                for name in writers.keys() & group:
+                    apart = before - batch if writers[name] == first else (original_hidden[i] - meant[name]) - (after - added[name])
+                    streams[name] += apart.flatten(0, -2).T @ seen[group]
+    return Apart(crosses, streams)
