@@ -56,11 +56,6 @@ def test_named_recipes(name, format, dialect, expected, quantise_activations):
 BEST = {"scales": "gptq", "order": "group", "solver": "gptq", "damping": 0.05, "rounds": 6, "tensor_scale": "absmax", "precision": "float32", "output_hessian": "fisher"}
 
 
-def best_cross(name, format, activations):
-    """Far at W4A16; a little at W4A4, but for MXFP4 whose inputs are rounded by absmax: what the near text gained there the far one lost."""
-    return 0.1 if activations and (format == "nvfp4" or name == "best-online") else 0.0 if activations else 0.25
-
-
 @pytest.mark.parametrize("activations", [False, True], ids=["w4a16", "w4a4"])
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("format", CHANGES)
@@ -73,7 +68,7 @@ def test_best_recipes(name, format, dialect, activations):
         "format": format,
         "mx_rule": "four-thirds" if (format, dialect) == ("mxfp4", "fp_quant") else "even",
         "rotation": 32 if format == "mxfp4" and activations and (online or dialect == "fp_quant") else None,
-        "cross": best_cross(name, format, activations),
+        "cross": 0.1 if activations else 0.4,
         "activations": format if activations else None,
         "activation_rule": "mse" if online and dialect != "fp_quant" else "absmax",
     }

@@ -123,10 +123,7 @@ class Recipe(Shown):
         if name == "mr-gptq":
             return replace_checked(base, rotation=block_format(format).group_size, scales="fpquant_mse")
         best = replace_checked(base, scales="gptq", order="group", rounds=BEST_ROUNDS, damping=BEST_DAMPING, output_hessian="fisher", precision="float32")
-        if activations is None:
-            best = replace_checked(best, cross=BEST_CROSS)
-        elif format == "nvfp4" or name == "best-online":
-            best = replace_checked(best, cross=ROUNDED_CROSS)
+        best = replace_checked(best, cross=BEST_CROSS if activations is None else ROUNDED_CROSS)
         # At W4A4 the inputs' rounding decides, and MXFP4's is better in a rotated basis, NVFP4's in the original one. Loaders of fp_quant always rotate.
         rotated = format == "mxfp4" and activations is not None and (name == "best-online" or dialect == "fp_quant")
         searched = activations is not None and name == "best-online" and dialect != "fp_quant"
