@@ -25,10 +25,11 @@ CONFIGURATIONS = {
 }
 
 
-def round_slack(before, after, r, size, u):
-    """By how much rounding may part a round's computed fall from the true one: refine.h's 4 γ Σ (|e| + |e'|) |R| (|e| + |e'|)^T, γ of cols + 2 group sizes + 8 operations."""
-    m = len(r) + 2 * size + 8
-    return 4 * gamma(m, u) * form(np.abs(before) + np.abs(after), np.abs(r)).sum()
+def round_slack(before, after, history, r, k, size, u):
+    """By how much rounding may part the computed fall of round k = 1, 2, … from the true one: refine.h's 4 γ Σ (|e| + |e'|) |R| h^T, h = |e| before all rounds and |d| of each, γ of cols + 2 group
+    sizes + 8 operations and, for every round before, one for each group and one for E."""
+    m = len(r) + (k - 1) * (len(r) // size + 1) + 2 * size + 8
+    return 4 * gamma(m, u) * (((np.abs(before) + np.abs(after)) @ np.abs(r)) * history).sum()
 
 
 def search_slack(w, e, h, damping, size, u):
@@ -52,15 +53,18 @@ def assert_losses_are_true(w, h, recipe, runs, *, sharp=1.0):
     energy = form(wide, r).sum()
     # The energy is a float64 sum of rows * cols² products in strips; at most 2 (n + rows + 8) roundings meet one of them.
     energy_slack = 2 * (len(h) + len(w) + 8) * 2.0**-53 * form(np.abs(wide), np.abs(r)).sum() / energy
-    before, slack = None, 0.0
+    before, history, slack = None, None, 0.0
     reported = runs[-1].report.damped_errors
     assert 1 <= len(reported) <= len(runs)
     for k, q in enumerate(runs):
         e = errors(w, q)
         loss = form(e, r).sum()
         assert q.report.damped_errors == reported[: k + 1]  # rounds do not depend on how many follow
-        more = search_slack(wide, e, h, recipe.damping, size, u) if before is None else round_slack(before[0], e, r, size, u)
-        if before is not None:
+        if before is None:
+            history, more = np.abs(e), search_slack(wide, e, h, recipe.damping, size, u)
+        else:
+            history = history + np.abs(e - before[0])
+            more = round_slack(before[0], e, history, r, k, size, u)
             assert loss <= before[1] + more
         slack += more
         told = reported[min(k, len(reported) - 1)] * energy

@@ -127,6 +127,7 @@ double refine_block(RowTile<Real>& tile, const Factor& factor, const Strips<Real
                     best.value(r, j) = better[r] > 0 ? candidate.value(r, j) : best.value(r, j);
                 }
         }
+        p.middleCols(first - begin, size) = best.change;
         if (!(best.delta < 0).any()) continue;
         fall -= best.delta.template cast<double>().sum();
         tile.scales.col(group) = best_scales.matrix();
@@ -139,12 +140,15 @@ double refine_block(RowTile<Real>& tile, const Factor& factor, const Strips<Real
 }
 
 template <class Real>
-double refinement_slack(const Tile<Real>& before, const Tile<Real>& after, const Factor& factor, Index group_size) {
-    const double m = static_cast<double>(before.cols() + 2 * group_size + 8) * std::numeric_limits<Real>::epsilon() / 2;
-    const Tile<double> e = before.cwiseAbs().template cast<double>() + after.cwiseAbs().template cast<double>();
-    Tile<double> product = 2 * e * Columns<double>(factor.unit().cwiseAbs().template triangularView<Eigen::StrictlyUpper>());
-    product += e * factor.diagonal().cwiseAbs().asDiagonal();
-    return 4 * m / (1 - m) * product.cwiseProduct(e).sum();
+double refinement_slack(const Tile<Real>& before, const Tile<Real>& after, const Tile<Real>& history, const Factor& factor, Index group_size, int round) {
+    const Index n = before.cols();
+    const double m = static_cast<double>(n + (round - 1) * (n / group_size + 1) + 2 * group_size + 8) * std::numeric_limits<Real>::epsilon() / 2;
+    const Tile<double> e = before.cwiseAbs().template cast<double>() + after.cwiseAbs().template cast<double>(), h = history.template cast<double>();
+    const Columns<double> above = factor.unit().cwiseAbs().template triangularView<Eigen::StrictlyUpper>();
+    Tile<double> product = e * factor.diagonal().cwiseAbs().asDiagonal();
+    product += e * above;
+    product += e * above.transpose();
+    return 4 * m / (1 - m) * product.cwiseProduct(h).sum();
 }
 
 template <class Real>
@@ -161,8 +165,8 @@ template double refine_block<Mxfp4, float>(RowTile<float>&, const Factor&, const
 template double refine_block<Mxfp4, double>(RowTile<double>&, const Factor&, const Strips<double>&, const GroupFactors<double>&, float, Index, Index, Tile<double>&);
 template double refine_block<Nvfp4, float>(RowTile<float>&, const Factor&, const Strips<float>&, const GroupFactors<float>&, float, Index, Index, Tile<float>&);
 template double refine_block<Nvfp4, double>(RowTile<double>&, const Factor&, const Strips<double>&, const GroupFactors<double>&, float, Index, Index, Tile<double>&);
-template double refinement_slack<float>(const Tile<float>&, const Tile<float>&, const Factor&, Index);
-template double refinement_slack<double>(const Tile<double>&, const Tile<double>&, const Factor&, Index);
+template double refinement_slack<float>(const Tile<float>&, const Tile<float>&, const Tile<float>&, const Factor&, Index, int);
+template double refinement_slack<double>(const Tile<double>&, const Tile<double>&, const Tile<double>&, const Factor&, Index, int);
 template double damped_loss<float>(const Tile<float>&, const Factor&);
 template double damped_loss<double>(const Tile<double>&, const Factor&);
 

@@ -23,10 +23,10 @@ struct GroupFactors {
 template <class Real>
 GroupFactors<Real> group_factors(const Factor& factor, Index group_size);
 
-// Calls use(piece, first, depth) for pieces of R's columns [begin, end), rows [first, first + depth), which together make them up: above the block, the block itself, which is left in `own`,
-// and below it. R stands above the diagonal of Factor::unit, and R is symmetric.
-template <class Real, class Use>
-void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real>& strips, Strips<Real>& own, Use&& use) {
+// Calls use(strips, first, depth) for pieces of R's columns [begin, end), rows [first, first + depth), which together make them up: above the block, the block itself, which is left in `own`
+// too, and below it. R stands above the diagonal of Factor::unit, and R is symmetric.
+template <class Real, Index across, class Use>
+void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real, across>& strips, Strips<Real>& own, Use&& use) {
     const auto unit = factor.unit();
     const Index n = unit.cols(), width = end - begin;
     for (Index k = 0; k < begin; k += block) {
@@ -38,7 +38,8 @@ void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real
     square += square.transpose().eval();
     square.diagonal() = factor.diagonal().segment(begin, width);
     own.pack(square.data(), 1, width, width, width);
-    use(own, begin, width);
+    strips.pack(square.data(), 1, width, width, width);
+    use(strips, begin, width);
     for (Index k = end; k < n; k += block) {
         const Index depth = std::min(block, n - k);
         strips.pack(&unit.coeffRef(begin, k), unit.outerStride(), 1, depth, width);
@@ -46,15 +47,18 @@ void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real
     }
 }
 
-// One block's share of a round: its groups in visiting order, given P of its columns, which is spent. `own` is R's own square of the block. Returns how much the damped loss of the tile's
-// rows fell, summed in float64.
+// One block's share of a round: its groups in visiting order, given P of its columns, in whose place d is left, zero where nothing moved. `own` is R's own square of the block. Returns how much
+// the damped loss of the tile's rows fell, summed in float64.
 template <class Format, class Real>
 double refine_block(RowTile<Real>& tile, const Factor& factor, const Strips<Real>& own, const GroupFactors<Real>& factors, float tensor_scale, Index begin, Index end, Tile<Real>& p);
 
-// By how much rounding alone may raise the loss of a tile whose errors went from `before` to `after` in one round: 4 γ Σ (|e| + |e'|) |R| (|e| + |e'|)ᵀ with γ = m u / (1 - m u),
-// m = cols + 2 group_size + 8. A sum of cols products makes P, two group updates and a few operations follow; each group moves once a round, hence |d| <= |e| + |e'|.
+// By how much rounding alone may raise the loss of a tile whose errors went from `before` to `after` in its given round, from 1 on: 4 γ Σ (|e| + |e'|) |R| hᵀ with γ = m u / (1 - m u),
+// m = cols + (round - 1) (cols / group_size + 1) + 2 group_size + 8, and h, the history, the magnitudes of all that P was ever made of: |e| before the first round plus |d| of every round, this
+// one's too. A term of P meets a sum of cols products in the first round; in each later one a sum for every group that moved, and E, of which P is to be the gradient, is rounded when it takes
+// d; two group updates and a few operations follow. So P + P' is off by 2 γ h |R|, and each group moves once a round, hence |d| <= |e| + |e'|. What else is rounded, the sum of d (P + P') over a
+// group and e' = e - w + q itself, takes fewer than m operations more, for which the other half of the 4 stands.
 template <class Real>
-double refinement_slack(const Tile<Real>& before, const Tile<Real>& after, const Factor& factor, Index group_size);
+double refinement_slack(const Tile<Real>& before, const Tile<Real>& after, const Tile<Real>& history, const Factor& factor, Index group_size, int round);
 
 // e R eᵀ summed over the tile's rows, in float64.
 template <class Real>

@@ -9,6 +9,7 @@
 #include "base/parallel.h"
 #include "codecs/packing.h"
 #include "formats/block_format.h"
+#include "gptq/gradients.h"
 #include "gptq/outputs.h"
 #include "gptq/refine.h"
 #include "gptq/rows.h"
@@ -134,8 +135,8 @@ double search_groups(const Problem<Real>& problem, const Strips<Real>& unit, Row
 }
 
 template <class Real>
-void check_round(const Tile<Real>& before, const Tile<Real>& after, const Factor& factor, Index group_size) {
-    const double was = damped_loss(before, factor), is = damped_loss(after, factor), slack = refinement_slack(before, after, factor, group_size);
+void check_round(const Tile<Real>& before, const Tile<Real>& after, const Tile<Real>& history, const Factor& factor, Index group_size, int round) {
+    const double was = damped_loss(before, factor), is = damped_loss(after, factor), slack = refinement_slack(before, after, history, factor, group_size, round);
     check(is <= was + slack, "a round of refinement raised the damped loss from " + std::to_string(was) + " to " + std::to_string(is) + ", more than rounding explains (" + std::to_string(slack) + ")");
 }
 
@@ -152,8 +153,9 @@ void add_losses(std::vector<double>& sum, const std::vector<double>& losses) {
 template <class Real>
 struct Band {
     std::vector<RowTile<Real>> tiles;
-    std::vector<Tile<Real>> sums;  // (lanes, block) a tile: feedback, then gradients
+    std::vector<Tile<Real>> sums;  // (lanes, block) a tile: feedback, then gradients and changes
     Strips<Real> strips, own;
+    LeftStrips<Real> left;
 };
 
 // The recursion over all columns: the losses by tile.
@@ -179,20 +181,37 @@ std::vector<double> visit_columns(const Problem<Real>& problem, Band<Real>& band
     return losses;
 }
 
+// The gradients of a block of columns into the band's sums, in the first round from all errors.
+template <class Real>
+void first_gradients(const Factor& factor, Band<Real>& band, Gradients<Real>& gradients, Index begin, Index end) {
+    for (auto& sum : band.sums) sum.setZero();
+    for_moment_pieces(factor, begin, end, band.strips, band.own, [&](const Strips<Real>& piece, Index first, Index depth) {
+        for (std::size_t t = 0; t < band.tiles.size(); ++t) piece.multiply(band.tiles[t].error.col(first).data(), 0, depth, end - begin, band.sums[t].data());
+    });
+    for (std::size_t t = 0; t < band.tiles.size(); ++t) gradients.store(static_cast<Index>(t), begin, end - begin, band.sums[t]);
+}
+
+// The same in a later round, from those of the last visit and what has moved since.
+template <class Real>
+void next_gradients(const Factor& factor, Band<Real>& band, Gradients<Real>& gradients, Index begin, Index end) {
+    for_moment_pieces(factor, begin, end, band.left, band.own, [&](const LeftStrips<Real>& piece, Index first, Index depth) { gradients.follow(piece, first, depth, begin, end - begin); });
+    for (std::size_t t = 0; t < band.tiles.size(); ++t) gradients.load(static_cast<Index>(t), begin, end - begin, band.sums[t]);
+}
+
 // A round of refinement over the tiles that the last one still moved: how much the loss of each fell, 0 for those that stand.
 template <class Format, class Real>
-std::vector<double> refine_columns(const Problem<Real>& problem, Band<Real>& band, const std::vector<bool>& moving) {
+std::vector<double> refine_columns(const Problem<Real>& problem, Band<Real>& band, Gradients<Real>& gradients, int round, const std::vector<bool>& moving) {
     const Index n = problem.factor.cols();
     std::vector<double> falls(band.tiles.size(), 0.0);
     for (Index end = n; end > 0; end -= std::min(block, end)) {
-        const Index begin = std::max<Index>(end - block, 0), width = end - begin;
-        for (auto& sum : band.sums) sum.setZero();
-        for_moment_pieces(problem.factor, begin, end, band.strips, band.own, [&](const Strips<Real>& piece, Index first, Index depth) {
-            for (std::size_t t = 0; t < band.tiles.size(); ++t)
-                if (moving[t]) piece.multiply(band.tiles[t].error.col(first).data(), 0, depth, width, band.sums[t].data());
-        });
-        for (std::size_t t = 0; t < band.tiles.size(); ++t)
-            if (moving[t]) falls[t] += refine_block<Format>(band.tiles[t], problem.factor, band.own, problem.groups, problem.tensor_scale, begin, end, band.sums[t]);
+        const Index begin = std::max<Index>(end - block, 0);
+        (round == 0 ? first_gradients<Real> : next_gradients<Real>)(problem.factor, band, gradients, begin, end);
+        gradients.forget(begin, end);
+        for (std::size_t t = 0; t < band.tiles.size(); ++t) {
+            if (!moving[t]) continue;
+            falls[t] += refine_block<Format>(band.tiles[t], problem.factor, band.own, problem.groups, problem.tensor_scale, begin, end, band.sums[t]);
+            gradients.add(static_cast<Index>(t), begin, end, band.sums[t]);
+        }
     }
     return falls;
 }
@@ -205,16 +224,22 @@ std::vector<std::vector<double>> solve_band(const Problem<Real>& problem, Matrix
     band.sums.assign(band.tiles.size(), Tile<Real>(lanes, block));
     std::vector<std::vector<double>> losses;
     for (const double loss : visit_columns<Format>(problem, band)) losses.push_back({loss});
+    Gradients<Real> gradients(problem.options.rounds > 0 ? count : 0, problem.factor.cols(), Format::group_size);
     std::vector<bool> moving(band.tiles.size(), true);
+#ifdef MRGPTQ_CHECKS
+    std::vector<Tile<Real>> histories;
+    for (const auto& tile : band.tiles) histories.push_back(tile.error.cwiseAbs());
+#endif
     for (int round = 0; round < problem.options.rounds && std::find(moving.begin(), moving.end(), true) != moving.end(); ++round) {
 #ifdef MRGPTQ_CHECKS
         std::vector<Tile<Real>> before;
         for (const auto& tile : band.tiles) before.push_back(tile.error);
 #endif
-        const std::vector<double> falls = refine_columns<Format>(problem, band, moving);
+        const std::vector<double> falls = refine_columns<Format>(problem, band, gradients, round, moving);
         for (std::size_t t = 0; t < band.tiles.size(); ++t) {
 #ifdef MRGPTQ_CHECKS
-            check_round(before[t], band.tiles[t].error, problem.factor, Format::group_size);
+            histories[t] += (band.tiles[t].error - before[t]).cwiseAbs();
+            check_round(before[t], band.tiles[t].error, histories[t], problem.factor, Format::group_size, round + 1);
 #endif
             moving[t] = moving[t] && falls[t] != 0;
             if (moving[t]) losses[t].push_back(losses[t].back() - falls[t]);

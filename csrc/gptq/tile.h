@@ -46,22 +46,26 @@ struct RowTile {
     Tile<float> steps;            // likewise
 };
 
-// A square or oblong of some matrix in strips, as the right factor of products, with its elements at hand.
-template <class Real>
+// Numbers whose vectors each lie in one cache line.
+template <class T>
+using Aligned = std::vector<T, Eigen::aligned_allocator<T>>;
+
+// A square or oblong of some matrix in strips, as a factor of products, with its elements at hand.
+template <class Real, Index across = kernel_cols>
 struct Strips {
-    std::vector<Real> data = std::vector<Real>(static_cast<std::size_t>(block * block));
+    Aligned<Real> data = Aligned<Real>(static_cast<std::size_t>(block * block));
     Index depth = 0;
 
     // Element (k, j) is from[k * row_step + j * col_step].
     template <class From>
     void pack(From from, Index row_step, Index col_step, Index rows, Index cols) noexcept {
         depth = rows;
-        pack_strips(from, row_step, col_step, rows, cols, data.data());
+        pack_strips<across>(from, row_step, col_step, rows, cols, data.data());
     }
-    Real at(Index k, Index j) const noexcept { return data[static_cast<std::size_t>(j / kernel_cols * kernel_cols * depth + k * kernel_cols + j % kernel_cols)]; }
+    Real at(Index k, Index j) const noexcept { return data[static_cast<std::size_t>(j / across * across * depth + k * across + j % across)]; }
 
     // c += a times the rows [first, first + count) of columns [0, width): a (lanes, count), c (lanes, width), columns adjacent.
-    void multiply(const Real* a, Index first, Index count, Index width, Real* c) const noexcept {
+    void multiply(const Real* a, Index first, Index count, Index width, Real* c) const noexcept requires(across == kernel_cols) {
         for (Index row = 0; row < lanes; row += kernel_rows<Real>)
             for (Index strip = 0; strip < strip_count(width); ++strip)
                 multiply_tile<Real, false>(count, a + row, lanes, data.data() + strip * depth * kernel_cols + first * kernel_cols, kernel_cols, c + strip * kernel_cols * lanes + row, lanes);

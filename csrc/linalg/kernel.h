@@ -14,14 +14,14 @@ template <class Real>
 inline constexpr Index kernel_rows = 2 * vector_size<Real>;
 inline constexpr Index kernel_cols = vector_bytes == 64 ? 8 : 4;  // as many pairs of accumulators as leave registers for the rest
 
-// c[j * c_stride + r] += or -= Σ_k a[k * a_stride + r] * b[k * b_stride + j]  for r < kernel_rows, j < kernel_cols.
-template <class Real, bool subtract>
-inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, Real* c, Index c_stride) noexcept {
+// column_at(j)[r] += or -= Σ_k a[k * a_stride + r] * b[k * b_stride + j]  for r < kernel_rows, j < kernel_cols: columns of C that may stand anywhere.
+template <class Real, bool subtract, class Column>
+inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, const Column& column_at) noexcept {
     constexpr Index w = vector_size<Real>;
     std::array<Vector<Real>, kernel_cols> low{}, high{};
     for (Index j = 0; j < kernel_cols; ++j) {  // needed at the end: on its way meanwhile
-        __builtin_prefetch(c + j * c_stride, 1);
-        __builtin_prefetch(c + j * c_stride + kernel_rows<Real> - 1, 1);
+        __builtin_prefetch(column_at(j), 1);
+        __builtin_prefetch(column_at(j) + kernel_rows<Real> - 1, 1);
     }
     for (Index k = 0; k < depth; ++k, a += a_stride, b += b_stride) {
         const Vector<Real> a0 = load(a), a1 = load(a + w);
@@ -34,10 +34,16 @@ inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real
     }
 #pragma GCC unroll 8
     for (Index j = 0; j < kernel_cols; ++j) {
-        Real* column = c + j * c_stride;
+        Real* column = column_at(j);
         store<Real>(column, subtract ? load(column) - low[j] : load(column) + low[j]);
         store<Real>(column + w, subtract ? load(column + w) - high[j] : load(column + w) + high[j]);
     }
+}
+
+// The same where c_stride lies between columns.
+template <class Real, bool subtract>
+inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, Real* c, Index c_stride) noexcept {
+    multiply_tile<Real, subtract>(depth, a, a_stride, b, b_stride, [=](Index j) { return c + j * c_stride; });
 }
 
 }  // namespace mrgptq

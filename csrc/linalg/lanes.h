@@ -1,5 +1,5 @@
 // Matrices as the kernel reads them. The left factor and the product lie in *lanes*: 32 rows together, column after column, so that a column's 32 values are adjacent (the last rows of a
-// matrix are filled up with zeros). The right factor lies in *strips*: kernel_cols columns together, row after row.
+// matrix are filled up with zeros). The right factor lies in *strips*: kernel_cols columns together, row after row. Strips of kernel_rows columns are a left factor, transposed.
 #pragma once
 
 #include <algorithm>
@@ -24,27 +24,29 @@ struct Scaled {
     Scaled operator+(Index i) const noexcept { return {data + i, factor}; }
 };
 
-// Strips of a (depth, width) matrix whose element (k, j) is from[k * row_step + j * col_step], `from` a pointer or like one; columns up to the next whole strip become zero. One of the steps is
-// 1 where it matters.
-template <class Real, class From>
+// Strips, of `across` columns, of a (depth, width) matrix whose element (k, j) is from[k * row_step + j * col_step], `from` a pointer or like one; columns up to the next whole strip become
+// zero. One of the steps is 1 where it matters.
+template <Index across = kernel_cols, class Real, class From>
 void pack_strips(From from, Index row_step, Index col_step, Index depth, Index width, Real* strips) noexcept {
-    for (Index first = 0; first < width; first += kernel_cols, strips += depth * kernel_cols) {
-        const Index here = std::min(kernel_cols, width - first);
-        if (here < kernel_cols) std::fill_n(strips, depth * kernel_cols, Real(0));
-        if (row_step == 1 && here == kernel_cols && depth % kernel_cols == 0) {
-            for (Index k = 0; k < depth; k += kernel_cols) {  // squares, turned in registers
-                std::array<std::array<Real, kernel_cols>, kernel_cols> square;
-                for (std::size_t j = 0; j < kernel_cols; ++j)
-                    for (std::size_t i = 0; i < kernel_cols; ++i) square[j][i] = static_cast<Real>(from[k + static_cast<Index>(i) + (first + static_cast<Index>(j)) * col_step]);
-                for (std::size_t i = 0; i < kernel_cols; ++i)
-                    for (std::size_t j = 0; j < kernel_cols; ++j) strips[(k + static_cast<Index>(i)) * kernel_cols + static_cast<Index>(j)] = square[j][i];
-            }
-        } else if (col_step == 1 && here == kernel_cols) {
+    static_assert(across % kernel_cols == 0);
+    for (Index first = 0; first < width; first += across, strips += depth * across) {
+        const Index here = std::min(across, width - first);
+        if (here < across) std::fill_n(strips, depth * across, Real(0));
+        if (row_step == 1 && here % kernel_cols == 0 && depth % kernel_cols == 0) {
+            for (Index square_first = 0; square_first < here; square_first += kernel_cols)
+                for (Index k = 0; k < depth; k += kernel_cols) {  // squares, turned in registers
+                    std::array<std::array<Real, kernel_cols>, kernel_cols> square;
+                    for (std::size_t j = 0; j < kernel_cols; ++j)
+                        for (std::size_t i = 0; i < kernel_cols; ++i) square[j][i] = static_cast<Real>(from[k + static_cast<Index>(i) + (first + square_first + static_cast<Index>(j)) * col_step]);
+                    for (std::size_t i = 0; i < kernel_cols; ++i)
+                        for (std::size_t j = 0; j < kernel_cols; ++j) strips[(k + static_cast<Index>(i)) * across + square_first + static_cast<Index>(j)] = square[j][i];
+                }
+        } else if (col_step == 1 && here == across) {
             for (Index k = 0; k < depth; ++k)
-                for (Index j = 0; j < kernel_cols; ++j) strips[k * kernel_cols + j] = static_cast<Real>(from[k * row_step + first + j]);
+                for (Index j = 0; j < across; ++j) strips[k * across + j] = static_cast<Real>(from[k * row_step + first + j]);
         } else {
             for (Index k = 0; k < depth; ++k)
-                for (Index j = 0; j < here; ++j) strips[k * kernel_cols + j] = static_cast<Real>(from[k * row_step + (first + j) * col_step]);
+                for (Index j = 0; j < here; ++j) strips[k * across + j] = static_cast<Real>(from[k * row_step + (first + j) * col_step]);
         }
     }
 }

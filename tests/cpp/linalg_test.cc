@@ -1,6 +1,7 @@
 // The kernel against the chain that it claims to be, Cholesky against the definition, symmetric matrices against double loops.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -71,21 +72,41 @@ TYPED_TEST(Kernel, EveryElementIsOneChainBegunAtZeroWhateverTheStrides) {
                 }
 }
 
-TYPED_TEST(Kernel, StripsHoldEveryElementAndZerosBehindTheLast) {
+TYPED_TEST(Kernel, ColumnsOfTheProductMayStandAnywhere) {
     using Real = TypeParam;
-    const Index depth = 5, room = 40;
+    constexpr Index rows = kernel_rows<Real>, cols = kernel_cols, depth = 16, stride = rows + 3;
+    const auto a = normals<Real>(depth * rows, 1), b = normals<Real>(depth * cols, 2), before = normals<Real>(2 * cols * stride, 3);
+    auto scattered = before, adjacent = before;
+    const auto place = [](Index j) { return (2 * cols - 1 - (5 * j) % (2 * cols)) * stride; };
+    multiply_tile<Real, false>(depth, a.data(), rows, b.data(), cols, [&](Index j) { return scattered.data() + place(j); });
+    std::vector<Real> columns(static_cast<std::size_t>(cols * rows));
+    for (Index j = 0; j < cols; ++j) std::copy_n(before.data() + place(j), rows, columns.data() + j * rows);
+    multiply_tile<Real, false>(depth, a.data(), rows, b.data(), cols, columns.data(), rows);
+    for (Index j = 0; j < cols; ++j) std::copy_n(columns.data() + j * rows, rows, adjacent.data() + place(j));
+    EXPECT_EQ(scattered, adjacent);
+}
+
+template <Index across, class Real>
+void expect_strips() {
+    const Index room = 80;
     const auto from = normals<double>(room * room, 4);
-    for (const Index width : {1, 3, 4, 8, 11, 16, 30})
-        for (const bool transposed : {false, true}) {
-            const Index row_step = transposed ? room : 1, col_step = transposed ? 1 : room;
-            std::vector<Real> strips(static_cast<std::size_t>(strip_count(width) * kernel_cols * depth), Real(99));
-            pack_strips(from.data(), row_step, col_step, depth, width, strips.data());
-            for (Index j = 0; j < strip_count(width) * kernel_cols; ++j)
-                for (Index k = 0; k < depth; ++k) {
-                    const Real expected = j < width ? static_cast<Real>(from[static_cast<std::size_t>(k * row_step + j * col_step)]) : Real(0);
-                    ASSERT_EQ(strips[static_cast<std::size_t>(j / kernel_cols * kernel_cols * depth + k * kernel_cols + j % kernel_cols)], expected);
-                }
-        }
+    for (const Index depth : {5, 16})
+        for (const Index width : {1, 3, 4, 8, 11, 16, 30, 64, 72})
+            for (const bool transposed : {false, true}) {
+                const Index row_step = transposed ? room : 1, col_step = transposed ? 1 : room, padded = (width + across - 1) / across * across;
+                std::vector<Real> strips(static_cast<std::size_t>(padded * depth), Real(99));
+                pack_strips<across>(from.data(), row_step, col_step, depth, width, strips.data());
+                for (Index j = 0; j < padded; ++j)
+                    for (Index k = 0; k < depth; ++k) {
+                        const Real expected = j < width ? static_cast<Real>(from[static_cast<std::size_t>(k * row_step + j * col_step)]) : Real(0);
+                        ASSERT_EQ(strips[static_cast<std::size_t>(j / across * across * depth + k * across + j % across)], expected);
+                    }
+            }
+}
+
+TYPED_TEST(Kernel, StripsHoldEveryElementAndZerosBehindTheLast) {
+    expect_strips<kernel_cols, TypeParam>();
+    expect_strips<kernel_rows<TypeParam>, TypeParam>();
 }
 
 // Sizes around the panel of 128 columns, the rows that go together and the columns of the kernel; the largest has three blocks of 256 below its first panel.

@@ -13,6 +13,7 @@
 
 #include "codecs/codec.h"
 #include "gptq/factor.h"
+#include "gptq/gradients.h"
 #include "gptq/refine.h"
 #include "gptq/shift.h"
 #include "gptq/solver.h"
@@ -110,17 +111,37 @@ INSTANTIATE_TEST_SUITE_P(Formats, Refinement,
                                            Problem{"mxfp4", 32, Precision::float64}),
                          [](const auto& info) { return std::string(info.param.format) + (info.param.precision == Precision::float32 ? "InFloat32" : "InFloat64"); });
 
-// Σ e R e over all rows by the double loop; with `magnitudes` of |e| + |before| and |R|.
-long double form(const Matrix<double>& e, const Matrix<double>& r, const Matrix<double>* before = nullptr) {
+// Σ x R y over all rows by the double loop.
+long double form(const Matrix<double>& x, const Matrix<double>& r, const Matrix<double>& y) {
     long double sum = 0;
-    const auto view = e.view();
+    const auto view = x.view();
     for (Index row = 0; row < view.rows; ++row)
         for (Index i = 0; i < view.cols; ++i) {
             long double inner = 0;
-            for (Index j = 0; j < view.cols; ++j) inner += before ? std::fabs(r(i, j)) * (std::fabs(e(row, j)) + std::fabs((*before)(row, j))) : r(i, j) * e(row, j);
-            sum += inner * (before ? std::fabs(e(row, i)) + std::fabs((*before)(row, i)) : e(row, i));
+            for (Index j = 0; j < view.cols; ++j) inner += r(i, j) * y(row, j);
+            sum += inner * x(row, i);
         }
     return sum;
+}
+long double form(const Matrix<double>& e, const Matrix<double>& r) { return form(e, r, e); }
+
+template <class Of>
+Matrix<double> each(const Matrix<double>& a, const Matrix<double>& b, Of&& of) {
+    Matrix<double> result(a.view().rows, a.view().cols);
+    for (Index i = 0; i < a.view().rows; ++i)
+        for (Index j = 0; j < a.view().cols; ++j) result(i, j) = of(a(i, j), b(i, j));
+    return result;
+}
+Matrix<double> magnitudes(const Matrix<double>& a) {
+    return each(a, a, [](double x, double) { return std::fabs(x); });
+}
+
+// refine.h's bound on what rounding does to a round's fall: 4 γ Σ (|e| + |e'|) |R| hᵀ, where cols products, a sum for every group and a change of E for every round before, two group updates and a
+// few operations meet a term.
+long double slack_of(const Matrix<double>& before, const Matrix<double>& after, const Matrix<double>& history, const Matrix<double>& r, Index group_size, int round, double u) {
+    const Index n = before.view().cols;
+    const double m = static_cast<double>(n + (round - 1) * (n / group_size + 1) + 2 * group_size + 8) * u;
+    return 4 * m / (1 - m) * form(each(before, after, [](double a, double b) { return std::fabs(a) + std::fabs(b); }), magnitudes(r), history);
 }
 
 TEST_P(Refinement, LayoutAndThreadsDoNotReachTheBytes) {
@@ -153,13 +174,14 @@ TEST_P(Refinement, NoRoundRaisesTheLossAndReportedFallsAreTrue) {
         for (const bool search : {true, false}) {
             Solved before = run(w, factor, search, 0);
             long double was = form(before.error, r);
+            Matrix<double> history = magnitudes(before.error);
             EXPECT_EQ(before.losses.size(), 1u);
             for (int rounds = 1; rounds <= 4; ++rounds) {
                 Solved after = run(w, factor, search, rounds);
                 const long double is = form(after.error, r);
-                // See refine.h: m = cols + 2 group_size + 8 roundings meet a term of P and of what is made of it.
-                const double m = static_cast<double>(n + 2 * p.group_size + 8) * u;
-                const long double slack = 4 * m / (1 - m) * form(after.error, r, &before.error);
+                const Matrix<double> change = each(before.error, after.error, [](double a, double b) { return std::fabs(a - b); });
+                history = each(history, change, std::plus<>());
+                const long double slack = slack_of(before.error, after.error, history, r, p.group_size, rounds, u);
                 EXPECT_LE(is, was + slack);
                 if (after.losses.size() > before.losses.size()) {
                     const double fall = after.losses[after.losses.size() - 2] - after.losses.back();
@@ -264,25 +286,72 @@ TEST(GroupFactors, AreTheFactorsOfEachGroupsBlock) {
     }
 }
 
+// Whole numbers, so that every sum is exact: rows of two tiles move groups at random, block after block as refinement visits them, and P of a block is E R at each visit, of its own columns too.
+template <class Real>
+void expect_gradients_that_follow(Index size, double share) {
+    const Index n = 288, tiles = 2;
+    const Matrix<double> h = second_moment(Kind::integers, n);
+    const Factor factor(h.view(), Order::group, 0.0, size);
+    std::mt19937_64 generator(7);
+    const auto drawn = [&] { return static_cast<Real>(generator() % 9) - 4; };
+    std::vector<Tile<Real>> errors(tiles, Tile<Real>(lanes, n)), sums(tiles, Tile<Real>(lanes, block));
+    for (auto& error : errors) error = error.unaryExpr([&](Real) { return drawn(); });
+    Gradients<Real> gradients(tiles, n, size);
+    Strips<Real> strips, own;
+    LeftStrips<Real> left;
+    for (int round = 0; round < 3; ++round)
+        for (Index end = n; end > 0; end -= std::min(block, end)) {
+            const Index begin = std::max<Index>(end - block, 0), width = end - begin;
+            for (std::size_t t = 0; t < tiles; ++t) {
+                sums[t].setZero();
+                for (Index j = 0; j < width; ++j)
+                    for (Index k = 0; k < n; ++k) sums[t].col(j) += static_cast<Real>(h(factor.column(k), factor.column(begin + j))) * errors[t].col(k);
+                if (round == 0) gradients.store(static_cast<Index>(t), begin, width, sums[t]);
+            }
+            if (round > 0) for_moment_pieces(factor, begin, end, left, own, [&](const LeftStrips<Real>& piece, Index first, Index depth) { gradients.follow(piece, first, depth, begin, width); });
+            gradients.forget(begin, end);
+            for (std::size_t t = 0; t < tiles; ++t) {
+                Tile<Real> p(lanes, block);
+                gradients.load(static_cast<Index>(t), begin, width, p);
+                ASSERT_EQ(p.leftCols(width), sums[t].leftCols(width)) << round << ", " << begin << ", " << t;
+                Tile<Real> changes = Tile<Real>::Zero(lanes, block);
+                for (Index first = begin; first < end; first += size)
+                    for (Index r = 0; r < lanes; ++r)
+                        if (static_cast<double>(generator() % 1000) < 1000 * share)
+                            for (Index j = 0; j < size; ++j) changes(r, first - begin + j) = drawn();
+                errors[t].middleCols(begin, width) += changes.leftCols(width);
+                gradients.add(static_cast<Index>(t), begin, end, changes);
+            }
+        }
+}
+
+TEST(Gradients, AreThoseOfTheErrorsAtEveryVisit) {
+    for (const Index size : {16, 32})
+        for (const double share : {0.03, 0.5, 1.0}) {
+            expect_gradients_that_follow<float>(size, share);
+            expect_gradients_that_follow<double>(size, share);
+        }
+}
+
 TEST(DampedLoss, AndSlackAreTheDoubleLoop) {
     const Index n = 160;
     const Matrix<double> h = second_moment(Kind::dead, n);
     const Factor factor(h.view(), Order::group, 0.01, 16);
     const Matrix<double> r = damped(h, factor);
-    Tile<double> before(lanes, n), after(lanes, n);
-    Matrix<double> e(lanes, n), e2(lanes, n);
+    Tile<double> before(lanes, n), after(lanes, n), history(lanes, n);
+    Matrix<double> e(lanes, n), e2(lanes, n), h2(lanes, n);
     std::mt19937_64 generator(6);
     std::normal_distribution<double> normal;
     for (Index row = 0; row < lanes; ++row)
         for (Index pos = 0; pos < n; ++pos) {
             before(row, pos) = e(row, factor.column(pos)) = normal(generator);
             after(row, pos) = e2(row, factor.column(pos)) = normal(generator);
+            history(row, pos) = h2(row, factor.column(pos)) = std::fabs(normal(generator));
         }
-    const Matrix<double> none(lanes, n);
-    const auto magnitude = static_cast<double>(form(e, r, &none));
+    const auto magnitude = static_cast<double>(form(magnitudes(e), magnitudes(r)));
     EXPECT_LE(std::fabs(damped_loss(before, factor) - static_cast<double>(form(e, r))), 2.0 * static_cast<double>(n + lanes + 8) * 0x1p-53 * magnitude);
-    const double m = (160 + 2 * 16 + 8) * 0x1p-53;
-    EXPECT_NEAR(refinement_slack(before, after, factor, 16) / (4 * m / (1 - m) * static_cast<double>(form(e, r, &e2))), 1, 1e-12);
+    for (const int round : {1, 2, 6})
+        EXPECT_NEAR(refinement_slack(before, after, history, factor, 16, round) / static_cast<double>(slack_of(e, e2, h2, r, 16, round, 0x1p-53)), 1, 1e-12);
     EXPECT_EQ(damped_loss(Tile<float>(Tile<float>::Zero(lanes, n)), factor), 0);
 }
 

@@ -149,19 +149,28 @@ TEST_P(Solve, SearchedScalesAndRefinementAnswerAlikeWhateverTheLayoutAndTheThrea
                     EXPECT_TRUE(s.padding_untouched() && c.padding_untouched());
                 }
         }
-        // The losses are those of the codes and scales given back. A round's fall is a sum of d · (2 P + d R) over groups, d being the change of a group's errors e: P = e R of n products, two
-        // group updates of it and a few operations, each of relative error u, m of them in all; |d| and the errors on the way are below |e| + |e'|, and P counts twice.
+        // The losses are those of the codes and scales given back. A round's fall is a sum of d · (2 P + d R) over groups, d being the change of a group's errors e: P = e R of n products, in each
+        // later round a sum for every group and a change of e itself, two group updates and a few operations, each of relative error u, m of them in all; |d| is below |e| + |e'|, what P was
+        // made of adds up to the history, and P counts twice.
         const Matrix<double> r = damped(h);
-        const double u = p.precision == Precision::float32 ? 0x1p-24 : 0x1p-53, m = static_cast<double>(cols + 2 * p.group_size + 8) * u;
+        const double u = p.precision == Precision::float32 ? 0x1p-24 : 0x1p-53;
         double bound = loss_bound(factor, errors[0]);
         EXPECT_LE(std::fabs(losses[0] - naive_quadratic_form(errors[0], r, rows, cols)), bound);
+        Matrix<double> history(rows, cols), magnitudes(cols, cols);
+        for (Index row = 0; row < rows; ++row)
+            for (Index c = 0; c < cols; ++c) history(row, c) = std::fabs(errors[0](row, c));
+        for (Index i = 0; i < cols; ++i)
+            for (Index j = 0; j < cols; ++j) magnitudes(i, j) = std::fabs(r(i, j));
         for (std::size_t k = 1; k < losses.size(); ++k) {
-            Matrix<double> both(rows, cols), magnitudes(cols, cols);
+            const double m = static_cast<double>(cols + static_cast<Index>(k - 1) * (cols / p.group_size + 1) + 2 * p.group_size + 8) * u;
             for (Index row = 0; row < rows; ++row)
-                for (Index c = 0; c < cols; ++c) both(row, c) = std::fabs(errors[k - 1](row, c)) + std::fabs(errors[k](row, c));
-            for (Index i = 0; i < cols; ++i)
-                for (Index j = 0; j < cols; ++j) magnitudes(i, j) = std::fabs(r(i, j));
-            bound += 4 * m / (1 - m) * static_cast<double>(naive_quadratic_form(both, magnitudes, rows, cols));
+                for (Index c = 0; c < cols; ++c) history(row, c) += std::fabs(errors[k](row, c) - errors[k - 1](row, c));
+            for (Index row = 0; row < rows; ++row)
+                for (Index i = 0; i < cols; ++i) {
+                    double meets = 0;
+                    for (Index j = 0; j < cols; ++j) meets += magnitudes(i, j) * history(row, j);
+                    bound += 4 * m / (1 - m) * (std::fabs(errors[k - 1](row, i)) + std::fabs(errors[k](row, i))) * meets;
+                }
             EXPECT_LE(std::fabs(losses[k] - naive_quadratic_form(errors[k], r, rows, cols)), bound);
             EXPECT_LT(losses[k], losses[k - 1]);
         }
