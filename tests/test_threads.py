@@ -52,8 +52,7 @@ def core_calls():
         "CholeskyFactor": lambda: (_core.CholeskyFactor, (H, "activation", 0.01, 1, 1)),
         "solve": lambda: (_core.solve, ("nvfp4", W, Q.scales.copy(), Q.tensor_scale, CORE, None, "float32", False, "even", 0, 1)),
         "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, H, W, H, CORE, 0.5, 1)),
-        "measure_symmetry": lambda: (_core.measure_symmetry, (H, 1)),
-        "make_symmetric": lambda: (_core.make_symmetric, (H.copy(), 1)),
+        "make_symmetric": lambda: (_core.make_symmetric, (H, np.empty_like(H), 1)),
         "quadratic_form": lambda: (_core.quadratic_form, (W, H, "float64", 1)),
         "coupled_form": lambda: (_core.coupled_form, (W, np.eye(len(W)), H, "float32", 1)),
     }

@@ -67,14 +67,11 @@ void register_gptq(py::module_& module) {
         without_gil([&] { shift_to_inputs(in, in_cross, in_stream, in_h, factor, strength, out, threads); });
         return target;
     });
-    module.def("measure_symmetry", [](const py::array& h, int threads) {
+    module.def("make_symmetric", [](const py::array& h, py::array& out, int threads) {
         const auto in = view<double>(h);
-        const Symmetry found = without_gil([&] { return measure_symmetry(in, threads); });
+        const auto to = writable<double>(out);
+        const Symmetry found = without_gil([&] { return make_symmetric(in, to, threads); });
         return py::make_tuple(found.nonfinite, found.largest, found.apart, found.row, found.col);
-    });
-    module.def("make_symmetric", [](py::array& h, int threads) {
-        const auto in_place = writable<double>(h);
-        without_gil([&] { make_symmetric(in_place, threads); });
     });
     module.def("quadratic_form", [](const py::array& e, const py::array& h, const std::string& precision, int threads) {
         const auto in = view<float>(e);

@@ -133,17 +133,14 @@ void Hessian::merge(const Hessian& other, int threads) {
 void Hessian::matrix(MatrixView<double> out, int threads) const {
     check(out.rows == cols_ && out.cols == cols_, "hessian matrix: out has another shape");
     const double tokens = static_cast<double>(std::max<Index>(tokens_, 1));
-    constexpr Index grain = 16;
-    parallel_for_ranges(cols_, grain, threads, [&](Index first, Index last) {
-        for (Index r = first; r < last; ++r) std::copy_n(sum_.data() + r * cols_, cols_, out.row(r));
+    const MatrixView<const double> sum{sum_.data(), cols_, cols_, cols_};
+    if (panel_tokens_ == 0) return mirror_lower(sum, tokens, out, threads);
+    parallel_for_ranges(cols_, block, threads, [&](Index first, Index last) {
+        for (Index r = first; r < last; ++r) std::copy_n(sum.row(r), last, out.row(r));  // whole blocks, as the products are added
     });
     // The panel under way goes to the copy: there is no third matrix.
-    if (panel_tokens_ > 0) add_products(panel_.data(), 1, out, threads);
-    parallel_for_ranges(cols_, grain, threads, [&](Index first, Index last) {
-        for (Index r = first; r < last; ++r)
-            for (Index c = 0; c <= r; ++c) out.row(r)[c] /= tokens;
-    });
-    mirror_lower(out, threads);
+    add_products(panel_.data(), 1, out, threads);
+    mirror_lower(out, tokens, out, threads);
 }
 
 }  // namespace mrgptq

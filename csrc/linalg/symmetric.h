@@ -11,12 +11,11 @@ struct Symmetry {
     double apart = 0;               // max |h - hᵀ|, at (row, col) with row <= col; the first such in row-major order
     Index row = 0, col = 0;
 };
-Symmetry measure_symmetry(MatrixView<const double> h, int threads);
 
-// h = (h + hᵀ) / 2 in place.
-void make_symmetric(MatrixView<double> h, int threads);
+// out = (h + hᵀ) / 2, and what was found in h on the way. `out` may be h, of which nothing is then written that is as it should be; it may not overlap it otherwise.
+Symmetry make_symmetric(MatrixView<const double> h, MatrixView<double> out, int threads);
 
-// The upper triangle becomes the transposed lower one.
-void mirror_lower(MatrixView<double> h, int threads);
+// Both triangles of `out` become the lower one of h over `divisor`. `out` may be h; it may not overlap it otherwise.
+void mirror_lower(MatrixView<const double> h, double divisor, MatrixView<double> out, int threads);
 
 }  // namespace mrgptq

@@ -147,7 +147,7 @@ void rotate_both(MatrixView<double> h, Index block_size, int threads) {
 void rotate_hessian(MatrixView<double> h, Index block_size, int threads) {
     rotate_both(h, block_size, threads);
     // Rounding leaves the halves an ulp apart; their mean makes them one matrix again, whichever triangle is read.
-    make_symmetric(h, threads);
+    make_symmetric(h, h, threads);
 }
 
 }  // namespace mrgptq

@@ -137,13 +137,13 @@ def as_scale(value: float, name: str) -> float:
 
 
 def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *, threads: int | None = None) -> NDArray[np.float64]:
-    """A fresh float64 copy of a Hessian, exactly symmetric, and no other of its size; ``cols`` None takes any size.
+    """A fresh float64 copy of a Hessian, exactly symmetric; ``cols`` None takes any size.
 
     Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|), has a negative diagonal entry or a zero one beside others that are none.
     """
     try:
         as_array = getattr(hessian, "as_array", None)  # a Hessian, whose matrix is made for whoever asks
-        values = np.array(hessian, order="C") if as_array is None else as_array(threads=threads)
+        values = np.asarray(hessian) if as_array is None else as_array(threads=threads)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} ({type(hessian).__name__}) does not convert to a numpy array: {error}") from error
     if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":
@@ -152,20 +152,22 @@ def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *,
         raise ValueError(f"{name} has shape {values.shape}; it must be square, (cols, cols)")
     if cols is not None and values.shape[0] != cols:
         raise ValueError(f"{name} has shape {values.shape}; a weight of {cols} columns needs ({cols}, {cols})")
-    matrix = values.astype(np.float64, copy=False)
-    nonfinite, largest, apart, row, col = _core.measure_symmetry(matrix, as_threads(threads))
+    readable = values.dtype == np.float64 and values.flags.c_contiguous and values.flags.aligned
+    given = values if readable else values.astype(np.float64, order="C")
+    matrix = np.empty_like(given, subok=False) if given is values and as_array is None else given
+    nonfinite, largest, apart, row, col = _core.make_symmetric(given, matrix, as_threads(threads))
     if nonfinite >= 0:
-        row, col = divmod(nonfinite, len(matrix))
-        raise ValueError(f"{name} is {matrix[row, col]} at row {row}, column {col}; every entry must be finite")
+        row, col = divmod(nonfinite, len(values))
+        raise ValueError(f"{name} is {float(values[row, col])} at row {row}, column {col}; every entry must be finite")
     if not apart <= 1e-5 * largest:
-        raise ValueError(f"{name} is not symmetric: entries ({row}, {col}) and ({col}, {row}) are {matrix[row, col]:.6g} and {matrix[col, row]:.6g}; allowed is a difference of 1e-5 of the largest entry")
+        raise ValueError(f"{name} is not symmetric: entries ({row}, {col}) and ({col}, {row}) are {values[row, col]:.6g} and {values[col, row]:.6g}; allowed is a difference of 1e-5 of the largest entry")
     diagonal = matrix.diagonal()
     if not diagonal.min() >= 0:
         row = int(diagonal.argmin())
         raise ValueError(f"{name} has the negative diagonal entry {diagonal[row]:.6g} at column {row}; a second moment has none")
     for row in map(int, np.flatnonzero(diagonal == 0)):
-        col = int(np.abs(matrix[row]).argmax())
-        if not abs(matrix[row, col]) <= 1e-5 * largest:  # small ones may be what is left of a diagonal that underflowed
-            raise ValueError(f"{name} has 0 on its diagonal at column {row}, but {matrix[row, col]:.6g} beside it; a second moment's column is then all zero")
-    _core.make_symmetric(matrix, as_threads(threads))
+        beside = values[row].astype(np.float64)
+        col = int(np.abs(beside).argmax())
+        if not abs(beside[col]) <= 1e-5 * largest:  # small ones may be what is left of a diagonal that underflowed
+            raise ValueError(f"{name} has 0 on its diagonal at column {row}, but {beside[col]:.6g} beside it; a second moment's column is then all zero")
     return matrix

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "linalg/cholesky.h"
@@ -17,6 +18,7 @@
 namespace mrgptq {
 namespace {
 
+using testing::contiguous;
 using testing::layouts;
 using testing::Layout;
 using testing::Matrix;
@@ -185,17 +187,44 @@ TEST(Symmetric, MeasuresWhatDoubleLoopsFind) {
                             expected.col = c;
                         }
                     }
-                const Symmetry found = measure_symmetry(h.view(), threads);
+                Matrix<double> out(n, n);
+                const Symmetry found = make_symmetric(h.view(), out.view(), threads);
                 ASSERT_EQ(found.nonfinite, -1);
                 ASSERT_EQ(std::make_tuple(found.largest, found.apart, found.row, found.col), std::make_tuple(expected.largest, expected.apart, expected.row, expected.col)) << n;
-                for (const Index place : {n * n - 1, n * n / 2, Index{0}}) {
+                for (const Index place : {n * n - 1, n * n / 2, n - 1, Index{0}}) {  // the last column among them, which no mirror image comes before
                     h(place / n, place % n) = place % 2 ? nan : -std::numeric_limits<double>::infinity();
-                    ASSERT_EQ(measure_symmetry(h.view(), threads).nonfinite, place);
+                    ASSERT_EQ(make_symmetric(h.view(), out.view(), threads).nonfinite, place);
+                    Matrix<double> in_place(h, layout, nan);
+                    ASSERT_EQ(make_symmetric(in_place.view(), in_place.view(), threads).nonfinite, place);  // nothing is gone before it is found
                 }
             }
 }
 
-TEST(Symmetric, HalvesBecomeTheirMeanOrTheLowerOne) {
+// Wherever the two lie: in the first tile, in the last, in what the end cuts, beside the diagonal, in the corners; and wherever the matrix begins in a cache line.
+TEST(Symmetric, OneElementApartIsFoundAnywhere) {
+    for (const Index n : {2, 9, 40, 67})
+        for (const Index offset : {0, 1, 6}) {
+            const Matrix<double> moment = random_second_moment(n);
+            Matrix<double> room(n, n + 8, contiguous, nan), out(n, n);
+            const MatrixView<double> h{room.view().data + offset, n, n, n + 8};
+            for (Index r = 0; r < n; ++r) std::copy_n(moment.view().row(r), n, h.row(r));
+            for (Index r = 0; r < n; ++r)
+                for (Index c = 0; c < n; ++c) {
+                    double& element = h.row(r)[c];
+                    if (r != c) {
+                        element += 1;
+                        const Symmetry found = make_symmetric(h, out.view(), 1);
+                        ASSERT_EQ(std::make_pair(found.row, found.col), std::make_pair(std::min(r, c), std::max(r, c)));
+                        ASSERT_EQ(found.apart, std::fabs(element - moment(r, c)));
+                    }
+                    element = nan;
+                    ASSERT_EQ(make_symmetric(h, out.view(), 1).nonfinite, r * n + c);
+                    element = moment(r, c);
+                }
+        }
+}
+
+TEST(Symmetric, HalvesBecomeTheirMeanOrTheLowerOneBesideTheMatrixAndInPlace) {
     for (const Index n : {1, 2, 63, 64, 65, 150})
         for (const Layout layout : layouts)
             for (const int threads : thread_counts) {
@@ -203,15 +232,21 @@ TEST(Symmetric, HalvesBecomeTheirMeanOrTheLowerOne) {
                 const auto values = normals<double>(n * n, 6);
                 for (Index r = 0; r < n; ++r)
                     for (Index c = 0; c < n; ++c) h(r, c) = values[static_cast<std::size_t>(r * n + c)];
-                Matrix<double> mean(h, layout, nan), mirrored(h, layout, nan);
-                make_symmetric(mean.view(), threads);
-                mirror_lower(mirrored.view(), threads);
+                Matrix<double> mean(h, layout, nan), mean_beside(n, n, layout, nan), again(n, n, layout, nan), mirrored(h, layout, nan), mirrored_beside(n, n, layout, nan);
+                make_symmetric(h.view(), mean_beside.view(), threads);
+                make_symmetric(mean.view(), mean.view(), threads);
+                make_symmetric(mean.view(), again.view(), threads);
+                mirror_lower(h.view(), 3, mirrored_beside.view(), threads);
+                mirror_lower(mirrored.view(), 3, mirrored.view(), threads);
                 for (Index r = 0; r < n; ++r)
                     for (Index c = 0; c < n; ++c) {
                         ASSERT_EQ(mean(r, c), 0.5 * (h(r, c) + h(c, r)));
-                        ASSERT_EQ(mirrored(r, c), h(std::max(r, c), std::min(r, c)));
+                        ASSERT_EQ(mirrored(r, c), h(std::max(r, c), std::min(r, c)) / 3);
                     }
-                ASSERT_TRUE(mean.padding_untouched() && mirrored.padding_untouched());
+                ASSERT_EQ(mean_beside, mean);
+                ASSERT_EQ(again, mean);
+                ASSERT_EQ(mirrored_beside, mirrored);
+                for (const auto* matrix : {&mean, &mean_beside, &again, &mirrored, &mirrored_beside}) ASSERT_TRUE(matrix->padding_untouched());
             }
 }
 
