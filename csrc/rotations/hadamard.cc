@@ -8,16 +8,12 @@
 #include "base/check.h"
 #include "base/finite.h"
 #include "base/parallel.h"
-#include "linalg/symmetric.h"
 #include "simd/butterflies.h"
 
 namespace mrgptq {
 namespace {
 
 using namespace simd;
-
-constexpr Index row_grain = 8;
-constexpr Index strip = 64;  // columns a piece of the second pass takes: 512 bytes of each row
 
 // Blocks that fit the registers: each is read once, transformed, scaled and written once. A block narrower than a vector shares it with its neighbours.
 template <int vectors, int block>
@@ -119,35 +115,6 @@ Index rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<flo
     if (!beyond.found()) return -1;
     if (const Index position = out.data == x.data ? -1 : first_nonfinite(x, threads); position >= 0) return position;
     refuse_overflow(beyond.row(), block_size);
-}
-
-void rotate_both(MatrixView<double> h, Index block_size, int threads) {
-    check(h.rows == h.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); it must be square");
-    check_rotation(block_size, h.cols);
-    parallel_for_ranges(h.rows, row_grain, threads, [&](Index begin, Index end) {
-        for (Index r = begin; r < end; ++r)
-            for (Index c = 0; c < h.cols; c += block_size) butterflies(h.row(r) + c, block_size);
-    });
-    const double factor = 1.0 / static_cast<double>(block_size);
-    parallel_for_ranges(h.cols, strip, threads, [&](Index begin, Index end) {
-        for (Index block = 0; block < h.rows; block += block_size)
-            for (Index half = 1; half < block_size; half *= 2)
-                for (Index start = block; start < block + block_size; start += 2 * half)
-                    for (Index i = start; i < start + half; ++i)
-                        for (Index c = begin; c < end; ++c) {
-                            const double a = h.row(i)[c], b = h.row(i + half)[c];
-                            h.row(i)[c] = a + b;
-                            h.row(i + half)[c] = a - b;
-                        }
-        for (Index r = 0; r < h.rows; ++r)
-            for (Index c = begin; c < end; ++c) h.row(r)[c] *= factor;
-    });
-}
-
-void rotate_hessian(MatrixView<double> h, Index block_size, int threads) {
-    rotate_both(h, block_size, threads);
-    // Rounding leaves the halves an ulp apart; their mean makes them one matrix again, whichever triangle is read.
-    make_symmetric(h, h, threads);
 }
 
 }  // namespace mrgptq

@@ -26,7 +26,7 @@ Index rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<flo
 // h = Tᵀ h T in place. Both factors sqrt(1/k) are applied as one 1/k, a power of two and so exact: the rotated identity is the identity.
 void rotate_both(MatrixView<double> h, Index block_size, int threads);
 
-// The same for a symmetric h, made exactly symmetric.
+// The same for an exactly symmetric h, whose halves, which rounding leaves an ulp apart, become their mean.
 void rotate_hessian(MatrixView<double> h, Index block_size, int threads);
 
 }  // namespace mrgptq
