@@ -188,6 +188,19 @@ def test_identity_copies():
     assert np.array_equal(same, h) and not np.shares_memory(same, h)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("rotation", [mg.Identity(), mg.Hadamard(16), mg.Hadamard(64)])
+def test_what_is_written_to_a_hessian_later_does_not_reach_its_factor(rotation, dtype):
+    given = second_moment(64).astype(dtype)
+    as_object = mg.Hessian(64)
+    as_object.update(matrix(300, 64))
+    for h, write in ((given, lambda: given.fill(7)), (as_object, lambda: as_object.update(matrix(100, 64)))):
+        factor = mg.Factor(h, rotation=rotation)
+        kept = factor.hessian.copy()
+        write()
+        assert np.array_equal(factor.hessian, kept)
+
+
 def test_rotations_are_values():
     assert mg.Hadamard(16) == mg.Hadamard(np.int64(16)) == rotation_of(16) != mg.Hadamard(32)
     assert mg.Identity() == rotation_of(None) != mg.Hadamard(16)

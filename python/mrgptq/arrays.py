@@ -152,9 +152,10 @@ def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *,
         raise ValueError(f"{name} has shape {values.shape}; it must be square, (cols, cols)")
     if cols is not None and values.shape[0] != cols:
         raise ValueError(f"{name} has shape {values.shape}; a weight of {cols} columns needs ({cols}, {cols})")
-    readable = values.dtype == np.float64 and values.flags.c_contiguous and values.flags.aligned
-    given = values if readable else values.astype(np.float64, order="C")
-    matrix = np.empty_like(given, subok=False) if given is values and as_array is None else given
+    if as_array is None and values.dtype == np.float64 and values.flags.c_contiguous and values.flags.aligned:
+        given, matrix = values, np.empty_like(values)  # the caller's own, which may change later
+    else:
+        given = matrix = values.astype(np.float64, order="C", copy=as_array is None)
     nonfinite, largest, apart, row, col = _core.make_symmetric(given, matrix, as_threads(threads))
     if nonfinite >= 0:
         row, col = divmod(nonfinite, len(values))
