@@ -7,6 +7,7 @@
 #include <string>
 
 #include "base/check.h"
+#include "base/large_pages.h"
 #include "base/parallel.h"
 #include "linalg/cholesky.h"
 
@@ -59,6 +60,7 @@ Factor::Factor(MatrixView<const double> h, Order order, double damping, Index gr
     for (Index p = 0; p < n; ++p)
         if (h.row(column(p))[column(p)] == 0) dead.push_back(p);
     storage_.resize(n + line, n);
+    prefer_large_pages(storage_.data(), static_cast<std::size_t>(storage_.size()) * sizeof(double));
     auto unit = storage_.topRows(n);
     for (;; damping_ = damping_ == 0 ? 0.01 : damping_ * 10) {
         parallel_for_ranges(n, grain, threads, [&](Index first, Index last) {
