@@ -7,6 +7,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 
+# Tests that run side by side.
+JOBS ?= 2
+
 BUILD := build/make
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Build requirements live in the environment too, so that a second build is incremental.
@@ -24,8 +27,8 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.test
-	ctest --test-dir $(BUILD) --output-on-failure
-	$(VENV)/bin/python -m pytest
+	ctest --test-dir $(BUILD) --output-on-failure --parallel $(JOBS)
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS)
 
 $(VENV)/.demo: $(VENV)/.made $(SOURCES)
 	$(INSTALL) --config-settings=cmake.define.MRGPTQ_ISA=native '.[hf,plot]'
