@@ -1,4 +1,4 @@
-// Searched scales, rounds of refinement and shifted targets over every layout and number of threads; what refinement knows of a group and what it may do to the loss.
+// Searched scales and rounds of refinement over every layout and number of threads; what refinement knows of a group and what it may do to the loss.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -15,61 +15,18 @@
 #include "gptq/factor.h"
 #include "gptq/gradients.h"
 #include "gptq/refine.h"
-#include "gptq/shift.h"
 #include "gptq/solver.h"
 #include "matrices.h"
 #include "refusal.h"
+#include "second_moments.h"
 
 namespace mrgptq {
 namespace {
 
-using testing::contiguous, testing::expect_refused, testing::Layout, testing::layouts, testing::Matrix, testing::random_matrix, testing::random_second_moment, testing::thread_counts;
+using testing::contiguous, testing::damped, testing::damping_of, testing::expect_refused, testing::Kind, testing::kinds, testing::Layout, testing::layouts, testing::Matrix, testing::second_moment, testing::thread_counts, testing::weights;
 
 constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 const bool blocking_fixed = (fix_eigen_blocking(), true);  // as the module does when it is loaded
-
-enum class Kind { random, scaled, nearly_singular, integers, dead };
-constexpr Kind kinds[] = {Kind::random, Kind::scaled, Kind::nearly_singular, Kind::integers, Kind::dead};
-
-Matrix<double> second_moment(Kind kind, Index cols) {
-    Matrix<double> h = random_second_moment(cols);
-    std::mt19937_64 generator(5);
-    if (kind == Kind::nearly_singular) {  // of a quarter as many tokens as columns
-        const Matrix<float> x = random_matrix(cols / 4, cols);
-        for (Index i = 0; i < cols; ++i)
-            for (Index j = 0; j < cols; ++j) {
-                h(i, j) = 0;
-                for (Index t = 0; t < cols / 4; ++t) h(i, j) += static_cast<double>(x(t, i)) * x(t, j);
-            }
-    }
-    for (Index i = 0; i < cols; ++i)
-        for (Index j = 0; j <= i; ++j) {
-            if (kind == Kind::scaled) h(i, j) = std::ldexp(h(i, j), static_cast<int>(-(i % 12) - (j % 12)));  // diagonals over seven decades
-            if (kind == Kind::integers) h(i, j) = i == j ? 2.0 * static_cast<double>(cols) : static_cast<double>(generator() % 8 == 0);
-            if (kind == Kind::dead && (i % 3 == 0 || j % 3 == 0)) h(i, j) = 0;
-            h(j, i) = h(i, j);
-        }
-    return h;
-}
-
-double damping_of(Kind kind) { return kind == Kind::nearly_singular ? 1e-6 : kind == Kind::integers ? 0.0 : 0.01; }
-
-Matrix<float> weights(Kind kind, Index rows, Index cols) {
-    Matrix<float> w = random_matrix(rows, cols, 3);
-    if (kind == Kind::integers)
-        for (Index r = 0; r < rows; ++r)
-            for (Index c = 0; c < cols; ++c) w(r, c) = static_cast<float>((7 * r + 5 * c) % 25 - 12) / 2;
-    return w;
-}
-
-// R = H + λI, dead columns cut out, as factor.h defines it.
-Matrix<double> damped(const Matrix<double>& h, const Factor& factor) {
-    const Index n = factor.cols();
-    Matrix<double> r = h;
-    for (Index i = 0; i < n; ++i)
-        for (Index j = 0; j < n; ++j) r(i, j) = h(i, i) == 0 || h(j, j) == 0 ? (i == j ? factor.dead_weight() : 0) : h(i, j) + (i == j ? factor.lambda() : 0);
-    return r;
-}
 
 struct Problem {
     const char* format;
@@ -353,70 +310,6 @@ TEST(DampedLoss, AndSlackAreTheDoubleLoop) {
     for (const int round : {1, 2, 6})
         EXPECT_NEAR(refinement_slack(before, after, history, factor, 16, round) / static_cast<double>(slack_of(e, e2, h2, r, 16, round, 0x1p-53)), 1, 1e-12);
     EXPECT_EQ(damped_loss(Tile<float>(Tile<float>::Zero(lanes, n)), factor), 0);
-}
-
-// ---- shift_to_inputs
-
-TEST(ShiftToInputs, AnswersTheNormalEquationsInAnyLayout) {
-    const Index rows = 70, n = 150;
-    const double strength = 0.75;
-    const Matrix<float> w = random_matrix(rows, n, 4), skew = random_matrix(n, n, 5), lost = random_matrix(rows, n, 6), none(0, 0);
-    for (const auto& [kind, stream] : {std::pair{Kind::random, &none}, std::pair{Kind::dead, &none}, std::pair{Kind::random, &lost}, std::pair{Kind::dead, &lost}}) {
-        const Matrix<double> h = second_moment(kind, n);
-        Matrix<double> cross = h;
-        for (Index i = 0; i < n; ++i)
-            for (Index j = 0; j < n; ++j) cross(i, j) += 0.1 * skew(i, j);
-        for (const Order order : {Order::group, Order::activation, Order::natural}) {
-            const Factor factor(h.view(), order, 0.01, order == Order::group ? 10 : 1);
-            const Matrix<double> r = damped(h, factor);
-            Matrix<float> target(rows, n);
-            shift_to_inputs(w.view(), cross.view(), stream->view(), h.view(), factor, strength, target.view(), 1);
-            double moved = 0;
-            for (Index row = 0; row < rows; ++row)
-                for (Index j = 0; j < n; ++j) {
-                    if (h(j, j) == 0) {
-                        EXPECT_EQ(target(row, j), w(row, j));
-                        continue;
-                    }
-                    // (target - W) R = strength (W (cross - H) + stream), but for the rounding of target to float32, u |target| |R|; what float64 adds is 1e-9 of that.
-                    double left = 0, right = stream == &none ? 0 : strength * lost(row, j), magnitude = std::fabs(right) * 1e-6;
-                    for (Index k = 0; k < n; ++k) {
-                        left += (static_cast<double>(target(row, k)) - w(row, k)) * r(k, j);
-                        right += strength * w(row, k) * (cross(k, j) - h(k, j));
-                        magnitude += std::fabs(target(row, k) * r(k, j)) + 1e-6 * std::fabs(w(row, k) * cross(k, j));
-                    }
-                    EXPECT_LE(std::fabs(left - right), 1.01 * 0x1p-24 * magnitude);
-                    moved = std::max(moved, std::fabs(right) / magnitude);
-                }
-            EXPECT_GT(moved, 1e-3);
-            for (const Layout layout : layouts)
-                for (const int threads : thread_counts) {
-                    const Matrix<float> w2(w, layout, static_cast<float>(nan));
-                    const Matrix<double> h2(h, layout, nan), cross2(cross, layout, nan);
-                    const Matrix<float> stream2(*stream, layout, static_cast<float>(nan));
-                    Matrix<float> target2(rows, n, layout, -7.0f);
-                    shift_to_inputs(w2.view(), cross2.view(), stream2.view(), h2.view(), factor, strength, target2.view(), threads);
-                    EXPECT_EQ(target2, target);
-                    EXPECT_TRUE(target2.padding_untouched());
-                }
-        }
-    }
-}
-
-TEST(ShiftToInputs, RefusesShapesThatDoNotFit) {
-    const Matrix<double> h = second_moment(Kind::random, 32), narrow = second_moment(Kind::random, 16);
-    const Factor factor(h.view(), Order::group, 0.01, 16), small(narrow.view(), Order::group, 0.01, 16);
-    const Matrix<float> w = random_matrix(3, 32);
-    Matrix<float> target(3, 32), short_target(2, 32);
-    const auto shift = [&](const Matrix<double>& cross, const Matrix<double>& moment, const Factor& f, Matrix<float>& out, const Matrix<float>& stream = Matrix<float>(0, 0)) {
-        shift_to_inputs(w.view(), cross.view(), stream.view(), moment.view(), f, 1, out.view(), 1);
-    };
-    for (const auto& call : std::vector<std::function<void()>>{[&] { shift(narrow, h, factor, target); }, [&] { shift(h, narrow, factor, target); }, [&] { shift(h, h, small, target); },
-                                                               [&] { shift(h, h, factor, short_target); }})
-        expect_refused("weight, cross, hessian, factor and target do not have the same columns", call);
-    for (const Matrix<float>& stream : {Matrix<float>(3, 16), Matrix<float>(2, 32)}) expect_refused("stream does not have the shape of weight", [&] { shift(h, h, factor, target, stream); });
-    shift(h, h, factor, target);
-    EXPECT_EQ(target, w);  // the inputs are the same: nothing to answer
 }
 
 }  // namespace
