@@ -3,9 +3,10 @@
     python bench/bench_best.py --model MODEL --calibration calibration.txt --text test.txt --far modern.txt --sets 4 --json best.json
     python bench/bench_best.py --table a.json b.json          the tables of earlier runs taken together
 
-Set s is windows 128 s ... 128 s + 127 (512 tokens each) of the calibration text. The near text gives 256 windows from its first 1 200 000 characters, the far one 128. A gap is a
-perplexity less the original's; "tempered" is the far perplexity with the logits divided by the temperature that suits the original there best, a difference is to mr-gptq, paired by set; "less" compares its mean over the sets with that of mr-gptq as the paper ships it (rotated, four-thirds for MXFP4, absmax activations), with a standard
-error from leaving out one set at a time.
+Set s is windows 128 s ... 128 s + 127 (512 tokens each) of the calibration text; --first-set 0.5 begins half a set later, for sets that share half their text with two others.
+The near text gives 256 windows from its first 1 200 000 characters, the far one 128. A gap is a perplexity less the original's; "tempered" is the far perplexity with the logits divided by
+the temperature that suits the original there best, a difference is to mr-gptq, paired by set; "less" compares its mean over the sets with that of mr-gptq as the paper ships it (rotated,
+four-thirds for MXFP4, absmax activations), with a standard error from leaving out one set at a time. Bytes that are not UTF-8 are read as U+FFFD.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def main():
     for name in ("model", "calibration", "text", "far"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--sets", type=int, default=4, help="calibration sets (default: 4)")
-    parser.add_argument("--first-set", type=int, default=0)
+    parser.add_argument("--first-set", type=float, default=0.0)
     parser.add_argument("--rows", default="", help='only rows whose name holds this, such as "nvfp4 W4A16" or "best-online"')
     parser.add_argument("--windows", type=int, default=128, help="calibration windows in a set (default: 128)")
     parser.add_argument("--test-windows", type=int, default=256, help="windows of the near text (default: 256)")
@@ -118,11 +119,11 @@ def main():
         return
     if not (args.model and args.calibration and args.text and args.far):
         parser.error("--model, --calibration, --text and --far are needed, or --table")
-    calibration, text, far = (path.read_text(encoding="utf-8") for path in (args.calibration, args.text, args.far))
+    calibration, text, far = (path.read_text(encoding="utf-8", errors="replace") for path in (args.calibration, args.text, args.far))
     rows = []
-    for calibration_set in range(args.first_set, args.first_set + args.sets):
+    for calibration_set in (args.first_set + i for i in range(args.sets)):
         measured = measure(
-            args.model, calibration, text[:1_200_000], recipes(args.rows), windows=args.windows, test_windows=args.test_windows, skip=calibration_set * args.windows, far=far, far_windows=args.far_windows, divergence=True, device=args.device
+            args.model, calibration, text[:1_200_000], recipes(args.rows), windows=args.windows, test_windows=args.test_windows, skip=round(calibration_set * args.windows), far=far, far_windows=args.far_windows, divergence=True, device=args.device
         )  # fmt: skip
         for row in measured:
             rows.append((calibration_set, asdict(row)))

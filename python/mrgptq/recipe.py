@@ -108,7 +108,7 @@ class Recipe(Shown):
         ----------
         name : "rtn": absmax scales and plain rounding. "gptq": absmax scales, activation order. "mr-gptq": the paper as its authors ship it: Hadamard 16 (NVFP4) or
             32 (MXFP4), fpquant_mse scales, activation order. "best": scales chosen inside GPTQ, refined; what measured best (bench/accuracy.md) among what the dialect's stock
-            loaders carry out, so without a rotation in compressed-tensors. "best-online": also an online rotation and another activation rule where they pay, which is at W4A4,; then
+            loaders carry out, so without a rotation in compressed-tensors. "best-online": also an online rotation and another activation rule where they pay, which is at W4A4; then
             only the dialect "mrgptq" and our own runtime serve it.
         dialect : "fp_quant" stores MXFP4 by four-thirds, "compressed-tensors" and "mrgptq" by even.
         """
