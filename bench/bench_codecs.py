@@ -1,21 +1,17 @@
-"""Quantise and dequantise, DRAM-cold, against the machine's memory bounds and ggml.
-
-    python bench/bench_codecs.py --threads 2 --ggml PATH/llama_cpp/lib --json codecs.json
+"""Quantise and dequantise, DRAM-cold, against the machine's memory bounds and ggml; run by run.py.
 
 Rates are 10^9 matrix elements per second. A bound is turned into elements by the bytes a work moves: 4.53 (MXFP4) or 4.56 (NVFP4) an element, against reading (quantise) or memcpy, read and
 written bytes together (dequantise). Before anything is timed, codes, scales and values are compared with mrgptq.reference.
 """
 
-import argparse
 import ctypes
-import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from memory import Cold, interleaved, library, rows_of, settle, show
+from bounds import Cold, library
+from timing import absent, interleaved, records
 
 import mrgptq as mg
 from mrgptq import _core, reference
@@ -74,18 +70,18 @@ def ggml_calls(folder, format, cold, threads):
     return forth, back
 
 
-def measure(threads=2, quick=False, compare=True, ggml=None, shape=(4096, 4096)):
-    """Records of every format and rule: see memory.rows_of."""
-    rows, cols = (64, 1024) if quick else shape
-    cold = Cold(rows, cols, quick=quick)
+def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) -> list[dict]:
+    """Records of every format and rule; ``ggml``: the folder of its libraries."""
+    rows, cols = (64, 1024) if quick else (4096, 4096)
+    cold = Cold(rows, cols, quick)
     target, elements, bound = np.empty((rows, cols), np.float32), rows * cols, library()
     for format, scales in WORKS:
         check(format, scales)
 
-    records = []
+    found = []
     for format in GROUP:
         each = bytes_of(format)
-        calls = {"bound: read": lambda: bound.bound_read(cold.next(), elements, threads), "bound: memcpy": lambda: bound.bound_copy(target, cold.next(), elements, threads)}
+        calls = {"bound: read": lambda: bound.bound_sum(cold.next(), elements, threads), "bound: memcpy": lambda: bound.bound_copy(target, cold.next(), elements, threads)}
         amount = {"bound: read": 4 / each * elements / 1e9, "bound: memcpy": 8 / each * elements / 1e9}
         against = {}
         for _, scales in (work for work in WORKS if work[0] == format):
@@ -104,34 +100,15 @@ def measure(threads=2, quick=False, compare=True, ggml=None, shape=(4096, 4096))
             against["amax + quantise absmax"] = ("bound: read",)
         calls["round to the grid"] = lambda: _core.round_to_grid(format, "absmax", "even", False, cold.next(), 0, divisor, target, threads)
         against["round to the grid"] = ("bound: memcpy",)
-        codes, found, _ = _core.quantize(format, "absmax", "even", cold.matrices[0], 0, divisor, threads)
-        stored = [(codes.copy(), found.copy()) for _ in range(2 if quick else 4)]
+        codes, scales, _ = _core.quantize(format, "absmax", "even", cold.matrices[0], 0, divisor, threads)
+        stored = [(codes.copy(), scales.copy()) for _ in range(2 if quick else 4)]
         turn = cycle(stored)
         calls["dequantise"] = lambda turn=turn, divisor=divisor: _core.dequantize_into(format, *next(turn), divisor, target, threads)
         against["dequantise"] = ("bound: memcpy", "ggml dequantise")
         if compare and ggml and (peer := ggml_calls(ggml, format, cold, threads)):
             calls["ggml quantise"], calls["ggml dequantise"] = peer
-        amount = {name: amount.get(name, elements / 1e9) for name in calls}
-        seconds = interleaved(calls, budget=0.01 if quick else 1.5)
-        records += rows_of("codecs", format, f"{rows}x{cols}", threads, seconds, amount, "Gelt/s", against)
-    return records
-
-
-def main():
-    """Measure, print, write."""
-    settle()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--ggml", help="folder of libggml-base.so, such as that of llama-cpp-python")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    records = measure(args.threads, args.quick, ggml=args.ggml)
-    show(records)
-    print(mg.build_info())
-    if args.json:
-        args.json.write_text(json.dumps(records, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        elif compare:
+            found.append(absent("codecs", format, "ggml quantise", f"{rows} × {cols}", "Gelt/s", threads, f"no ggml with {format}: pass --ggml"))
+        timings = interleaved(calls, budget=0.01 if quick else 1.5)
+        found += records("codecs", format, f"{rows} × {cols}", "Gelt/s", threads, timings, amount={name: amount.get(name, elements / 1e9) for name in calls}, against=against)
+    return found

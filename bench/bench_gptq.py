@@ -72,8 +72,9 @@ def hessian_update(threads, quick, compare):
     timings = interleaved(contenders, budget=0.1 if quick else 6.0)
     expected = np.einsum("ti,ti->i", x, x, dtype=np.float64) / tokens
     agree("the trace of the core's H", float(ours.matrix.diagonal().sum()), float(expected.sum()), 1e-5)
+    against = {name: ("OpenBLAS ssyrk",) for name in contenders if name != "OpenBLAS ssyrk"}
     bound = ("SGEMM", bounds.bound("SGEMM", threads, quick))
-    return records(ROOM, work, shape, unit, threads, timings, amount=tokens * cols * (cols + 1) / 1e9, ratio_to="OpenBLAS ssyrk", bound=bound) + rows
+    return records(ROOM, work, shape, unit, threads, timings, amount=tokens * cols * (cols + 1) / 1e9, against=against, bound=bound) + rows
 
 
 def layer(rows, cols, threads, quick, compare, best):
@@ -107,7 +108,7 @@ def layer(rows, cols, threads, quick, compare, best):
             agree(f"the loss of {name}", loss, exact, 2e-3)
         elif not loss < exact:
             raise SystemExit(f"{name} loses {loss:.6g}, plain MR-GPTQ {exact:.6g}: the measurement is worth nothing")
-    rows_out = records(ROOM, work, shape, unit, threads, timings, ratio_to=SCIPY)
+    rows_out = records(ROOM, work, shape, unit, threads, timings, against={name: (SCIPY,) for name in calls if name != SCIPY})
     if not best:
         for row in rows_out:  # the operations that one factorisation needs, whoever does more of them
             row["gflops"] = (cols**3 / 3 + rows * cols**2) / 1e9 / row["median"]

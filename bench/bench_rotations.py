@@ -1,17 +1,11 @@
-"""Block Hadamard rotations in place and scaled, DRAM-cold, against scaling in place, an FFHT-style transform in plain C++ and NumPy's X @ H.
-
-    python bench/bench_rotations.py --threads 2 --json rotations.json
+"""Block Hadamard rotations in place and scaled, DRAM-cold, against scaling in place, an FFHT-style transform in plain C++ and NumPy's X @ H; run by run.py.
 
 Rates are GB/s of float32 read and written (8 bytes an element). Before anything is timed, the answer is compared with mrgptq.reference bit for bit and the peers' with it to rounding.
 """
 
-import argparse
-import json
-import os
-from pathlib import Path
-
 import numpy as np
-from memory import Cold, interleaved, library, rows_of, settle, show
+from bounds import Cold, library
+from timing import interleaved, records
 
 import mrgptq as mg
 from mrgptq import _core, reference
@@ -33,11 +27,11 @@ def check(block, bound):
             raise SystemExit(f"block {block}: a peer answers something else")
 
 
-def measure(threads=2, quick=False, compare=True, shape=(4096, 4096)):
-    """Records of every block size: see memory.rows_of."""
-    rows, cols = (64, 1024) if quick else shape
-    cold, bound, elements = Cold(rows, cols, quick=quick), library(), rows * cols
-    target, records = np.empty((rows, cols), np.float32), []
+def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
+    """Records of every block size."""
+    rows, cols = (64, 1024) if quick else (4096, 4096)
+    cold, bound, elements = Cold(rows, cols, quick), library(), rows * cols
+    target, found = np.empty((rows, cols), np.float32), []
     for block in BLOCKS:
         check(block, bound)
         hadamard, rotation = mg.Hadamard(block).matrix, mg.Hadamard(block)
@@ -54,25 +48,6 @@ def measure(threads=2, quick=False, compare=True, shape=(4096, 4096)):
             calls["NumPy X @ H"] = lambda block=block, hadamard=hadamard: np.matmul(cold.next().reshape(-1, block), hadamard, out=target.reshape(-1, block))
         ours = ("bound: in-place scale", "FFHT-style C++", "NumPy X @ H")
         against = {name: ours for name in calls if name.startswith("Hadamard")}
-        seconds = interleaved(calls, budget=0.01 if quick else 1.5)
-        records += rows_of("rotations", f"block {block}", f"{rows}x{cols}", threads, seconds, dict.fromkeys(calls, 8 * elements / 1e9), "GB/s", against)
-    return records
-
-
-def main():
-    """Measure, print, write."""
-    settle()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    records = measure(args.threads, args.quick)
-    show(records)
-    print(mg.build_info())
-    if args.json:
-        args.json.write_text(json.dumps(records, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        timings = interleaved(calls, budget=0.01 if quick else 1.5)
+        found += records("rotations", f"block {block}", f"{rows} × {cols}", "GB/s", threads, timings, amount=8 * elements / 1e9, against=against)
+    return found

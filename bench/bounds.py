@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def build(target: str) -> None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The library of bench/cpp/bounds.h; calls drop the GIL."""
+    """The library of bench/cpp/bounds.h and ffht_style.h; calls drop the GIL."""
     build("bounds")
     loaded = ctypes.CDLL(str(BUILD / "libbounds.so"))
     array = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")
@@ -45,6 +46,7 @@ def library() -> ctypes.CDLL:
     loaded.bound_copy.argtypes, loaded.bound_copy.restype = [array, array, count, threads], None
     loaded.bound_scale.argtypes, loaded.bound_scale.restype = [array, count, ctypes.c_float, threads], None
     loaded.bound_sum.argtypes, loaded.bound_sum.restype = [array, count, threads], ctypes.c_float
+    loaded.ffht_style.argtypes, loaded.ffht_style.restype = [array, count, count, threads], None
     for name in ("bound_fma_float", "bound_fma_double"):
         getattr(loaded, name).argtypes, getattr(loaded, name).restype = [count, threads], ctypes.c_double
     return loaded
@@ -58,6 +60,15 @@ def _last_level_cache() -> int:
 def cold_bytes(quick: bool = False) -> int:
     """Bytes over which a measurement of memory has to cycle: four times the last-level cache, at least 256 MiB; a MiB where it is only to be seen that it runs."""
     return 1 << 20 if quick else max(256 << 20, 4 * _last_level_cache())
+
+
+class Cold:
+    """Copies of a (rows, cols) float32 matrix, together ``cold_bytes`` at least: ``next()`` gives the one that was not touched for longest."""
+
+    def __init__(self, rows: int, cols: int, quick: bool = False) -> None:
+        first = (np.random.default_rng(0).standard_t(5, (rows, cols)) * 0.02).astype(np.float32)
+        self.matrices = [first] + [first.copy() for _ in range(max(1, -(-cold_bytes(quick) // first.nbytes) - 1))]
+        self.next = cycle(self.matrices).__next__
 
 
 @cache

@@ -44,8 +44,8 @@ def show(row: dict) -> str:
     head = f"{row['room']:<9} {row['work']:<29} {row['shape']:<14} {row['contender']:<26} {row['threads']} threads "
     if row["median"] is None:
         return f"{head} not measured: {row['note']}"
-    ratio = f"   {row['ratio']:.2f} × {row['ratio_to']}" if "ratio" in row else ""
-    return f"{head} {row['median']:9.3f} {row['unit']:<8} ({row['low']:.3f} – {row['high']:.3f}, {row.get('calls', '?')} calls){ratio}"
+    ratios = "".join(f"   {ratio:.2f} × {other}" for other, ratio in row["ratios"].items())
+    return f"{head} {row['median']:9.3f} {row['unit']:<8} ({row['low']:.3f} – {row['high']:.3f}, {row['calls']} calls){ratios}"
 
 
 def main() -> None:
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="measure the peers too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
     parser.add_argument("--large", action="store_true", help="shapes that take minutes and several GB too")
+    parser.add_argument("--ggml", type=Path, help="folder of libggml-base.so, such as llama_cpp/lib of llama-cpp-python: a peer of the codecs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="write the tables of bench/README.md")
     args = parser.parse_args()
@@ -72,7 +73,8 @@ def main() -> None:
     for threads in args.threads or [len(os.sched_getaffinity(0))]:
         for room in args.rooms:
             module = importlib.import_module(known[room].stem)
-            extra = {"large": True} if args.large and "large" in inspect.signature(module.measure).parameters else {}
+            asked = {"large": args.large, "ggml": args.ggml}
+            extra = {name: value for name, value in asked.items() if value and name in inspect.signature(module.measure).parameters}
             with threadpool_limits(threads, user_api="blas"):
                 measured = module.measure(threads=threads, quick=args.quick, compare=args.compare, **extra)
             rows += measured

@@ -43,7 +43,7 @@ def table(rows: list[dict]) -> str:
             elif row["median"] is None:
                 line += ["–", row["note"]]
             else:
-                line += [f"{number(row['median'])} ({number(row['low'])}–{number(row['high'])})", f"{row['ratio']:.2f} {row['ratio_to']}" if "ratio" in row else ""]
+                line += [f"{number(row['median'])} ({number(row['low'])}–{number(row['high'])})", ", ".join(f"{ratio:.2f} {other}" for other, ratio in row["ratios"].items())]
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

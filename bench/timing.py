@@ -1,12 +1,11 @@
 """Times contenders in turns and says it as records, the form in which every bench_<room>.py answers run.py.
 
-A record is a dict: room, work, contender, shape, unit, median, low, high, threads; ``ratio_to`` and ``ratio`` where there is something to compare with: how many times as fast as that
-contender (or bound) of the same run. A contender that could not run has the median None and a ``note`` that says why.
+A record is a dict: room, work, contender, shape, unit, median, low, high, threads, calls; ``ratios``, {other: how many times as fast as that contender or bound of the same run}. A contender that could not run has the median None and a ``note`` that says why.
 """
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -51,22 +50,28 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, budget: float
 
 
 def records(
-    room: str, work: str, shape: str, unit: str, threads: int, timings: Mapping[str, Timing], *, amount: float | None = None, ratio_to: str | None = None, bound: tuple[str, float] | None = None
+    room: str,
+    work: str,
+    shape: str,
+    unit: str,
+    threads: int,
+    timings: Mapping[str, Timing],
+    *,
+    amount: float | Mapping[str, float] | None = None,
+    against: Mapping[str, Sequence[str]] | None = None,
+    bound: tuple[str, float] | None = None,
 ) -> list[dict]:
     """Records of one interleaved measurement.
 
-    ``amount`` is what one call does, in units (GB, GFLOP); None where the unit is seconds. ``ratio_to`` names the contender that the others are compared with, ``bound`` (name, rate) does
-    the same with a bound of the machine where there is no such contender.
+    ``amount`` is what one call does, in units (GB, GFLOP), by contender where they differ; None where the unit is seconds. ``against`` names the contenders that one is compared with, those
+    of them that ran; ``bound`` (name, rate) is compared with all.
     """
     rows = []
-    base = timings[ratio_to].values(amount)[0] if ratio_to in timings else None
-    for name, timing in timings.items():
-        middle, low, high = timing.values(amount)
-        row = {"room": room, "work": work, "contender": name, "shape": shape, "unit": unit, "median": middle, "low": low, "high": high, "threads": threads, "calls": len(timing.seconds)}
-        if base is not None and name != ratio_to:
-            row |= {"ratio_to": ratio_to, "ratio": base / middle if amount is None else middle / base}
-        elif base is None and bound is not None:
-            row |= {"ratio_to": bound[0], "ratio": middle / bound[1]}
+    values = {name: timing.values(amount[name] if isinstance(amount, Mapping) else amount) for name, timing in timings.items()}
+    for name, (middle, low, high) in values.items():
+        row = {"room": room, "work": work, "contender": name, "shape": shape, "unit": unit, "median": middle, "low": low, "high": high, "threads": threads, "calls": len(timings[name].seconds)}
+        others = {other: values[other][0] for other in (against or {}).get(name, ()) if other in values} | dict([bound] if bound else [])
+        row["ratios"] = {other: rate / middle if amount is None else middle / rate for other, rate in others.items()}
         rows.append(row)
     return rows
 
