@@ -11,6 +11,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace mrgptq::e2m1 {
 
@@ -29,14 +30,17 @@ constexpr std::uint8_t encode(Real x) noexcept {
     return static_cast<std::uint8_t>(code | ((x < 0 && code != 0) ? 8 : 0));
 }
 
-// The grid's value nearest to t >= 0, as encode() would choose it: three spacings, each rounded to nearest even. At the seams the finer grid's upper end is the coarser one's lower end.
+// Added to a value and taken off again it leaves that value rounded to a whole number, ties to even: its unit in the last place is 1, and 1.5 at the power of two keeps the sum in its
+// binade.
+template <class Real>
+inline constexpr Real anchor = static_cast<Real>(std::uint64_t{3} << (std::numeric_limits<Real>::digits - 2));
+
+// The grid's value nearest to t >= 0, as encode() would choose it. At the seams the finer grid's upper end is the coarser one's lower end.
 // For loops that want the value and no code: unlike a table look-up this vectorises.
 template <class Real>
 inline Real round_magnitude(Real t) noexcept {
-    const Real fine = std::nearbyint(t * Real(2)) * Real(0.5);
-    const Real middle = std::nearbyint(t);
-    const Real coarse = std::min(std::nearbyint(t * Real(0.5)) * Real(2), Real(6));
-    return t < Real(2) ? fine : (t < Real(4) ? middle : coarse);
+    const Real of_spacing = t < Real(2) ? anchor<Real> / 2 : (t < Real(4) ? anchor<Real> : anchor<Real> * 2);
+    return std::min((t + of_spacing) - of_spacing, Real(6));
 }
 
 // The code of half of `halves`, twice a value of the grid. Sums of comparisons, as above, so that it vectorises.

@@ -50,7 +50,7 @@ void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real
 // One block's share of a round: its groups in visiting order, given P of its columns, in whose place d is left, zero where nothing moved. `own` is R's own square of the block. Returns how much
 // the damped loss of the tile's rows fell, summed in float64.
 template <class Format, class Real>
-double refine_block(RowTile<Real>& tile, const Factor& factor, const Strips<Real>& own, const GroupFactors<Real>& factors, float tensor_scale, Index begin, Index end, Tile<Real>& p);
+double refine_block(RowTile<Real>& tile, const Factor& factor, const Strips<Real>& own, const GroupFactors<Real>& factors, const StepTable& table, Index begin, Index end, Tile<Real>& p);
 
 // By how much rounding alone may raise the loss of a tile whose errors went from `before` to `after` in its given round, from 1 on: 4 γ Σ (|e| + |e'|) |R| hᵀ with γ = m u / (1 - m u),
 // m = cols + (round - 1) (cols / group_size + 1) + 2 group_size + 8, and h, the history, the magnitudes of all that P was ever made of: |e| before the first round plus |d| of every round, this

@@ -22,6 +22,7 @@ namespace {
 template <class Real>
 struct Problem {
     float tensor_scale;
+    const StepTable table;
     const Factor& factor;
     const SolverOptions& options;
     const Eigen::Matrix<Real, Eigen::Dynamic, 1> pivots;
@@ -43,7 +44,7 @@ RowTile<Real> load(const Problem<Real>& problem, MatrixView<const Weight> weight
     for (Index r = 0; r < rows; ++r) {
         for (Index g = 0; g < scales.cols && !problem.options.search_scales; ++g) {
             tile.scales(r, g) = scales.row(first_row + r)[g];
-            tile.steps(r, g) = group_step<Format>(tile.scales(r, g), problem.tensor_scale);
+            tile.steps(r, g) = problem.table[tile.scales(r, g)];
         }
     }
     return tile;
@@ -96,8 +97,8 @@ double search_groups(const Problem<Real>& problem, const Strips<Real>& unit, Row
             Lane<float> steps;
             for (Index r = 0; r < lanes; ++r) {
                 // A group without a value keeps absmax's answer: no scale is better than another.
-                scales[r] = largest[r] == 0 ? start[r] : moved_scale<Format>(start[r], offset, problem.tensor_scale);
-                steps[r] = group_step<Format>(scales[r], problem.tensor_scale);
+                scales[r] = largest[r] == 0 ? start[r] : problem.table.moved(start[r], offset);
+                steps[r] = problem.table[scales[r]];
             }
             Lane<Real> sum = Lane<Real>::Zero();
             for (Index j = size - 1; j >= 0; --j) {
@@ -125,7 +126,7 @@ double search_groups(const Problem<Real>& problem, const Strips<Real>& unit, Row
         }
         const Index group = problem.factor.column(first) / size;
         tile.scales.col(group) = best_scales.matrix();
-        for (Index r = 0; r < lanes; ++r) tile.steps(r, group) = group_step<Format>(best_scales[r], problem.tensor_scale);
+        for (Index r = 0; r < lanes; ++r) tile.steps(r, group) = problem.table[best_scales[r]];
         tile.halves.middleCols(first, size) = (Real(2) * best_rounded).template cast<std::int8_t>();
         tile.error.middleCols(first, size) = best_error;
         loss += least.template cast<double>();
@@ -209,7 +210,7 @@ std::vector<double> refine_columns(const Problem<Real>& problem, Band<Real>& ban
         gradients.forget(begin, end);
         for (std::size_t t = 0; t < band.tiles.size(); ++t) {
             if (!moving[t]) continue;
-            falls[t] += refine_block<Format>(band.tiles[t], problem.factor, band.own, problem.groups, problem.tensor_scale, begin, end, band.sums[t]);
+            falls[t] += refine_block<Format>(band.tiles[t], problem.factor, band.own, problem.groups, problem.table, begin, end, band.sums[t]);
             gradients.add(static_cast<Index>(t), begin, end, band.sums[t]);
         }
     }
@@ -296,7 +297,7 @@ std::vector<double> solve_coupled(const Problem<Real>& problem, MatrixView<const
             std::vector<std::uint8_t> unpacked(static_cast<std::size_t>(n));
             unpack_row(own_codes.row(i), n, unpacked.data());
             for (Index c = 0; c < n; ++c) {
-                const float step = group_step<Format>(own_scales.row(i)[c / Format::group_size], problem.tensor_scale);
+                const float step = problem.table[own_scales.row(i)[c / Format::group_size]];
                 error.row(begin + i)[c] = weight.row(row)[c] - step * e2m1::decode(unpacked[static_cast<std::size_t>(c)]);
             }
         });
@@ -307,7 +308,7 @@ std::vector<double> solve_coupled(const Problem<Real>& problem, MatrixView<const
 template <class Format, class Real>
 SolverResult solve_format(MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs, const SolverOptions& options,
                           MatrixView<std::uint8_t> codes, int threads) {
-    const Problem<Real> problem{tensor_scale, factor, options, factor.pivots().cast<Real>(), options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{}, positions_of(factor)};
+    const Problem<Real> problem{tensor_scale, step_table<Format>(tensor_scale), factor, options, factor.pivots().cast<Real>(), options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{}, positions_of(factor)};
     if (outputs != nullptr) return {solve_coupled<Format>(problem, weight, scales, *outputs, codes, threads)};
     return {solve_rows<Format>(problem, weight, scales, codes, threads)};
 }

@@ -4,6 +4,7 @@
 // row sees the same arithmetic whatever tile it falls into.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -11,6 +12,7 @@
 
 #include "base/matrix_view.h"
 #include "base/parallel.h"
+#include "codecs/scale_rule.h"
 #include "formats/block_format.h"
 #include "gptq/eigen.h"
 #include "linalg/lanes.h"
@@ -71,6 +73,21 @@ struct Strips {
                 multiply_tile<Real, false>(count, a + row, lanes, data.data() + strip * depth * kernel_cols + first * kernel_cols, kernel_cols, c + strip * kernel_cols * lanes + row, lanes);
     }
 };
+
+// The steps of all stored scales, which many lanes look up and need not divide for, and the first and the last of the scales that a search may choose.
+struct StepTable {
+    std::array<float, 256> steps;
+    int lowest, highest;
+
+    float operator[](std::uint8_t scale) const noexcept { return steps[scale]; }
+    std::uint8_t moved(std::uint8_t scale, int offset) const noexcept { return static_cast<std::uint8_t>(std::clamp(scale + offset, lowest, highest)); }  // moved_scale()
+};
+template <class Format>
+StepTable step_table(float tensor_scale) noexcept {
+    StepTable table{{}, moved_scale<Format>(0, 0, tensor_scale), moved_scale<Format>(255, 0, tensor_scale)};
+    for (std::size_t scale = 0; scale < table.steps.size(); ++scale) table.steps[scale] = group_step<Format>(static_cast<std::uint8_t>(scale), tensor_scale);
+    return table;
+}
 
 // The float32 value that a reader will decode, widened.
 template <class Real>
