@@ -34,7 +34,7 @@ using Lane = Eigen::Array<T, lanes, 1>;
 // Tiles that one thread takes through the columns side by side, a band: what is packed for one serves all. As few bands as their size allows, but the same number for each thread. A tile's bytes
 // do not depend on its company.
 inline Index band_size(Index tiles, int threads) noexcept {
-    constexpr Index most_tiles = 16;
+    constexpr Index most_tiles = 32;
     const Index team = threads > 0 ? threads : default_threads(), rounds = (tiles + most_tiles * team - 1) / (most_tiles * team);
     return rounds > 0 ? (tiles + rounds * team - 1) / (rounds * team) : 1;
 }
