@@ -3,6 +3,7 @@
 // An element of P takes one chain a move, in the order of the groups, so its bytes depend on its row alone.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "gptq/rows.h"
@@ -35,10 +36,13 @@ public:
     void follow(const LeftStrips<Real>& piece, Index first, Index depth, Index begin, Index width) noexcept {
         for (Index k = 0; k < depth; k += group_size_) {
             const Moves& moves = moves_[static_cast<std::size_t>((first + k) / group_size_)];
-            for (Index i = 0; i < moves.count; i += kernel_cols)
+            for (Index i = 0; i < moves.count; i += kernel_cols) {
+                std::array<Real*, kernel_cols> rows;
+                for (std::size_t lane = 0; lane < rows.size(); ++lane) rows[lane] = p_.data() + place(begin, moves.rows[static_cast<std::size_t>(i) + lane]);
                 for (Index j = 0; j < width; j += kernel_rows<Real>)
                     multiply_tile<Real, false>(group_size_, piece.data.data() + j * piece.depth + k * kernel_rows<Real>, kernel_rows<Real>, moves.changes.data() + i * group_size_, kernel_cols,
-                                               [&](Index lane) { return p_.data() + place(begin, moves.rows[static_cast<std::size_t>(i + lane)]) + j; });
+                                               [&](Index lane) { return rows[static_cast<std::size_t>(lane)] + j; });
+            }
         }
     }
 

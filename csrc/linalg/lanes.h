@@ -29,17 +29,24 @@ struct Scaled {
 template <Index across = kernel_cols, class Real, class From>
 void pack_strips(From from, Index row_step, Index col_step, Index depth, Index width, Real* strips) noexcept {
     static_assert(across % kernel_cols == 0);
-    for (Index first = 0; first < width; first += across, strips += depth * across) {
+    // Wide strips are filled row after row, all of them together: memory foresees how a row goes on. As many narrow ones would throw each other out of the first cache.
+    const Index whole = col_step == 1 && across > kernel_cols ? width / across * across : 0;
+    for (Index k = 0; k < depth && whole > 0; ++k)
+        for (Index first = 0; first < whole; first += across)
+            for (Index j = 0; j < across; ++j) strips[first * depth + k * across + j] = static_cast<Real>(from[k * row_step + first + j]);
+    strips += whole * depth;
+    for (Index first = whole; first < width; first += across, strips += depth * across) {
         const Index here = std::min(across, width - first);
         if (here < across) std::fill_n(strips, depth * across, Real(0));
         if (row_step == 1 && here % kernel_cols == 0 && depth % kernel_cols == 0) {
             for (Index square_first = 0; square_first < here; square_first += kernel_cols)
                 for (Index k = 0; k < depth; k += kernel_cols) {  // squares, turned in registers
-                    std::array<std::array<Real, kernel_cols>, kernel_cols> square;
+                    std::array<std::array<Real, kernel_cols>, kernel_cols> square, turned;
                     for (std::size_t j = 0; j < kernel_cols; ++j)
                         for (std::size_t i = 0; i < kernel_cols; ++i) square[j][i] = static_cast<Real>(from[k + static_cast<Index>(i) + (first + square_first + static_cast<Index>(j)) * col_step]);
                     for (std::size_t i = 0; i < kernel_cols; ++i)
-                        for (std::size_t j = 0; j < kernel_cols; ++j) strips[(k + static_cast<Index>(i)) * across + square_first + static_cast<Index>(j)] = square[j][i];
+                        for (std::size_t j = 0; j < kernel_cols; ++j) turned[i][j] = square[j][i];
+                    for (std::size_t i = 0; i < kernel_cols; ++i) std::copy_n(turned[i].data(), kernel_cols, strips + (k + static_cast<Index>(i)) * across + square_first);
                 }
         } else if (col_step == 1 && here == across) {
             for (Index k = 0; k < depth; ++k)
