@@ -54,6 +54,7 @@ def core_calls():
         "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, H, W, H, CORE, 0.5, 1)),
         "make_symmetric": lambda: (_core.make_symmetric, (H, np.empty_like(H), 1)),
         "quadratic_form": lambda: (_core.quadratic_form, (W, H, "float64", 1)),
+        "quadratic_forms": lambda: (_core.quadratic_forms, (W, [Q.dequantize()], H, "float64", 1)),
         "coupled_form": lambda: (_core.coupled_form, (W, np.eye(len(W)), H, "float32", 1)),
     }
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include <pybind11/stl.h>
 
@@ -78,6 +79,14 @@ void register_gptq(py::module_& module) {
         const auto in_h = view<double>(h);
         const bool single = precision_named(precision) == Precision::float32;
         return without_gil([&] { return single ? quadratic_form<float>(in, in_h, threads) : quadratic_form<double>(in, in_h, threads); });
+    });
+    module.def("quadratic_forms", [](const py::array& w, const std::vector<py::array>& q, const py::array& h, const std::string& precision, int threads) {
+        const auto in = view<float>(w);
+        std::vector<MatrixView<const float>> in_q;
+        for (const auto& less : q) in_q.push_back(view<float>(less));
+        const auto in_h = view<double>(h);
+        const bool single = precision_named(precision) == Precision::float32;
+        return without_gil([&] { return single ? quadratic_forms<float>(in, in_q, in_h, threads) : quadratic_forms<double>(in, in_q, in_h, threads); });
     });
     module.def("coupled_form", [](const py::array& e, const py::array& a, const py::array& h, const std::string& precision, int threads) {
         const auto in = view<float>(e);

@@ -1,14 +1,17 @@
 #include "gptq/forms.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
 #include "base/parallel.h"
+#include "codecs/scale_rule.h"
 #include "gptq/rows.h"
 #include "gptq/tile.h"
 
@@ -30,21 +33,48 @@ double scale_of(MatrixView<const double> h) noexcept {
     return unit_scale<Real>(largest, 1000);
 }
 
+// W, or W - Q where there is one, rounded to float32.
+struct Difference {
+    MatrixView<const float> w, q{};
+
+    // Columns [begin, begin + count) of a row.
+    void copy(Index row, Index begin, Index count, float* to) const noexcept {
+        const float* from = w.row(row) + begin;
+        if (q.data == nullptr) {
+            std::copy_n(from, count, to);
+        } else {
+            const float* less = q.row(row) + begin;
+            for (Index c = 0; c < count; ++c) to[c] = from[c] - less[c];
+        }
+    }
+};
+
 template <class Real>
-double scale_of(MatrixView<const float> e) noexcept {
-    float largest = 0;
-    for (Index r = 0; r < e.rows; ++r)
-        for (Index c = 0; c < e.cols; ++c) largest = std::max(largest, std::fabs(e.row(r)[c]));
-    return unit_scale<Real>(largest, 126);
+double scale_of(const Difference& e, int threads) {
+    constexpr Index few = 512;
+    std::vector<float> largest(static_cast<std::size_t>(e.w.rows), 0.0f);
+    parallel_for_ranges(std::is_same_v<Real, float> ? e.w.rows : 0, lanes, threads, [&](Index first, Index last) {
+        std::array<float, few> values;
+        for (Index r = first; r < last; ++r)
+            for (Index c = 0; c < e.w.cols; c += few) {
+                const Index here = std::min(few, e.w.cols - c);
+                e.copy(r, c, here, values.data());
+                largest[static_cast<std::size_t>(r)] = std::max(largest[static_cast<std::size_t>(r)], group_amax(values.data(), here));
+            }
+    });
+    return unit_scale<Real>(largest.empty() ? 0 : *std::max_element(largest.begin(), largest.end()), 126);
 }
 
 // Rows [first_row, ...) of a matrix as tiles of 32, times a power of two.
 template <class Real>
-std::vector<Tile<Real>> tiles_of(MatrixView<const float> e, Index first_tile, Index count, double scale) {
-    std::vector<Tile<Real>> tiles(static_cast<std::size_t>(count), Tile<Real>::Zero(lanes, e.cols));
+std::vector<Tile<Real>> tiles_of(const Difference& e, Index first_tile, Index count, double scale) {
+    std::vector<Tile<Real>> tiles(static_cast<std::size_t>(count), Tile<Real>::Zero(lanes, e.w.cols));
+    std::vector<float> values(static_cast<std::size_t>(lanes * e.w.cols));
     for (Index t = 0; t < count; ++t) {
+        const Index first = (first_tile + t) * lanes, rows = std::min(lanes, e.w.rows - first);
+        for (Index r = 0; r < rows; ++r) e.copy(first + r, 0, e.w.cols, values.data() + r * e.w.cols);
         Tile<Real>& tile = tiles[static_cast<std::size_t>(t)];
-        rows_to_lanes(e, (first_tile + t) * lanes, tile.data(), [](Index c) { return c; });
+        rows_to_lanes(MatrixView<const float>{values.data(), rows, e.w.cols, e.w.cols}, 0, tile.data(), [](Index c) { return c; });
         tile *= static_cast<Real>(scale);
     }
     return tiles;
@@ -70,13 +100,24 @@ double sum_of_tiles(Index rows, int threads, SumOfBand&& sum_of_band) {
 }  // namespace
 
 template <class Real>
-double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int threads) {
-    check(h.rows == e.cols && h.cols == e.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); a matrix of " + std::to_string(e.cols) + " columns needs (" +
-                                                    std::to_string(e.cols) + ", " + std::to_string(e.cols) + ")");
-    const Index n = e.cols;
-    const double of_e = scale_of<Real>(e), of_h = scale_of<Real>(h);
-    const double sum = sum_of_tiles(e.rows, threads, [&](Index first_tile, Index count, double* sums) {
-        const std::vector<Tile<Real>> x = tiles_of<Real>(e, first_tile, count, of_e);
+std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<MatrixView<const float>>& q, MatrixView<const double> h, int threads) {
+    check(h.rows == w.cols && h.cols == w.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); a matrix of " + std::to_string(w.cols) + " columns needs (" +
+                                                    std::to_string(w.cols) + ", " + std::to_string(w.cols) + ")");
+    const Index n = w.cols, tiles = (w.rows + lanes - 1) / lanes, forms = static_cast<Index>(q.size()) + 1;
+    std::vector<Difference> of{{w}};
+    for (const auto& less : q) {
+        check(less.rows == w.rows && less.cols == n, "quadratic_forms: two matrices that are to be subtracted differ in shape");
+        of.push_back({w, less});
+    }
+    const double of_h = scale_of<Real>(h);
+    std::vector<double> of_e;
+    for (const Difference& e : of) of_e.push_back(scale_of<Real>(e, threads));
+    std::vector<double> sums(static_cast<std::size_t>(forms * tiles), 0.0);  // by form, by tile
+    parallel_for_ranges(tiles, std::max<Index>(band_size(tiles, threads) / forms, 1), threads, [&](Index first_tile, Index last_tile) {
+        const Index count = last_tile - first_tile;
+        std::vector<Tile<Real>> x;
+        for (std::size_t f = 0; f < of.size(); ++f)
+            for (auto& tile : tiles_of<Real>(of[f], first_tile, count, of_e[f])) x.push_back(std::move(tile));
         Strips<Real> strips;
         std::vector<Tile<Real>> products(x.size(), Tile<Real>(lanes, block));
         // H is symmetric: what lies below the diagonal square of a block of columns counts twice.
@@ -92,11 +133,22 @@ double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int
             for (std::size_t t = 0; t < x.size(); ++t) {
                 products[t] *= 2;
                 strips.multiply(x[t].col(begin).data(), 0, width, width, products[t].data());
-                sums[t] += dot(products[t], x[t], begin, width);
+                const Index form = static_cast<Index>(t) / count, tile = first_tile + static_cast<Index>(t) % count;
+                sums[static_cast<std::size_t>(form * tiles + tile)] += dot(products[t], x[t], begin, width);
             }
         }
     });
-    return sum / of_e / of_e / of_h;
+    std::vector<double> results;
+    for (std::size_t f = 0; f < of.size(); ++f) {
+        const auto mine = sums.begin() + static_cast<Index>(f) * tiles;
+        results.push_back(std::accumulate(mine, mine + tiles, 0.0) / of_e[f] / of_e[f] / of_h);
+    }
+    return results;
+}
+
+template <class Real>
+double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int threads) {
+    return quadratic_forms<Real>(e, {}, h, threads)[0];
 }
 
 template <class Real>
@@ -104,9 +156,9 @@ double coupled_form(MatrixView<const float> e, MatrixView<const double> a, Matri
     const auto square = [](MatrixView<const double> x, Index n) { return x.rows == n && x.cols == n; };
     check(square(a, e.rows) && square(h, e.cols), "coupled_form: the second moments of outputs and inputs do not have the rows and columns of the errors");
     const Index rows = e.rows, n = e.cols;
-    const double of_e = scale_of<Real>(e), of_a = scale_of<Real>(a), of_h = scale_of<Real>(h);
+    const double of_e = scale_of<Real>(Difference{e}, threads), of_a = scale_of<Real>(a), of_h = scale_of<Real>(h);
     const double sum = sum_of_tiles(rows, threads, [&](Index first_tile, Index count, double* sums) {
-        const std::vector<Tile<Real>> x = tiles_of<Real>(e, first_tile, count, of_e);
+        const std::vector<Tile<Real>> x = tiles_of<Real>(Difference{e}, first_tile, count, of_e);
         std::vector<Tile<Real>> mixed(x.size(), Tile<Real>::Zero(lanes, (n + kernel_cols - 1) / kernel_cols * kernel_cols));  // A E
         Strips<Real> strips;
         std::vector<Tile<Real>> weights(x.size(), Tile<Real>(lanes, block));  // of A, symmetric: its rows are its columns
@@ -142,6 +194,8 @@ double coupled_form(MatrixView<const float> e, MatrixView<const double> a, Matri
     return sum / of_e / of_e / of_a / of_h;
 }
 
+template std::vector<double> quadratic_forms<float>(MatrixView<const float>, const std::vector<MatrixView<const float>>&, MatrixView<const double>, int);
+template std::vector<double> quadratic_forms<double>(MatrixView<const float>, const std::vector<MatrixView<const float>>&, MatrixView<const double>, int);
 template double quadratic_form<float>(MatrixView<const float>, MatrixView<const double>, int);
 template double quadratic_form<double>(MatrixView<const float>, MatrixView<const double>, int);
 template double coupled_form<float>(MatrixView<const float>, MatrixView<const double>, MatrixView<const double>, int);

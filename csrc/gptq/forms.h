@@ -3,6 +3,8 @@
 // Products are in Real, what they add up to in float64. For float32 everything is brought to the size of 1 by powers of two first, so it loses digits but no range.
 #pragma once
 
+#include <vector>
+
 #include "base/matrix_view.h"
 
 namespace mrgptq {
@@ -10,6 +12,10 @@ namespace mrgptq {
 // tr(E H Eᵀ) for E (rows, cols) float32 and a symmetric H (cols, cols).
 template <class Real>
 double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int threads);
+
+// tr(W H Wᵀ), and behind it tr(E H Eᵀ) of E = W - Q, rounded to float32, for each Q: with what is packed of H for all of them.
+template <class Real>
+std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<MatrixView<const float>>& q, MatrixView<const double> h, int threads);
 
 // tr(A E H Eᵀ), A (rows, rows) symmetric too.
 template <class Real>

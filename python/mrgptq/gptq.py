@@ -172,11 +172,6 @@ def as_damping(damping: float) -> float:
     return value
 
 
-def relative_error(error: NDArray[np.float32], energy: float | None, hessian: NDArray[np.float64], *, precision: str = "float64", threads: int | None = None) -> float | None:
-    """tr(E H E^T) / energy with products in ``precision``, energy being tr(W H W^T); None where that is 0 or not known. error (rows, cols) float32, hessian (cols, cols) float64, in one basis."""
-    return _core.quadratic_form(error, hessian, precision, as_threads(threads)) / energy if energy else None
-
-
 def output_errors(
     errors: Sequence[NDArray[np.float32]], weight: NDArray[np.float32], outputs: NDArray[np.float64], hessian: NDArray[np.float64], *, precision: str = "float64", threads: int | None = None
 ) -> tuple[float | None, ...]:

@@ -11,7 +11,7 @@ from . import _core
 from .arrays import as_float32, as_symmetric, as_threads
 from .codecs import HESSIAN_SEARCHES, absmax_tensor_scale, alternating_tensor_scale, check_groups, clip_mask, scale_offsets, scales_name, tensor_scale_for, weight_error
 from .formats import SCALE_SEARCHES, block_format
-from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_errors, relative_error
+from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_errors
 from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import rotation_of
@@ -265,10 +265,11 @@ def _errors_by_moments(
     if hessian is None:
         return {}, None
     codes, scales, _ = _core.quantize(format, "absmax", mx_rule, weight, 0, divisor, as_threads(threads))
-    errors = (weight - rounded, weight - _core.dequantize(format, codes, scales, divisor, as_threads(threads)))
-    energy = _core.quadratic_form(weight, hessian, precision, as_threads(threads))
-    values: dict[str, Any] = dict(zip(("relative_error", "rounded_error"), (relative_error(error, energy, hessian, precision=precision, threads=threads) for error in errors), strict=True))
+    answers = [rounded, _core.dequantize(format, codes, scales, divisor, as_threads(threads))]
+    energy, *losses = _core.quadratic_forms(weight, answers, hessian, precision, as_threads(threads))
+    values: dict[str, Any] = dict(zip(("relative_error", "rounded_error"), (loss / energy if energy else None for loss in losses), strict=True))
     if outputs is not None:
+        errors = [weight - answer for answer in answers]
         values |= zip(("output_error", "rounded_output_error"), output_errors(errors, weight, outputs.hessian, hessian, precision=precision, threads=threads), strict=True)
     return values, energy
 

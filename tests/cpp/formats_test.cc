@@ -61,6 +61,19 @@ TEST(E2m1, TakesTheNearestOfTheTableInBothPrecisions) {
     EXPECT_EQ(e2m1::encode(-0.0f), 0);
 }
 
+template <class Real>
+void expect_magnitudes_as_encoded() {
+    const auto expect = [](Real t) { EXPECT_EQ(e2m1::round_magnitude(t), static_cast<Real>(e2m1::decode(e2m1::encode(t)))) << t; };
+    for (int quarter = 0; quarter <= 32; ++quarter)  // ties, seams and values among them
+        for (const Real t : {static_cast<Real>(quarter) / 4, std::nextafter(static_cast<Real>(quarter) / 4, Real(9)), std::nextafter(static_cast<Real>(quarter) / 4, Real(0))}) expect(t);
+    for (const Real t : {std::numeric_limits<Real>::denorm_min(), std::numeric_limits<Real>::max(), std::numeric_limits<Real>::infinity()}) expect(t);
+}
+
+TEST(E2m1, RoundsMagnitudesAsItEncodesThem) {
+    expect_magnitudes_as_encoded<float>();
+    expect_magnitudes_as_encoded<double>();
+}
+
 TEST(E4m3, SaturatesAndKeepsTheSign) {
     for (const float beyond : {448.0f, 449.0f, 464.0f, 480.0f, 1e30f, std::numeric_limits<float>::infinity()}) {
         EXPECT_EQ(e4m3::encode(beyond), 0x7E);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #include "gptq/eigen.h"
 #include "gptq/forms.h"
@@ -42,6 +43,23 @@ TYPED_TEST(Forms, QuadraticIsTheDoubleLoop) {
     }
     EXPECT_EQ(quadratic_form<TypeParam>(Matrix<float>(0, 4).view(), Matrix<double>(4, 4).view(), 2), 0.0);
     expect_refused("hessian has shape (5, 5); a matrix of 4 columns needs (4, 4)", [] { quadratic_form<TypeParam>(Matrix<float>(2, 4).view(), Matrix<double>(5, 5).view(), 1); });
+}
+
+TYPED_TEST(Forms, TogetherAreThoseOfEachDifference) {
+    const Index rows = 70, cols = 300;
+    const Matrix<float> w = random_matrix(rows, cols), q1 = random_matrix(rows, cols, 6), q2(rows, cols), narrow(rows, cols - 1);
+    const Matrix<double> h = random_second_moment(cols);
+    Matrix<float> e(rows, cols);
+    for (Index r = 0; r < rows; ++r)
+        for (Index c = 0; c < cols; ++c) e(r, c) = w(r, c) - q1(r, c);
+    const double of_w = quadratic_form<TypeParam>(w.view(), h.view(), 1);
+    const std::vector<double> expected{of_w, quadratic_form<TypeParam>(e.view(), h.view(), 1), of_w};
+    for (const Layout layout : layouts)
+        for (const int threads : thread_counts) {
+            const Matrix<float> w2(w, layout, static_cast<float>(nan)), q3(q1, layout, static_cast<float>(nan));
+            EXPECT_EQ(quadratic_forms<TypeParam>(w2.view(), {q3.view(), q2.view()}, h.view(), threads), expected);
+        }
+    expect_refused("differ in shape", [&] { quadratic_forms<TypeParam>(w.view(), {q2.view(), narrow.view()}, h.view(), 1); });
 }
 
 TYPED_TEST(Forms, KnowNoRange) {  // what float32 could not hold, were it not brought to size first
