@@ -141,6 +141,23 @@ def test_the_shift_is_the_same_in_every_basis():
     assert np.abs(got - mg.Hadamard(16).apply(w)).max() > 0.01
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_rotated_layer_is_the_layer_of_rotated_arguments(streamed):
+    """Weight, H, cross and stream turned by the caller and quantised without a rotation: the same bytes."""
+    x, seen = seen_inputs(96)
+    w = weights_of("random", 30, 96, 20)
+    turn = mg.Hadamard(16)
+    h = seen.T @ seen / len(seen)
+    moments = {"cross": x.T @ seen / len(seen)} | ({"stream": (lost_by_the_stream(seen, 30).T @ seen / len(seen)).astype(np.float32)} if streamed else {})
+    recipe = searched("nvfp4", cross=0.7, rounds=2)
+    whole = mg.quantize_layer(w, h, replace(recipe, rotation=16), **moments)
+    turned = {"cross": turn.apply_both(moments["cross"])} | ({"stream": turn.apply(moments["stream"])} if streamed else {})
+    parts = mg.quantize_layer(turn.apply(w), turn.apply_hessian(h), recipe, **turned)
+    assert np.array_equal(whole.codes, parts.codes) and np.array_equal(whole.scales, parts.scales) and whole.tensor_scale == parts.tensor_scale
+    other = mg.quantize_layer(w, h, replace(recipe, rotation=16), cross=moments["cross"], **({} if streamed else {"stream": np.ones((30, 96), np.float32)}))
+    assert not np.array_equal(whole.codes, other.codes)  # the stream decides some of them
+
+
 def test_cross_is_refused_by_name_where_it_cannot_be_used():
     x, seen = seen_inputs(32)
     w = weights_of("random", 4, 32, 21)
@@ -165,6 +182,8 @@ def test_cross_is_refused_by_name_where_it_cannot_be_used():
         ({"stream": np.ones((4, 32))}, "stream is given without cross"),
         ({"cross": cross, "stream": np.ones((32, 4))}, "stream has shape (32, 4); the weight's is (4, 32)"),
         ({"cross": cross, "stream": stream}, "stream is inf at row 3, column 5"),
+        ({"cross": cross * 1e300}, "cross moves the target beyond float32"),
+        ({"cross": 3.0}, "cross has shape (); a weight of 32 columns needs (32, 32)"),
     ):
         with pytest.raises(ValueError) as refusal:
             mg.quantize_layer(w, h, recipe, **moments)

@@ -208,6 +208,7 @@ def test_the_cross_moment_sets_the_original_models_inputs_against_those_of_the_q
         ("GPTNeoX", {"use_parallel_residual": True}, (None, None)),  # both added to one input
         ("GPTNeoX", {"use_parallel_residual": False}, ("attention.dense", "mlp.dense_4h_to_h")),
         ("Mixtral", {"num_local_experts": 4}, ("self_attn.o_proj", None)),  # experts' outputs are weighted
+        ("Phimoe", {"num_local_experts": 4}, ("self_attn.o_proj", None)),  # and the router is a linear layer that gives a pair
     ],
 )
 def test_the_layers_that_write_into_the_residual_stream_are_told_by_what_they_do(name, more, writers):
@@ -222,6 +223,22 @@ def test_the_layers_that_write_into_the_residual_stream_are_told_by_what_they_do
         hidden, kwargs = calibration._enter(model, blocks, random_tokens(3), 2)
         assert len(hidden[-1]) == 1 and beside.stream_writers(blocks[0], hidden[-1], kwargs[0]) == writers
         assert all(not module._forward_hooks for module in blocks[0].modules())
+
+
+@pytest.mark.parametrize("zero", ["self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj"])
+def test_a_layer_that_adds_nothing_does_not_pass_for_a_writer(zero):
+    """The stream plus zero is the stream, which is read and left by many."""
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(**(SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4}))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    calibration, beside = (importlib.import_module(f"mrgptq.hf.{name}") for name in ("calibrate", "beside"))
+    blocks = model.model.layers
+    with torch.no_grad():
+        blocks[0].get_submodule(zero).weight.zero_()
+        hidden, kwargs = calibration._enter(model, blocks, random_tokens(3), 2)
+        assert blocks[0].get_submodule(zero)(torch.zeros(1, blocks[0].get_submodule(zero).in_features)).shape[-1] == hidden[0].shape[-1]
+        writers = beside.stream_writers(blocks[0], hidden[-1], kwargs[0])
+    assert zero not in writers and (writers == ("self_attn.o_proj", "mlp.down_proj") or zero != "self_attn.q_proj")
 
 
 def test_without_cross_no_second_pass_is_made_and_nothing_changes(noted, crossed, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -121,6 +122,25 @@ def test_the_recipe_best_is_loaded_by_from_pretrained_alone(format, activations,
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors" and not config["transform_config"]
     assert not any(name.endswith("v_input.weight") for path in folder.glob("*.safetensors") for name in safetensors.torch.load_file(path))
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_model_of_another_type_loads_like_one_of_bfloat16(dtype, key, leaf_folder, tokens, tmp_path, caplog):
+    """compressed-tensors unpacks to bfloat16 whatever the model's type, so config.json has to say so; leaf's bfloat16 values are none other in float32, and in float16 but for the faintest."""
+    source = tmp_path / "source"
+    shutil.copytree(leaf_folder, source)
+    values = safetensors.torch.load_file(source / "model.safetensors")
+    safetensors.torch.save_file({name: value.to(dtype) for name, value in values.items()}, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    name = str(dtype).removeprefix("torch.")
+    (source / "config.json").write_text(json.dumps(config | ({key: name} if key else {})))
+    for folder, out in ((source, tmp_path / "out"), (leaf_folder, tmp_path / "expected")):
+        quantize_checkpoint(make_plan(folder, out, mg.Recipe.named("rtn")))
+    assert [record.getMessage() for record in caplog.records] == [f"config.json will say {key} bfloat16 instead of {name}: the loaders of compressed-tensors unpack weights to it"] * bool(key)
+    got, expected = (logits(AutoModelForCausalLM.from_pretrained(tmp_path / folder), tokens) for folder in ("out", "expected"))
+    assert torch.equal(got, expected) if dtype == torch.float32 else (got - expected).float().std() < 0.1 * expected.float().std()
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])

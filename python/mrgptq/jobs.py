@@ -206,6 +206,10 @@ def quantize_checkpoint(
     reports: dict[str, LayerReport] = {}
     if plan.calibrated and calibration is None:
         raise ValueError("calibration is None, but the plan calibrates: pass the text")
+    written = dialect_named(plan.dialect).model_config(reader.config)
+    for key in ("dtype", "torch_dtype"):
+        if written.get(key) != reader.config.get(key, written.get(key)):
+            _log.warning("config.json will say %s %s instead of %s: the loaders of %s unpack weights to it", key, written[key], reader.config[key], plan.dialect)
     layers = _calibrated(plan, calibration or "", device, threads, progress) if plan.calibrated else _data_free(plan, reader, threads, progress)
 
     def tensors() -> Iterator[tuple[str, StoredTensor | QuantizedMatrix]]:

@@ -209,13 +209,13 @@ def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, stream: ArrayLike |
     cols = rotated.shape[1]
     try:
         given = np.asarray(cross)
-    except ValueError:  # ragged lists
-        raise TypeError("cross is not a matrix of numbers") from None
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors that NumPy cannot take
+        raise TypeError(f"cross is not a matrix of numbers that NumPy reads: {error}") from None
     if given.dtype.kind not in "fiu":
         raise TypeError(f"cross is {given.dtype}; it must be a matrix of real numbers")
     matrix = np.ascontiguousarray(given, dtype=np.float64)
-    if matrix.shape != (cols, cols):
-        raise ValueError(f"cross has shape {matrix.shape}; a weight of {cols} columns needs ({cols}, {cols})")
+    if given.shape != (cols, cols):
+        raise ValueError(f"cross has shape {given.shape}; a weight of {cols} columns needs ({cols}, {cols})")
     if not np.isfinite(matrix).all():
         raise ValueError(f"cross[{', '.join(map(str, np.argwhere(~np.isfinite(matrix))[0]))}] is not finite")
     missing = None if stream is None else as_float32(stream, "stream", rank=2, threads=threads)

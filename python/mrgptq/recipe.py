@@ -47,9 +47,9 @@ class Recipe(Shown):
     activations : None for W4A16; the format's own name for W4A4.
     activation_rule : how the scale of a group of inputs is found: "absmax" (for MXFP4 by ``mx_rule``), or another rule of ``quantize`` such as "mse" or, for MXFP4, "even". Stock
         loaders know absmax and even alone; only the dialect "mrgptq" stores the others.
-    precision : of GPTQ's errors and feedback; the factor is float64 in both. "float64": equal to ``mrgptq.reference`` code for code. "float32": faster; a row may part from
-        the reference where a value lies within float32 rounding of a tie, which moved relative errors by up to 2e-6 in our tests, and by up to 3e-4 of itself where scales are searched; where
-        losses do not fit float32 a layer is computed in float64 and its report says so.
+    precision : of GPTQ's errors and feedback; the factor is float64 in both. "float64": equal to ``mrgptq.reference`` code for code, unless H is close to singular and the damping 0: then
+        the order of sums shows. "float32": faster; a row may part from the reference where a value lies within float32 rounding of a tie, which moved relative errors by up to 2e-6 in our
+        tests, and by up to 1e-3 of itself where scales are searched; where losses do not fit float32 a layer is computed in float64 and its report says so.
 
     Raises
     ------
@@ -109,7 +109,7 @@ class Recipe(Shown):
         name : "rtn": absmax scales and plain rounding. "gptq": absmax scales, activation order. "mr-gptq": the paper as its authors ship it: Hadamard 16 (NVFP4) or
             32 (MXFP4), fpquant_mse scales, activation order. "best": scales chosen inside GPTQ, refined; what measured best (bench/accuracy.md) among what the dialect's stock
             loaders carry out, so without a rotation in compressed-tensors. "best-online": also an online rotation and another activation rule where they pay, which is at W4A4; then
-            only the dialect "mrgptq" and our own runtime serve it.
+            the dialect "mrgptq" stores it for our own runtime. "fp_quant", which rotates anyway and knows no other activation rule, gets "best".
         dialect : "fp_quant" stores MXFP4 by four-thirds, "compressed-tensors" and "mrgptq" by even.
         """
         choose("recipe", name, NAMES)

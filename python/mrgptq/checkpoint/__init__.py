@@ -48,7 +48,7 @@ def save(
     tensors : mapping of tensor names to values, or an iterable of such pairs (then they are written as they come). ``"<module>.weight"`` may be a QuantizedMatrix; the
         rest are arrays (numpy or ml_dtypes) or StoredTensors and are stored as they are.
     dialect : "compressed-tensors", "fp_quant", or "mrgptq" for what only our own runtime carries out.
-    config : the model's config.json as a dict; ``quantization_config`` is added.
+    config : the model's config.json as a dict; ``quantization_config`` is added, and for "compressed-tensors" the type that the model computes in becomes bfloat16, the one its loaders unpack to.
     side_files : paths of small files to copy beside it, such as the tokenizer's.
     max_shard_bytes : a file is closed before it grows beyond that.
     expected_bytes : refuse at once if the filesystem has less room.
@@ -82,7 +82,7 @@ def save(
         target.check(scheme)
         ignore = _unquantised_linears(kept)
         recipe = next(iter(quantised.values()))[1]
-        writer.write_json("config.json", {**(config or {}), "quantization_config": target.config(scheme, ignore)})
+        writer.write_json("config.json", {**target.model_config(config or {}), "quantization_config": target.config(scheme, ignore)})
         writer.write_json(RECORD_NAME, _record(quantised, recipe, dialect))
         writer.write_text("README.md", model_card(scheme, dialect, target.loaders(scheme), recipe, Path(path).name))
         for file in side_files:

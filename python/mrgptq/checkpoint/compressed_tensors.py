@@ -99,6 +99,15 @@ def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     }
 
 
+def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config.json with bfloat16 as what it computes in: the library unpacks FP4 to bfloat16 whatever a model's own type, and a float16 or float32 one then fails on its first product."""
+    if not config:
+        return {}
+    parts = {name: model_config(part) if name == "text_config" and isinstance(part, Mapping) else part for name, part in config.items()}
+    keys = [key for key in ("dtype", "torch_dtype") if key in parts] or ["dtype"]
+    return parts | dict.fromkeys(keys, "bfloat16")
+
+
 def _transform_config(k: int, ignore: list[str]) -> dict[str, Any]:
     apply = [{"targets": ["Linear"], "location": location, "inverse": inverse, "ignore": ignore} for location, inverse in (("input", False), ("weight_input", True))]
     return {"config_groups": {_TRANSFORM: {"type": "hadamard", "randomize": False, "requires_grad": False, "head_dim": k, "precision": "torch.bfloat16", "apply": apply}}}

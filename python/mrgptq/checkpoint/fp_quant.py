@@ -67,6 +67,11 @@ def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
     return {f"{module}.{part}": tensor for part, tensor in zip(_PARTS, tensors, strict=True)}
 
 
+def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config.json as it is."""
+    return dict(config)
+
+
 def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
     return {

@@ -34,6 +34,11 @@ def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
     return {name: tensor for name, tensor in (tensors | divisor).items() if not name.endswith("v_input.weight")}
 
 
+def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config.json as it is."""
+    return dict(config)
+
+
 def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
     activations = {"format": scheme.activations, "rule": scheme.activation_rule, "mx_rule": scheme.activation_mx_rule} if scheme.activations else None

@@ -38,7 +38,8 @@ def stream_writers(block: torch.nn.Module, batch: torch.Tensor, kwargs: Kwargs) 
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(module, torch.nn.Linear) and output.shape == batch.shape:
+            # Routers derived from a linear layer may give several tensors; what adds nothing would seem to write anywhere.
+            if isinstance(module, torch.nn.Linear) and isinstance(output, torch.Tensor) and output.shape == batch.shape and output.any():
                 outputs[path] = output
             read.extend(x for x in args if isinstance(x, torch.Tensor) and x.shape == batch.shape)
 
