@@ -46,7 +46,7 @@ TYPED_TEST(Forms, QuadraticIsTheDoubleLoop) {
 }
 
 TYPED_TEST(Forms, TogetherAreThoseOfEachDifference) {
-    const Index rows = 70, cols = 300;
+    const Index rows = 230, cols = 300;  // two tiles a band and one thread
     const Matrix<float> w = random_matrix(rows, cols), q1 = random_matrix(rows, cols, 6), q2(rows, cols), narrow(rows, cols - 1);
     const Matrix<double> h = random_second_moment(cols);
     Matrix<float> e(rows, cols);
