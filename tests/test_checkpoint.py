@@ -207,7 +207,7 @@ def test_card_and_record(saved):
     if kind.dialect == "compressed-tensors":
         assert all((word in card) == bool(kind.rotation) for word in ("apply_transform_config", "transformers ignores it", f"Hadamard {kind.rotation}"))
     else:
-        assert "both apply the rotation" in card
+        assert ("both apply the rotation and round" in card) == bool(kind.rotation) and ("both round the activations" in card) != bool(kind.rotation)
 
 
 @pytest.mark.parametrize("kind", KINDS[2::5], ids=str)

@@ -185,6 +185,16 @@ def test_every_script_is_run_above():
     assert all(path.stem in measuring or "__main__" in path.read_text() for path in files if path.name.startswith("bench_"))
 
 
+@pytest.mark.parametrize(("amount", "medians", "ratios"), [(None, (2.0, 6.0), {"peer": 3.0, "bound": 0.5}), ({"ours": 4.0, "peer": 3.0}, (2.0, 0.5), {"peer": 4.0, "bound": 2.0})])
+def test_a_ratio_says_how_many_times_as_fast(amount, medians, ratios, monkeypatch):
+    """2 s against 6 s, then rates: 4 units in 2 s against 3 in 6 s; the bound is 1 s, then 1 unit a second."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    timing = importlib.import_module("timing")
+    timings = {"ours": timing.Timing((2.0, 2.0, 3.0)), "peer": timing.Timing((6.0,))}
+    ours, peer = timing.records("room", "work", "shape", "unit", 1, timings, amount=amount, against={"ours": ("peer", "absent")}, bound=("bound", 1.0))
+    assert (ours["median"], peer["median"]) == medians and ours["ratios"] == ratios and set(peer["ratios"]) == {"bound"}
+
+
 RESULT = {"room": "gptq", "work": "solve", "contender": "mrgptq", "shape": "4 × 4", "unit": "s", "median": 0.25, "low": 0.2, "high": 0.3, "threads": 1, "ratios": {"peer": 2.0, "bound": 0.5}}
 MACHINE = {"caches": {"L2": "1024K"}, "blas": [], "packages": {"numpy": "2", "torch": None}, "cores": 2, "cpu": "A", "hypervisor": True, "flags": ["fma"], "governor": None, "revision": "abc", "python": "3",
            "build": {"version": "1", "isa": "v3", "compiler": "GNU"}}  # fmt: skip

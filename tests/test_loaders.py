@@ -18,6 +18,7 @@ from scipy.linalg import hadamard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import mrgptq as mg
+from mrgptq.checkpoint import compressed_tensors
 from mrgptq.jobs import make_plan, quantize_checkpoint, with_rotation
 
 SCHEMES = [(format, activations, rotation) for format, k in (("nvfp4", 16), ("mxfp4", 32)) for activations in (None, format) for rotation in (None, k)]
@@ -141,6 +142,12 @@ def test_a_model_of_another_type_loads_like_one_of_bfloat16(dtype, key, leaf_fol
     assert [record.getMessage() for record in caplog.records] == [f"config.json will say {key} bfloat16 instead of {name}: the loaders of compressed-tensors unpack weights to it"] * bool(key)
     got, expected = (logits(AutoModelForCausalLM.from_pretrained(tmp_path / folder), tokens) for folder in ("out", "expected"))
     assert torch.equal(got, expected) if dtype == torch.float32 else (got - expected).float().std() < 0.1 * expected.float().std()
+
+
+def test_the_type_is_set_wherever_a_configuration_names_it():
+    config = {"torch_dtype": "float16", "text_config": {"dtype": "float32", "hidden_size": 64}, "vision_config": {"dtype": "float32"}}
+    expected = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "hidden_size": 64}, "vision_config": {"dtype": "float32"}}
+    assert compressed_tensors.model_config(config) == expected and config["text_config"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])

@@ -123,4 +123,5 @@ def _rotation(matrix: NDArray[np.float32], where: str) -> Rotation:
 
 def loaders(scheme: Scheme) -> str:
     """What reads such a checkpoint, in sentences."""
-    return "Loads in transformers with fp_quant and QuTLASS on a GPU, and in vLLM on Blackwell; both apply the rotation and round the activations. Nothing runs it on a CPU but `mrgptq evaluate`."
+    turned = "apply the rotation and " if scheme.rotation else ""
+    return f"Loads in transformers with fp_quant and QuTLASS on a GPU, and in vLLM on Blackwell; both {turned}round the activations. Nothing runs it on a CPU but `mrgptq evaluate`."
