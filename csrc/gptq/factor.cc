@@ -7,7 +7,6 @@
 #include <string>
 
 #include "base/check.h"
-#include "base/large_pages.h"
 #include "base/parallel.h"
 #include "linalg/cholesky.h"
 
@@ -23,7 +22,6 @@ Order order_named(std::string_view name) {
 Factor::Factor(MatrixView<const double> h, Order order, double damping, Index group_size, int threads) : order_(static_cast<std::size_t>(h.cols)), damping_(damping), kind_(order) {
     check(h.rows == h.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); it must be square");
     check(damping >= 0, "damping is " + std::to_string(damping) + "; it must be 0 or more");
-    constexpr Index line = 8;    // doubles; so many lie between a column's end and the next one's start: columns a power of two apart would share one set of the caches
     constexpr Index grain = 16;  // columns of the factor that a thread fills at a time
     const Index n = h.cols;
     std::iota(order_.begin(), order_.end(), Index{0});
@@ -59,9 +57,8 @@ Factor::Factor(MatrixView<const double> h, Order order, double damping, Index gr
     std::vector<Index> dead;  // positions
     for (Index p = 0; p < n; ++p)
         if (h.row(column(p))[column(p)] == 0) dead.push_back(p);
-    storage_.resize(n + line, n);
-    prefer_large_pages(storage_.data(), static_cast<std::size_t>(storage_.size()) * sizeof(double));
-    auto unit = storage_.topRows(n);
+    storage_ = Buffer<double>((n + line) * n);
+    Eigen::Map<Columns<double>, Eigen::Unaligned, Eigen::OuterStride<>> unit(storage_.data(), n, n, Eigen::OuterStride<>(n + line));
     for (;; damping_ = damping_ == 0 ? 0.01 : damping_ * 10) {
         parallel_for_ranges(n, grain, threads, [&](Index first, Index last) {
             for (Index p = first; p < last; ++p) {

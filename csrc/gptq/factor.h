@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/buffer.h"
 #include "base/matrix_view.h"
 #include "gptq/eigen.h"
 
@@ -42,7 +43,7 @@ public:
     Index column(Index position) const noexcept { return order_[static_cast<std::size_t>(cols() - 1 - position)]; }
 
     // By reversed position. Strictly below the diagonal L[k,p] / L[p,p], on it ones, strictly above it R itself, which saves a matrix: whoever wants both has both.
-    Strided<double> unit() const noexcept { return {storage_.data(), cols(), cols(), Eigen::OuterStride<>(storage_.outerStride())}; }
+    Strided<double> unit() const noexcept { return {storage_.data(), cols(), cols(), Eigen::OuterStride<>(cols() + line)}; }
     const Eigen::VectorXd& pivots() const noexcept { return pivots_; }      // L[p,p]²
     const Eigen::VectorXd& diagonal() const noexcept { return diagonal_; }  // R[p,p]
 
@@ -53,7 +54,9 @@ private:
     bool usable_ = false;
     Order kind_;
     double lambda_ = 0, dead_weight_ = 1;
-    Columns<double> storage_;  // unit(), and a few unused rows below
+    static constexpr Index line = 8;  // doubles; so many lie between a column's end and the next one's start: columns a power of two apart would share one set of the caches
+    Buffer<double> storage_;
+
     Eigen::VectorXd pivots_, diagonal_;
 };
 

@@ -1,9 +1,9 @@
 #include "gptq/hessian.h"
 
 #include <algorithm>
-#include <memory>
 #include <string>
 
+#include "base/buffer.h"
 #include "base/check.h"
 #include "base/parallel.h"
 #include "linalg/lanes.h"
@@ -12,67 +12,120 @@
 namespace mrgptq {
 namespace {
 
-constexpr Index panel_tokens = 256;
+constexpr Index panel_tokens = 2 * product_depth;
 constexpr Index block = 128;  // rows and columns of the sum that a thread takes at a time
-constexpr Index most_panels = 8;  // that one visit of a block adds: the sum, in float64, is read and written once for all of them
-static_assert(panel_tokens % product_depth == 0 && block % lanes == 0);
+constexpr Index most_panels = 16;  // that one visit of a block adds: the sum, in float64, is read and written once for all of them
+static_assert(block % lanes == 0);
 
+// Lanes of a panel: (256, 32) for each 32 columns.
 Index padded(Index cols) noexcept { return (cols + lanes - 1) / lanes * lanes; }
-
-// A panel is kept twice: as lanes for the left factor, (256, 32) for each 32 columns, and behind them as strips for the right one, (256, kernel_cols) each.
-Index half_size(Index cols) noexcept { return padded(cols) * panel_tokens; }
-Index panel_size(Index cols) noexcept { return 2 * half_size(cols); }
-
-// `width` columns of some tokens, zeros for those that are not there.
-template <Index width>
-void copy_columns(const float* from, Index stride, Index tokens, Index here, float* to) noexcept {
-    for (Index t = 0; t < tokens; ++t, from += stride, to += width) {
-        if (here == width)
-            for (Index c = 0; c < width; ++c) to[c] = from[c];
-        else
-            std::fill(std::copy_n(from, here, to), to + width, 0.0f);
-    }
-}
+Index panel_size(Index cols) noexcept { return padded(cols) * panel_tokens; }
 
 // Some tokens of x to places from `place` on, 32 columns after 32 columns: token after token would touch a page for every few values.
 void copy_tokens(MatrixView<const float> x, Index first_token, Index tokens, Index place, float* panel) noexcept {
-    const Index cols = x.cols;
-    for (Index first = 0; first < cols; first += lanes) {
+    constexpr Index ahead = 4;  // tokens: memory does not foresee the steps between them
+    for (Index first = 0; first < x.cols; first += lanes) {
+        const Index here = std::min(lanes, x.cols - first);
         const float* from = x.row(first_token) + first;
-        copy_columns<lanes>(from, x.row_stride, tokens, std::min(lanes, cols - first), panel + first * panel_tokens + place * lanes);
-        for (Index c = 0; c < lanes; c += kernel_cols)
-            copy_columns<kernel_cols>(from + c, x.row_stride, tokens, std::clamp<Index>(cols - first - c, 0, kernel_cols), panel + half_size(cols) + (first + c) * panel_tokens + place * kernel_cols);
+        float* to = panel + first * panel_tokens + place * lanes;
+        for (Index t = 0; t < tokens; ++t, from += x.row_stride, to += lanes) {
+            __builtin_prefetch(from + ahead * x.row_stride);
+            __builtin_prefetch(from + ahead * x.row_stride + lanes / 2);
+            if (here == lanes)
+                for (Index c = 0; c < lanes; ++c) to[c] = from[c];
+            else
+                std::fill(std::copy_n(from, here, to), to + lanes, 0.0f);
+        }
     }
+}
+
+// A tile of the sum is kernel_cols of its rows by kernel_rows of its columns. So many cache lines hold its values, and one is sent for every few steps of a chain: it comes from afar.
+constexpr Index tile_lines = kernel_cols * kernel_rows<float> * Index{sizeof(double)} / Index{cache_line}, steps_a_line = product_depth / tile_lines;
+constexpr Index floats_a_line = cache_line / sizeof(float), doubles_a_line = cache_line / sizeof(double), lines_a_row = kernel_rows<float> / doubles_a_line;
+static_assert(tile_lines * steps_a_line == product_depth && lines_a_row * doubles_a_line == kernel_rows<float>);
+
+// Products of the first half of a panel's tokens. `columns` and `rows` are lanes of the panel; the next panel's share of this tile, as many lines as the tile's own, is at `next`.
+void begin_tile(const float* columns, const float* rows, const float* next, float* product) noexcept {
+    const auto send = [&](Index k) {
+        if (k % steps_a_line == 0) __builtin_prefetch(next + k / steps_a_line * floats_a_line, 0, 2);
+    };
+    sum_tile(product_depth, columns, lanes, rows, lanes, send, [&](Index j, Vector<float> low, Vector<float> high) {
+        store(product + j * lanes, low);
+        store(product + j * lanes + vector_size<float>, high);
+    });
+}
+
+// to = from + (product + the products of the other half).
+void end_tile(const float* columns, const float* rows, const float* next, const float* product, MatrixView<const double> from, MatrixView<double> to) noexcept {
+    const auto send = [&](Index k) {
+        if (k % steps_a_line != 0) return;
+        const Index line = k / steps_a_line;
+        __builtin_prefetch(next + line * floats_a_line, 0, 2);
+        __builtin_prefetch(from.row(line / lines_a_row) + line % lines_a_row * doubles_a_line, 1);
+    };
+    const auto add = [&](Index j, Index lane, Vector<float> sum) {
+        const auto both = widened(load(product + j * lanes + lane) + sum);
+        for (const Vector<double>& half : both) {
+            store<double>(to.row(j) + lane, load(from.row(j) + lane) + half);
+            lane += vector_size<double>;
+        }
+    };
+    sum_tile(product_depth, columns, lanes, rows, lanes, send, [&](Index j, Vector<float> low, Vector<float> high) {
+        add(j, 0, low);
+        add(j, vector_size<float>, high);
+    });
+}
+
+// The block of the sum at (row0, col0), on or below the diagonal, through all panels.
+void add_block(const float* panels, Index count, MatrixView<double> sum, Index row0, Index col0) {
+    const Index cols = sum.cols, height = std::min(block, padded(cols) - row0), width = std::min(block, padded(cols) - col0);
+    // Between the first panel and the last the block's sums lie together: a whole row apart, where a power of two, they would throw each other out of the caches. A block that the matrix's end
+    // cuts lies there from the beginning to the end.
+    const Buffer<double> room(block * block);
+    const MatrixView<double> total{room.data(), block, block, block}, own{sum.row(row0) + col0, block, block, sum.row_stride};
+    const Index own_rows = std::min(block, cols - row0), own_cols = std::min(block, cols - col0);
+    const bool cut = own_rows < block || own_cols < block;
+    if (cut) {
+        std::fill_n(room.data(), block * block, 0.0);
+        for (Index r = 0; r < own_rows; ++r) std::copy_n(own.row(r), own_cols, total.row(r));
+    }
+    alignas(cache_line) float product[block * lanes];
+    for (Index p = 0; p < count; ++p) {
+        const float *panel = panels + p * panel_size(cols), *next = p + 1 < count ? panel + panel_size(cols) : panel;
+        const MatrixView<double> from = p == 0 && !cut ? own : total, to = p + 1 == count && !cut ? own : total;
+        Index tiles = 0;  // done
+        const auto next_share = [&] {
+            constexpr Index half = block * panel_tokens;
+            const Index place = tiles++ * tile_lines * floats_a_line;
+            return place < half ? next + col0 * panel_tokens + place : next + row0 * panel_tokens + place - half;
+        };
+        for (Index col = 0; col < width; col += lanes) {
+            const Index first = row0 == col0 ? col : 0;  // tiles above the diagonal are left out
+            const auto visit = [&](Index tokens, auto&& tile) {
+                for (Index lane = 0; lane < lanes; lane += kernel_rows<float>)
+                    for (Index row = first; row < height; row += kernel_cols) {
+                        const Index place = row0 + row;
+                        tile(panel + (col0 + col) * panel_tokens + tokens * lanes + lane, panel + place / lanes * lanes * panel_tokens + tokens * lanes + place % lanes, row, lane);
+                    }
+            };
+            visit(0, [&](const float* columns, const float* rows, Index row, Index lane) { begin_tile(columns, rows, next_share(), product + row * lanes + lane); });
+            visit(product_depth, [&](const float* columns, const float* rows, Index row, Index lane) {
+                const auto at = [&](MatrixView<double> sums) { return MatrixView<double>{sums.row(row) + col + lane, kernel_cols, kernel_rows<float>, sums.row_stride}; };
+                end_tile(columns, rows, next_share(), product + row * lanes + lane, at(from), at(to));
+            });
+        }
+    }
+    if (cut)
+        for (Index r = 0; r < own_rows; ++r) std::copy_n(total.row(r), own_cols, own.row(r));
 }
 
 // sum += panelᵀ panel for one panel after another on the lower triangle, block by block; tokens behind the last of a panel are zeros.
 void add_products(const float* panels, Index count, MatrixView<double> sum, int threads) {
-    const Index cols = sum.cols;
-    const Index blocks = (cols + block - 1) / block;
+    const Index blocks = (sum.cols + block - 1) / block;
     parallel_for(blocks * (blocks + 1) / 2, threads, [&](Index piece) {
         Index i = 0;
         while ((i + 1) * (i + 2) / 2 <= piece) ++i;
-        const Index row0 = i * block, col0 = (piece - i * (i + 1) / 2) * block;
-        const Index rows = std::min(block, cols - row0), row_end = std::min(row0 + block, padded(cols)), col_end = std::min(col0 + block, padded(cols));
-        for (Index col = col0; col < col_end; col += lanes) {
-            const Index width = std::min(lanes, cols - col);
-            // The sum's own rows lie a whole row apart, where a power of two would throw each other out of the caches between two panels.
-            alignas(64) double total[block * lanes] = {};
-            for (Index r = 0; r < rows; ++r)
-                for (Index c = 0; c < width; ++c) total[r * lanes + c] = sum.row(row0 + r)[col + c];
-            for (Index p = 0; p < count; ++p) {
-                const float *panel = panels + p * panel_size(cols), *strips = panel + half_size(cols);
-                alignas(64) float product[block * lanes] = {};
-                for (Index depth = 0; depth < panel_tokens; depth += product_depth)
-                    for (Index lane = 0; lane < lanes; lane += kernel_rows<float>)
-                        for (Index row = row0; row < row_end; row += kernel_cols)
-                            multiply_tile<float, false>(product_depth, panel + col * panel_tokens + depth * lanes + lane, lanes, strips + row * panel_tokens + depth * kernel_cols, kernel_cols,
-                                                        product + (row - row0) * lanes + lane, lanes);
-                for (Index i = 0; i < rows * lanes; ++i) total[i] += static_cast<double>(product[i]);
-            }
-            for (Index r = 0; r < rows; ++r)
-                for (Index c = 0; c < width; ++c) sum.row(row0 + r)[col + c] = total[r * lanes + c];
-        }
+        add_block(panels, count, sum, i * block, (piece - i * (i + 1) / 2) * block);
     });
 }
 
@@ -81,7 +134,8 @@ void add_products(const float* panels, Index count, MatrixView<double> sum, int 
 Hessian::Hessian(Index cols) : cols_(cols) {
     check(cols > 0, "a Hessian needs at least one column, got " + std::to_string(cols));
     sum_.resize(static_cast<std::size_t>(cols) * cols);
-    panel_.resize(static_cast<std::size_t>(panel_size(cols)));
+    panel_ = Buffer<float>(panel_size(cols));
+    empty_panel();
 }
 
 void Hessian::update(MatrixView<const float> x, int threads) {
@@ -98,13 +152,16 @@ void Hessian::update(MatrixView<const float> x, int threads) {
         done = std::min(x.rows, panel_tokens - panel_tokens_);
         take(0, done, panel_tokens_, panel_.data());
         panel_tokens_ += done;
-        if (panel_tokens_ == panel_tokens) clear_panel(threads);
+        if (panel_tokens_ == panel_tokens) {
+            add_products(panel_.data(), 1, view(), threads);
+            empty_panel();
+        }
     }
     if (const Index whole = std::min((x.rows - done) / panel_tokens, most_panels); whole > 0) {
-        const auto panels = std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(whole * panel_size(cols_)));
+        const Buffer<float> panels(whole * panel_size(cols_));
         for (Index count; (count = std::min((x.rows - done) / panel_tokens, whole)) > 0; done += count * panel_tokens) {
-            take(done, count * panel_tokens, 0, panels.get());
-            add_products(panels.get(), count, view(), threads);
+            take(done, count * panel_tokens, 0, panels.data());
+            add_products(panels.data(), count, view(), threads);
         }
     }
     if (done < x.rows) {
@@ -114,10 +171,9 @@ void Hessian::update(MatrixView<const float> x, int threads) {
     tokens_ += x.rows;
 }
 
-// Adds the panel under way and empties it: zeros behind the last token are what a shorter panel counts on.
-void Hessian::clear_panel(int threads) {
-    add_products(panel_.data(), 1, view(), threads);
-    std::fill(panel_.begin(), panel_.end(), 0.0f);
+// Zeros behind the last token are what a shorter panel counts on.
+void Hessian::empty_panel() noexcept {
+    std::fill_n(panel_.data(), panel_size(cols_), 0.0f);
     panel_tokens_ = 0;
 }
 

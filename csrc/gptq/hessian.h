@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "base/buffer.h"
 #include "base/matrix_view.h"
 
 namespace mrgptq {
@@ -28,12 +29,12 @@ public:
 
 private:
     MatrixView<double> view() noexcept { return {sum_.data(), cols_, cols_, cols_}; }
-    void clear_panel(int threads);
+    void empty_panel() noexcept;
 
     Index cols_;
     Index tokens_ = 0;
     std::vector<double> sum_;    // (cols, cols) row-major, lower triangle
-    std::vector<float> panel_;   // the panel under way, 256 tokens in strips of 32 columns, zero behind the last token
+    Buffer<float> panel_;        // the panel under way, (256, 32) for each 32 columns, zero behind the last token
     Index panel_tokens_ = 0;
 };
 

@@ -3,6 +3,7 @@
 // This room alone fuses: its sums decide codes, which are promised per level. Codecs and rotations promise the same bytes on every level and use none of it.
 #pragma once
 
+#include <array>
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -45,6 +46,14 @@ inline void store(Real* to, Vector<Real> v) noexcept {
 template <class Real>
 inline Vector<Real> splat(Real x) noexcept {
     return x - Vector<Real>{};
+}
+
+// The two halves of a vector of floats.
+inline std::array<Vector<double>, 2> widened(Vector<float> v) noexcept {
+    typedef float Half __attribute__((vector_size(vector_bytes / 2)));
+    std::array<Half, 2> halves;
+    std::memcpy(&halves, &v, sizeof(v));
+    return {__builtin_convertvector(halves[0], Vector<double>), __builtin_convertvector(halves[1], Vector<double>)};
 }
 
 // a * b + c, rounded once where the level can (v2 cannot and rounds twice).
