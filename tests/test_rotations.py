@@ -201,6 +201,25 @@ def test_what_is_written_to_a_hessian_later_does_not_reach_its_factor(rotation, 
         assert np.array_equal(factor.hessian, kept)
 
 
+@pytest.mark.parametrize("rotation", [None, mg.Hadamard(16)])
+def test_a_factor_keeps_the_callers_array_only_where_it_may(rotation):
+    h = second_moment(64)
+    h = (h + h.T) / 2
+    given = h.copy()
+    factor = mg.Factor(given, rotation=rotation, copy=False)
+    assert np.shares_memory(factor.hessian, given) == (rotation is None)
+    assert np.array_equal(factor.hessian, mg.Factor(h, rotation=rotation).hessian)
+    assert given.flags.writeable
+    assert rotation is not None or not factor.hessian.flags.writeable
+    given[3, 5] *= 1 + 1e-9  # made symmetric, and so not kept
+    uneven = given.copy()
+    factor = mg.Factor(given, rotation=rotation, copy=False)
+    assert not np.shares_memory(factor.hessian, given)
+    assert np.array_equal(given, uneven)
+    assert np.array_equal(factor.hessian, factor.hessian.T)
+    assert not np.shares_memory(mg.Factor(h.astype(np.float32), rotation=rotation, copy=False).hessian, h)
+
+
 def test_rotations_are_values():
     assert mg.Hadamard(16) == mg.Hadamard(np.int64(16)) == rotation_of(16) != mg.Hadamard(32)
     assert mg.Identity() == rotation_of(None) != mg.Hadamard(16)

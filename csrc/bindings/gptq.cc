@@ -68,9 +68,9 @@ void register_gptq(py::module_& module) {
         without_gil([&] { shift_to_inputs(in, in_cross, in_stream, in_h, factor, strength, out, threads); });
         return target;
     });
-    module.def("make_symmetric", [](const py::array& h, py::array& out, int threads) {
+    module.def("make_symmetric", [](const py::array& h, std::optional<py::array>& out, int threads) {
         const auto in = view<double>(h);
-        const auto to = writable<double>(out);
+        const auto to = out ? writable<double>(*out) : MatrixView<double>{};
         const Symmetry found = without_gil([&] { return make_symmetric(in, to, threads); });
         return py::make_tuple(found.nonfinite, found.largest, found.apart, found.row, found.col);
     });

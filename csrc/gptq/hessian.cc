@@ -39,17 +39,14 @@ void copy_tokens(MatrixView<const float> x, Index first_token, Index tokens, Ind
     }
 }
 
-// A tile of the sum is kernel_cols of its rows by kernel_rows of its columns. So many cache lines hold its values, and one is sent for every few steps of a chain: it comes from afar.
-constexpr Index tile_lines = kernel_cols * kernel_rows<float> * Index{sizeof(double)} / Index{cache_line}, steps_a_line = product_depth / tile_lines;
+// A tile of the sum is kernel_cols of its rows by kernel_rows of its columns, and so many cache lines. The next panel's share of a block is as many lines for each of the tiles' halves.
+constexpr Index tile_lines = kernel_cols * kernel_rows<float> * Index{sizeof(double)} / Index{cache_line};
 constexpr Index floats_a_line = cache_line / sizeof(float), doubles_a_line = cache_line / sizeof(double), lines_a_row = kernel_rows<float> / doubles_a_line;
-static_assert(tile_lines * steps_a_line == product_depth && lines_a_row * doubles_a_line == kernel_rows<float>);
+static_assert(2 * block * panel_tokens == 2 * (block / kernel_cols) * (block / kernel_rows<float>) * tile_lines * floats_a_line && lines_a_row * doubles_a_line == kernel_rows<float>);
 
-// Products of the first half of a panel's tokens. `columns` and `rows` are lanes of the panel; the next panel's share of this tile, as many lines as the tile's own, is at `next`.
+// Products of the first half of a panel's tokens. `columns` and `rows` are lanes of the panel, `next` is this tile's share of the next one.
 void begin_tile(const float* columns, const float* rows, const float* next, float* product) noexcept {
-    const auto send = [&](Index k) {
-        if (k % steps_a_line == 0) __builtin_prefetch(next + k / steps_a_line * floats_a_line, 0, 2);
-    };
-    sum_tile(product_depth, columns, lanes, rows, lanes, send, [&](Index j, Vector<float> low, Vector<float> high) {
+    sum_tile(product_depth, columns, lanes, rows, lanes, SendAhead<tile_lines>{next}, [&](Index j, Vector<float> low, Vector<float> high) {
         store(product + j * lanes, low);
         store(product + j * lanes + vector_size<float>, high);
     });
@@ -57,15 +54,14 @@ void begin_tile(const float* columns, const float* rows, const float* next, floa
 
 // to = from + (product + the products of the other half).
 void end_tile(const float* columns, const float* rows, const float* next, const float* product, MatrixView<const double> from, MatrixView<double> to) noexcept {
+    using Next = SendAhead<tile_lines>;
     const auto send = [&](Index k) {
-        if (k % steps_a_line != 0) return;
-        const Index line = k / steps_a_line;
-        __builtin_prefetch(next + line * floats_a_line, 0, 2);
-        __builtin_prefetch(from.row(line / lines_a_row) + line % lines_a_row * doubles_a_line, 1);
+        Next{next}(k);
+        const Index line = k / Next::steps;
+        if (k % Next::steps == 0) __builtin_prefetch(from.row(line / lines_a_row) + line % lines_a_row * doubles_a_line, 1);
     };
     const auto add = [&](Index j, Index lane, Vector<float> sum) {
-        const auto both = widened(load(product + j * lanes + lane) + sum);
-        for (const Vector<double>& half : both) {
+        for (const Vector<double>& half : widened(load(product + j * lanes + lane) + sum)) {
             store<double>(to.row(j) + lane, load(from.row(j) + lane) + half);
             lane += vector_size<double>;
         }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/buffer.h"
 #include "base/parallel.h"
 #include "linalg/lanes.h"
 
@@ -87,18 +88,18 @@ void solve_rows(const Square& square, double* x) noexcept {
     }
 }
 
-// The rows below a panel, packed both ways: `height` of them together as the left factor of what they take off the rest, in strips as the right one. Room for the first panel's, which has most.
-struct Below {
-    Index first = 0, width = 0;  // the matrix's row that is the first here; the panel's columns
-    std::unique_ptr<double[]> left, right;
+// A turn factorises so many panels, and then takes them off what lies to their right together: each of its elements is read and written once for all of them. More would not stay in the second cache.
+constexpr Index panels = 2;
 
-    explicit Below(Index most_rows) {
-        const auto size = static_cast<std::size_t>((most_rows + height - 1) / height * height * panel);
-        left = std::make_unique_for_overwrite<double[]>(size);
-        right = std::make_unique_for_overwrite<double[]>(size);
-    }
-    double* of_rows(Index row) noexcept { return left.get() + (row - first) * width; }
-    double* of_strip(Index row) noexcept { return right.get() + (row - first) * width; }
+// The rows below a turn's panels as the products want them, panel by panel: `height` rows together, column by column.
+struct Below {
+    Index first, rows;  // from the turn's first row on, though a panel has none before its own end
+    Buffer<double> data;
+
+    explicit Below(Index n) : first(0), rows((n + height - 1) / height * height), data(panels * rows * panel) {}
+    double* of_rows(Index number, Index row) const noexcept { return data.data() + number * rows * panel + (row - first) * panel; }
+    // Columns of the matrix are rows of the factor too: element (k, j) of the right one is at [k * height + j].
+    const double* of_columns(Index number, Index col) const noexcept { return of_rows(number, col - (col - first) % height) + (col - first) % height; }
 };
 
 // Columns of `rows` rows between the matrix and pieces of `height` rows, one piece after the other, down a column at a time as memory likes it; rows that are not there are zero in the pieces.
@@ -124,34 +125,48 @@ void unpack_rows(const double* x, Index width, Index rows, double* columns, Inde
 }
 
 // A tile of `height` rows by kernel_cols columns that the matrix's end or its diagonal cuts: worked out beside, and only what is the matrix's own and not above its diagonal copied back.
-void subtract_cut(Below& below, Index row, Index col, Index n, double* to, Index stride) noexcept {
+void subtract_cut(const Below& below, Index number, Index row, Index col, Index n, double* to, Index stride) noexcept {
     double tile[height * kernel_cols];
     const Index rows = std::min(height, n - row), cols = std::min(kernel_cols, n - col);
     for (Index j = 0; j < kernel_cols; ++j)
         for (Index r = 0; r < height; ++r) tile[j * height + r] = j < cols && r < rows && row + r >= col + j ? to[j * stride + r] : 0;
-    multiply_tile<double, true>(below.width, below.of_rows(row), height, below.of_strip(col), kernel_cols, tile, height);
+    multiply_tile<double, true>(panel, below.of_rows(number, row), height, below.of_columns(number, col), height, tile, height);
     for (Index j = 0; j < cols; ++j)
         for (Index r = 0; r < rows; ++r)
             if (row + r >= col + j) to[j * stride + r] = tile[j * height + r];
 }
 
-// Takes the panel's products off what lies to its right, on and below the diagonal of an (n, n) matrix.
-void subtract_products(Below& below, double* columns, Index n, Index stride, int threads) {
-    constexpr Index block = 256;  // rows and columns that a thread takes at a time: their factors, 256 KiB each, stay in the second cache
-    const Index begin = below.first, blocks = (n - begin + block - 1) / block;
-    parallel_for(blocks * (blocks + 1) / 2, threads, [&](Index piece) {
+// Takes the products of a turn's first `count` panels off columns [begin, end) of an (n, n) matrix, on and below the diagonal.
+void subtract_products(const Below& below, Index count, double* columns, Index begin, Index end, Index n, Index stride, int threads) {
+    constexpr Index block = 128;  // rows and columns that a thread takes at a time
+    constexpr Index tile_lines = height * kernel_cols * 2 * Index{sizeof(double)} * panel / block / Index{cache_line};  // of the factors' next rows, for each tile
+    const auto blocks = [&](Index from, Index to) { return (to - from + block - 1) / block; };
+    const Index wide = blocks(begin, end);
+    const auto in_row = [&](Index i) { return std::min(i + 1, wide); };
+    Index pieces = 0;
+    for (Index i = 0; count > 0 && i < blocks(begin, n); ++i) pieces += in_row(i);
+    parallel_for(pieces, threads, [&](Index piece) {
         Index i = 0;
-        while ((i + 1) * (i + 2) / 2 <= piece) ++i;
-        const Index first_row = begin + i * block, first_col = begin + (piece - i * (i + 1) / 2) * block;
-        for (Index row = first_row; row < std::min(first_row + block, n); row += height)
-            for (Index col = first_col; col < std::min(first_col + block, n); col += kernel_cols) {
-                if (row + height <= col) break;  // above the diagonal
-                double* to = columns + col * stride + row;
-                if (row < col + kernel_cols || row + height > n)
-                    subtract_cut(below, row, col, n, to, stride);
-                else
-                    multiply_tile<double, true>(below.width, below.of_rows(row), height, below.of_strip(col), kernel_cols, to, stride);
-            }
+        while (piece >= in_row(i)) piece -= in_row(i++);
+        const Index first_row = begin + i * block, first_col = begin + piece * block;
+        for (Index number = 0; number < count; ++number) {
+            // What the tiles send for: the same rows and columns of the next panel, behind the last one's those to the right.
+            const bool last = number + 1 == count;
+            const double *next_rows = below.of_rows(last ? 0 : number + 1, first_row), *next_cols = below.of_rows(last ? 0 : number + 1, last ? first_col + block : first_col);
+            Index sent = 0;  // doubles
+            for (Index row = first_row; row < std::min(first_row + block, n); row += height)
+                for (Index col = first_col; col < std::min(first_col + block, end); col += kernel_cols) {
+                    if (row + height <= col) break;  // above the diagonal
+                    double* to = columns + col * stride + row;
+                    if (row < col + kernel_cols || row + height > n) {
+                        subtract_cut(below, number, row, col, n, to, stride);
+                        continue;
+                    }
+                    const SendAhead<tile_lines> next{sent < block * panel ? next_rows + sent : next_cols + sent - block * panel};
+                    sent += tile_lines * Index{cache_line / sizeof(double)};
+                    multiply_tile<double, true>(panel, below.of_rows(number, row), height, below.of_columns(number, col), height, [=](Index j) { return to + j * stride; }, next);
+                }
+        }
     });
 }
 
@@ -159,25 +174,24 @@ void subtract_products(Below& below, double* columns, Index n, Index stride, int
 
 bool factorize(double* columns, Index n, Index stride, int threads) {
     constexpr Index rows_at_once = 128;  // of those below a panel, for a thread
-    Below below(std::max<Index>(n - panel, 0));
-    for (Index start = 0; start < n; start += panel) {
-        const Index width = std::min(panel, n - start);
-        below.width = width;
-        below.first = start + width;
-        double* corner = columns + start * stride + start;
-        if (!factorize_square(corner, width, stride)) return false;
-        if (below.first == n) break;
-        const Square square(corner, width, stride);
-        parallel_for_ranges(n - below.first, rows_at_once, threads, [&](Index begin, Index end) {
-            double *from = corner + width + begin, *rows = below.of_rows(below.first + begin);
-            pack_rows(from, stride, width, end - begin, rows);
-            for (Index row = below.first + begin; row < below.first + end; row += height) {
-                solve_rows(square, below.of_rows(row));
-                pack_strips(below.of_rows(row), height, Index{1}, width, height, below.of_strip(row));
-            }
-            unpack_rows(rows, width, end - begin, from, stride);
-        });
-        subtract_products(below, columns, n, stride, threads);
+    Below below(n);
+    for (Index turn = 0; turn < n; turn += panels * panel) {
+        below.first = turn;
+        for (Index number = 0; number < panels; ++number) {
+            const Index start = turn + number * panel, width = std::min(panel, n - start), under = start + width;
+            subtract_products(below, number, columns, start, under, n, stride, threads);
+            double* corner = columns + start * stride + start;
+            if (!factorize_square(corner, width, stride)) return false;
+            if (under == n) return true;
+            const Square square(corner, width, stride);
+            parallel_for_ranges(n - under, rows_at_once, threads, [&](Index begin, Index end) {
+                double *from = corner + width + begin, *rows = below.of_rows(number, under + begin);
+                pack_rows(from, stride, width, end - begin, rows);
+                for (Index row = under + begin; row < under + end; row += height) solve_rows(square, below.of_rows(number, row));
+                unpack_rows(rows, width, end - begin, from, stride);
+            });
+        }
+        subtract_products(below, panels, columns, turn + panels * panel, n, n, stride, threads);
     }
     return true;
 }

@@ -34,18 +34,24 @@ template <class Real, class Before, class After>
 }
 
 // column_at(j)[r] += or -= Σ_k a[k * a_stride + r] * b[k * b_stride + j]: columns of C that may stand anywhere.
-template <class Real, bool subtract, class Column>
-inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, const Column& column_at) noexcept {
+template <class Real, bool subtract, class Column, class Before>
+inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, const Column& column_at, Before&& before) noexcept {
     constexpr Index w = vector_size<Real>;
     for (Index j = 0; j < kernel_cols; ++j) {  // needed at the end: on its way meanwhile
         __builtin_prefetch(column_at(j), 1);
         __builtin_prefetch(column_at(j) + kernel_rows<Real> - 1, 1);
     }
-    sum_tile(depth, a, a_stride, b, b_stride, [](Index) {}, [&](Index j, Vector<Real> low, Vector<Real> high) {
+    sum_tile(depth, a, a_stride, b, b_stride, before, [&](Index j, Vector<Real> low, Vector<Real> high) {
         Real* column = column_at(j);
         store<Real>(column, subtract ? load(column) - low : load(column) + low);
         store<Real>(column + w, subtract ? load(column + w) - high : load(column + w) + high);
     });
+}
+
+// The same where nothing is sent for.
+template <class Real, bool subtract, class Column>
+inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, const Column& column_at) noexcept {
+    multiply_tile<Real, subtract>(depth, a, a_stride, b, b_stride, column_at, [](Index) {});
 }
 
 // The same where c_stride lies between columns.

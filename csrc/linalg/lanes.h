@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "base/buffer.h"
 #include "linalg/kernel.h"
 
 namespace mrgptq {
@@ -13,6 +14,19 @@ static_assert(lanes % kernel_rows<float> == 0 && lanes % kernel_rows<double> == 
 
 // Rows of the right factor that one chain sums: with as many columns of 32 lanes it fills half of the first cache.
 constexpr Index product_depth = 128;
+
+// Sends for adjacent cache lines from far away while a chain is summed, one every few of its steps: before(k) of sum_tile.
+template <Index lines>
+struct SendAhead {
+    static_assert(product_depth % lines == 0);
+    static constexpr Index steps = product_depth / lines;  // between two of them
+
+    const void* from;
+
+    void operator()(Index k) const noexcept {
+        if (k % steps == 0) __builtin_prefetch(static_cast<const char*>(from) + k / steps * Index{cache_line}, 0, 2);
+    }
+};
 
 constexpr Index strip_count(Index cols) noexcept { return (cols + kernel_cols - 1) / kernel_cols; }
 

@@ -102,7 +102,7 @@ struct Found {
 }  // namespace
 
 Symmetry make_symmetric(MatrixView<const double> h, MatrixView<double> out, int threads) {
-    const bool in_place = out.data == h.data;
+    const bool beside = out.data != nullptr && out.data != h.data, write = out.data != nullptr;
     const Grid grid(h);
     std::vector<Found> found(static_cast<std::size_t>(grid.tiles()));
     parallel_for(grid.tiles(), threads, [&](Index stripe) {
@@ -110,7 +110,7 @@ Symmetry make_symmetric(MatrixView<const double> h, MatrixView<double> out, int 
         grid.visit_upper(stripe, [&](Index row, Index col, Index rows, Index cols) {
             grid.prefetch_right(h, row, col);
             grid.prefetch_below(h, col, row);
-            if (!in_place) {
+            if (beside) {
                 grid.prefetch_right(out, row, col);
                 grid.prefetch_below(out, col, row);
             }
@@ -123,7 +123,7 @@ Symmetry make_symmetric(MatrixView<const double> h, MatrixView<double> out, int 
             }
             mine.largest = larger(mine.largest, largest);
             if (!any_bit(different | (largest > largest_finite))) {
-                if (in_place) return;
+                if (!beside) return;
                 store_square(upper, out.row(row) + col, out.row_stride, rows, cols);
                 store_square(lower, out.row(col) + row, out.row_stride, cols, rows);
             } else if (largest_lane(largest) > largest_finite) {
@@ -137,6 +137,7 @@ Symmetry make_symmetric(MatrixView<const double> h, MatrixView<double> out, int 
                     mean[i] = 0.5 * (upper[i] + mirrored[i]);
                 }
                 mine.note_gap(h, row, col, rows, cols, largest_lane(gaps));
+                if (!write) return;
                 store_square(mean, out.row(row) + col, out.row_stride, rows, cols);
                 store_square(turned(mean), out.row(col) + row, out.row_stride, cols, rows);
             }

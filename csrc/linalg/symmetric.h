@@ -12,7 +12,8 @@ struct Symmetry {
     Index row = 0, col = 0;
 };
 
-// out = (h + hᵀ) / 2, and what was found in h on the way. `out` may be h, of which nothing is then written that is as it should be; it may not overlap it otherwise.
+// out = (h + hᵀ) / 2, and what was found in h on the way. `out` may be h, of which nothing is then written that is as it should be; it may not overlap it otherwise. Without data it says that
+// h is only to be looked through.
 Symmetry make_symmetric(MatrixView<const double> h, MatrixView<double> out, int threads);
 
 // Both triangles of `out` become the lower one of h over `divisor`. `out` may be h; it may not overlap it otherwise.

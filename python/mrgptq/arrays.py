@@ -136,8 +136,8 @@ def as_scale(value: float, name: str) -> float:
     return float(number)
 
 
-def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *, threads: int | None = None) -> NDArray[np.float64]:
-    """A fresh float64 copy of a Hessian, exactly symmetric; ``cols`` None takes any size.
+def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *, copy: bool = True, threads: int | None = None) -> NDArray[np.float64]:
+    """A fresh float64 copy of a Hessian, exactly symmetric; ``cols`` None takes any size. Without ``copy`` an array that is float64 and exactly symmetric comes back as it is, to be read only.
 
     Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|), has a negative diagonal entry or a zero one beside others that are none.
     """
@@ -152,16 +152,22 @@ def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *,
         raise ValueError(f"{name} has shape {values.shape}; it must be square, (cols, cols)")
     if cols is not None and values.shape[0] != cols:
         raise ValueError(f"{name} has shape {values.shape}; a weight of {cols} columns needs ({cols}, {cols})")
-    if as_array is None and values.dtype == np.float64 and values.flags.c_contiguous and values.flags.aligned:
-        given, matrix = values, np.empty_like(values)  # the caller's own, which may change later
-    else:
-        given = matrix = values.astype(np.float64, order="C", copy=as_array is None)
+    own = as_array is None and values.dtype == np.float64 and values.flags.c_contiguous and values.flags.aligned  # the caller's
+    given = values if own else values.astype(np.float64, order="C", copy=as_array is None)
+    matrix = None if own and not copy else np.empty_like(values) if own else given
     nonfinite, largest, apart, row, col = _core.make_symmetric(given, matrix, as_threads(threads))
     if nonfinite >= 0:
         row, col = divmod(nonfinite, len(values))
         raise ValueError(f"{name} is {float(values[row, col])} at row {row}, column {col}; every entry must be finite")
     if not apart <= 1e-5 * largest:
         raise ValueError(f"{name} is not symmetric: entries ({row}, {col}) and ({col}, {row}) are {values[row, col]:.6g} and {values[col, row]:.6g}; allowed is a difference of 1e-5 of the largest entry")
+    if matrix is None:
+        if apart == 0:
+            matrix = given.view()
+            matrix.flags.writeable = False
+        else:
+            matrix = np.empty_like(given)
+            _core.make_symmetric(given, matrix, as_threads(threads))
     diagonal = matrix.diagonal()
     if not diagonal.min() >= 0:
         row = int(diagonal.argmin())

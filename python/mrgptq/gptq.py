@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_number, as_symmetric, as_threads, choose
-from .rotations import Hadamard, Identity, Rotation
+from .rotations import Hadamard, Identity, Rotation, rotate_hessian
 
 ORDERS = ("natural", "activation", "group")
 """The columns' visiting order: left to right; by descending diagonal of H; whole groups by the descending sum of their diagonals, inside a group likewise. Nothing is stored: groups and
@@ -103,6 +103,7 @@ class Factor:
     order : "activation" (descending diagonal of the rotated H), "group" (whole groups by the sum of theirs; searched scales and refinement need it) or "natural".
     group_size : columns in a group, for the order "group".
     damping : >= 0; λ relative to the mean of the live diagonal. If the factorisation fails it rises tenfold at a time (from 0.01 where it was 0) up to 1.
+    copy : False keeps the caller's own array where it is float64, exactly symmetric and not to be rotated; it must then stay as it is while the factor is in use.
 
     Attributes
     ----------
@@ -112,7 +113,7 @@ class Factor:
     tokens : int, or None for a plain array. seconds : wall time.
     """
 
-    def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, group_size: int | None = None, threads: int | None = None) -> None:
+    def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, group_size: int | None = None, copy: bool = True, threads: int | None = None) -> None:
         start = time.perf_counter()
         self.rotation = Identity() if rotation is None else rotation
         if not isinstance(self.rotation, (Identity, Hadamard)):
@@ -120,7 +121,7 @@ class Factor:
         self.order_name = choose("order", order, ORDERS)
         self.damping_asked = as_damping(damping)
         self.tokens = hessian.tokens if isinstance(hessian, Hessian) else None
-        self.hessian = self.rotation.apply_hessian(hessian, threads=threads)
+        self.hessian = rotate_hessian(self.rotation, hessian, copy=copy, threads=threads)
         self.group_size = self._group_size(group_size)
         self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked, self.group_size or 1, as_threads(threads))
         self.seconds = time.perf_counter() - start

@@ -14,13 +14,13 @@ from .formats import SCALE_SEARCHES, block_format
 from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_errors
 from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
-from .rotations import rotation_of
+from .rotations import rotate_hessian, rotation_of
 
 
-def make_factor(hessian: ArrayLike, recipe: Recipe | str, *, format: str | None = None, threads: int | None = None) -> Factor:
-    """The :class:`Factor` that layers with one input share under a recipe: pass it to ``quantize_layer(..., factor=)``."""
+def make_factor(hessian: ArrayLike, recipe: Recipe | str, *, format: str | None = None, copy: bool = True, threads: int | None = None) -> Factor:
+    """The :class:`Factor` that layers with one input share under a recipe: pass it to ``quantize_layer(..., factor=)``. ``copy`` is :class:`Factor`'s."""
     recipe = as_recipe(recipe, format)
-    return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, group_size=_group_size(recipe), threads=threads)
+    return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, group_size=_group_size(recipe), copy=copy, threads=threads)
 
 
 def shared_tensor_scale(weights: Sequence[ArrayLike], recipe: Recipe, *, threads: int | None = None) -> float | None:
@@ -119,13 +119,13 @@ def quantize_layer(
         if factor is None:
             if hessian is None:
                 raise ValueError('hessian is None; only a recipe with the solver "rtn" does without')
-            factor = make_factor(_checked_size(hessian, cols), recipe, threads=threads)
+            factor = make_factor(_checked_size(hessian, cols), recipe, copy=False, threads=threads)
         _check_factor(factor, recipe, cols)
         second_moment, tokens = factor.hessian, factor.tokens
     elif factor is not None:
         raise ValueError(f'factor is given, but the solver "{recipe.solver}" uses none; pass the hessian alone')
     elif hessian is not None:
-        second_moment, tokens = rotation.apply_hessian(_checked_size(hessian, cols), threads=threads), getattr(hessian, "tokens", None)
+        second_moment, tokens = rotate_hessian(rotation, _checked_size(hessian, cols), copy=False, threads=threads), getattr(hessian, "tokens", None)
 
     rotated = values if recipe.rotation is None else rotation.apply(values, threads=threads)
     outputs = None if output_hessian is None else _output_factor(output_hessian, values.shape[0], recipe, threads)
@@ -241,10 +241,10 @@ def _output_factor(output_hessian: ArrayLike, rows: int, recipe: Recipe, threads
     """The factor of the outputs' second moment, which no rotation of the inputs touches."""
     if recipe.solver != "gptq":
         raise ValueError(f'output_hessian is given, but the recipe\'s solver is "{recipe.solver}"; it needs "gptq"')
-    matrix = as_symmetric(output_hessian, None, "output_hessian", threads=threads)
+    matrix = as_symmetric(output_hessian, None, "output_hessian", copy=False, threads=threads)
     if len(matrix) != rows:
         raise ValueError(f"output_hessian has shape {matrix.shape}; a weight of {rows} rows needs ({rows}, {rows})")
-    return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, threads=threads)
+    return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, copy=False, threads=threads)
 
 
 def _with_dead_columns(hessian: NDArray[np.float64], damping: float) -> NDArray[np.float64]:

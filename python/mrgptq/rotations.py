@@ -131,6 +131,11 @@ class Hadamard:
 Rotation = Identity | Hadamard
 
 
+def rotate_hessian(rotation: Rotation, hessian: ArrayLike, *, copy: bool = True, threads: int | None = None) -> NDArray[np.float64]:
+    """``rotation.apply_hessian``, except that without ``copy`` the caller's own float64 array comes back, read-only, where it is exactly symmetric and stays as it is."""
+    return rotation.apply_hessian(hessian, threads=threads) if copy or isinstance(rotation, Hadamard) else as_symmetric(hessian, None, copy=False, threads=threads)
+
+
 def rotation_of(block_size: int | None) -> Rotation:
     """:class:`Hadamard` of that block size, :class:`Identity` for None."""
     return Identity() if block_size is None else Hadamard(block_size)
