@@ -127,7 +127,7 @@ std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector
             for (Index k = begin + width; k < n; k += block) {
                 const Index depth = std::min(block, n - k);
                 strips.pack(Scaled{h.row(k) + begin, of_h}, h.row_stride, 1, depth, width);
-                for (std::size_t t = 0; t < x.size(); ++t) strips.multiply(x[t].col(k).data(), 0, depth, width, products[t].data());
+                strips.multiply_tiles(x.size(), width, [&](std::size_t t) { return x[t].col(k).data(); }, [&](std::size_t t) { return products[t].data(); });
             }
             strips.pack(Scaled{h.row(begin) + begin, of_h}, h.row_stride, 1, width, width);
             for (std::size_t t = 0; t < x.size(); ++t) {
@@ -176,7 +176,7 @@ double coupled_form(MatrixView<const float> e, MatrixView<const double> a, Matri
                 for (Index r = 0; r < depth; ++r)
                     for (Index c = 0; c < width; ++c) scaled[static_cast<std::size_t>(r * block + c)] = e.row(k + r)[begin + c] * static_cast<float>(of_e);
                 strips.pack(scaled.data(), block, 1, depth, width);
-                for (std::size_t t = 0; t < x.size(); ++t) strips.multiply(weights[t].data(), 0, depth, width, mixed[t].col(begin).data());
+                strips.multiply_tiles(x.size(), width, [&](std::size_t t) { return weights[t].data(); }, [&](std::size_t t) { return mixed[t].col(begin).data(); });
             }
         }
         std::vector<Tile<Real>> products(x.size(), Tile<Real>(lanes, block));
@@ -186,7 +186,7 @@ double coupled_form(MatrixView<const float> e, MatrixView<const double> a, Matri
             for (Index k = 0; k < n; k += block) {
                 const Index depth = std::min(block, n - k);
                 strips.pack(Scaled{h.row(k) + begin, of_h}, h.row_stride, 1, depth, width);
-                for (std::size_t t = 0; t < x.size(); ++t) strips.multiply(mixed[t].col(k).data(), 0, depth, width, products[t].data());
+                strips.multiply_tiles(x.size(), width, [&](std::size_t t) { return mixed[t].col(k).data(); }, [&](std::size_t t) { return products[t].data(); });
             }
             for (std::size_t t = 0; t < x.size(); ++t) sums[t] += dot(products[t], x[t], begin, width);
         }

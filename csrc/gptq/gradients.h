@@ -32,9 +32,9 @@ public:
         rows_to_lanes(MatrixView<const Real>{p_.data() + place(begin, 0), spare_, width, block}, tile * lanes, p.data(), [](Index c) { return c; });
     }
 
-    // Adds the moves of the groups in [first, first + depth) times R's rows there and columns [begin, begin + width), which are `piece`.
-    void follow(const LeftStrips<Real>& piece, Index first, Index depth, Index begin, Index width) noexcept {
-        for (Index k = 0; k < depth; k += group_size_) {
+    // Adds the moves of the groups from column `first` on, as many columns as `piece` is deep, times R's rows there and columns [begin, begin + width), which are `piece`.
+    void follow(const LeftStrips<Real>& piece, Index first, Index begin, Index width) noexcept {
+        for (Index k = 0; k < piece.depth; k += group_size_) {
             const Moves& moves = moves_[static_cast<std::size_t>((first + k) / group_size_)];
             for (Index i = 0; i < moves.count; i += kernel_cols) {
                 std::array<Real*, kernel_cols> rows;

@@ -46,7 +46,7 @@ static_assert(2 * block * panel_tokens == 2 * (block / kernel_cols) * (block / k
 
 // Products of the first half of a panel's tokens. `columns` and `rows` are lanes of the panel, `next` is this tile's share of the next one.
 void begin_tile(const float* columns, const float* rows, const float* next, float* product) noexcept {
-    sum_tile(product_depth, columns, lanes, rows, lanes, SendAhead<tile_lines>{next}, [&](Index j, Vector<float> low, Vector<float> high) {
+    sum_tile(product_depth, columns, lanes, rows, lanes, SendAhead<tile_lines>(next), [&](Index j, Vector<float> low, Vector<float> high) {
         store(product + j * lanes, low);
         store(product + j * lanes + vector_size<float>, high);
     });
@@ -54,11 +54,11 @@ void begin_tile(const float* columns, const float* rows, const float* next, floa
 
 // to = from + (product + the products of the other half).
 void end_tile(const float* columns, const float* rows, const float* next, const float* product, MatrixView<const double> from, MatrixView<double> to) noexcept {
-    using Next = SendAhead<tile_lines>;
+    const SendAhead<tile_lines> ahead(next);
     const auto send = [&](Index k) {
-        Next{next}(k);
-        const Index line = k / Next::steps;
-        if (k % Next::steps == 0) __builtin_prefetch(from.row(line / lines_a_row) + line % lines_a_row * doubles_a_line, 1);
+        ahead(k);
+        const Index line = k / ahead.steps;
+        if (k % ahead.steps == 0) __builtin_prefetch(from.row(line / lines_a_row) + line % lines_a_row * doubles_a_line, 1);
     };
     const auto add = [&](Index j, Index lane, Vector<float> sum) {
         for (const Vector<double>& half : widened(load(product + j * lanes + lane) + sum)) {

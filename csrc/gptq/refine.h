@@ -23,7 +23,7 @@ struct GroupFactors {
 template <class Real>
 GroupFactors<Real> group_factors(const Factor& factor, Index group_size);
 
-// Calls use(strips, first, depth) for pieces of R's columns [begin, end), rows [first, first + depth), which together make them up: above the block, the block itself, which is left in `own`
+// Calls use(strips, first) for pieces of R's columns [begin, end), rows from `first` on, which together make them up: above the block, the block itself, which is left in `own`
 // too, and below it. R stands above the diagonal of Factor::unit, and R is symmetric.
 template <class Real, Index across, class Use>
 void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real, across>& strips, Strips<Real>& own, Use&& use) {
@@ -32,18 +32,18 @@ void for_moment_pieces(const Factor& factor, Index begin, Index end, Strips<Real
     for (Index k = 0; k < begin; k += block) {
         const Index depth = std::min(block, begin - k);
         strips.pack(&unit.coeffRef(k, begin), 1, unit.outerStride(), depth, width);
-        use(strips, k, depth);
+        use(strips, k);
     }
     Columns<double> square = unit.block(begin, begin, width, width).template triangularView<Eigen::StrictlyUpper>();
     square += square.transpose().eval();
     square.diagonal() = factor.diagonal().segment(begin, width);
     own.pack(square.data(), 1, width, width, width);
     strips.pack(square.data(), 1, width, width, width);
-    use(strips, begin, width);
+    use(strips, begin);
     for (Index k = end; k < n; k += block) {
         const Index depth = std::min(block, n - k);
         strips.pack(&unit.coeffRef(begin, k), unit.outerStride(), 1, depth, width);
-        use(strips, k, depth);
+        use(strips, k);
     }
 }
 

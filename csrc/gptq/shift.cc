@@ -43,7 +43,7 @@ void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cr
                         difference[static_cast<std::size_t>(i * width + j)] = h.row(c)[c] == 0 ? 0 : cross.row(k + i)[c] - h.row(k + i)[c];
                     }
                 strips.pack(difference.data(), width, 1, depth, width);
-                for (std::size_t t = 0; t < count; ++t) strips.multiply(w[t].col(k).data(), 0, depth, width, gap[t].col(begin).data());
+                strips.multiply_tiles(count, width, [&](std::size_t t) { return w[t].col(k).data(); }, [&](std::size_t t) { return gap[t].col(begin).data(); });
             }
         }
         // x R = gap with R = U D Uᵀ.

@@ -171,7 +171,7 @@ std::vector<double> visit_columns(const Problem<Real>& problem, Band<Real>& band
         for (Index k = end; k < n; k += block) {
             const Index depth = std::min(block, n - k);
             band.strips.pack(&unit.coeffRef(k, begin), 1, unit.outerStride(), depth, width);
-            for (std::size_t t = 0; t < band.tiles.size(); ++t) band.strips.multiply(band.tiles[t].error.col(k).data(), 0, depth, width, band.sums[t].data());
+            band.strips.multiply_tiles(band.tiles.size(), width, [&](std::size_t t) { return band.tiles[t].error.col(k).data(); }, [&](std::size_t t) { return band.sums[t].data(); });
         }
         band.own.pack(&unit.coeffRef(begin, begin), 1, unit.outerStride(), width, width);
         for (std::size_t t = 0; t < band.tiles.size(); ++t) {
@@ -186,8 +186,8 @@ std::vector<double> visit_columns(const Problem<Real>& problem, Band<Real>& band
 template <class Real>
 void first_gradients(const Factor& factor, Band<Real>& band, Gradients<Real>& gradients, Index begin, Index end) {
     for (auto& sum : band.sums) sum.setZero();
-    for_moment_pieces(factor, begin, end, band.strips, band.own, [&](const Strips<Real>& piece, Index first, Index depth) {
-        for (std::size_t t = 0; t < band.tiles.size(); ++t) piece.multiply(band.tiles[t].error.col(first).data(), 0, depth, end - begin, band.sums[t].data());
+    for_moment_pieces(factor, begin, end, band.strips, band.own, [&](const Strips<Real>& piece, Index first) {
+        piece.multiply_tiles(band.tiles.size(), end - begin, [&](std::size_t t) { return band.tiles[t].error.col(first).data(); }, [&](std::size_t t) { return band.sums[t].data(); });
     });
     for (std::size_t t = 0; t < band.tiles.size(); ++t) gradients.store(static_cast<Index>(t), begin, end - begin, band.sums[t]);
 }
@@ -195,7 +195,7 @@ void first_gradients(const Factor& factor, Band<Real>& band, Gradients<Real>& gr
 // The same in a later round, from those of the last visit and what has moved since.
 template <class Real>
 void next_gradients(const Factor& factor, Band<Real>& band, Gradients<Real>& gradients, Index begin, Index end) {
-    for_moment_pieces(factor, begin, end, band.left, band.own, [&](const LeftStrips<Real>& piece, Index first, Index depth) { gradients.follow(piece, first, depth, begin, end - begin); });
+    for_moment_pieces(factor, begin, end, band.left, band.own, [&](const LeftStrips<Real>& piece, Index first) { gradients.follow(piece, first, begin, end - begin); });
     for (std::size_t t = 0; t < band.tiles.size(); ++t) gradients.load(static_cast<Index>(t), begin, end - begin, band.sums[t]);
 }
 

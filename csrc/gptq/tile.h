@@ -66,11 +66,22 @@ struct Strips {
     }
     Real at(Index k, Index j) const noexcept { return data[static_cast<std::size_t>(j / across * across * depth + k * across + j % across)]; }
 
-    // c += a times the rows [first, first + count) of columns [0, width): a (lanes, count), c (lanes, width), columns adjacent.
-    void multiply(const Real* a, Index first, Index count, Index width, Real* c) const noexcept requires(across == kernel_cols) {
+    // c += a times the rows [first, first + count) of columns [0, width): a (lanes, count), c (lanes, width), columns adjacent. `next` is the a of the call behind this one.
+    void multiply(const Real* a, Index first, Index count, Index width, Real* c, const Real* next = nullptr) const noexcept requires(across == kernel_cols) {
+        constexpr Index values = kernel_rows<Real> * kernel_cols;  // of the next a, for each register tile of a whole block
+        if (next == nullptr) next = a;
         for (Index row = 0; row < lanes; row += kernel_rows<Real>)
-            for (Index strip = 0; strip < strip_count(width); ++strip)
-                multiply_tile<Real, false>(count, a + row, lanes, data.data() + strip * depth * kernel_cols + first * kernel_cols, kernel_cols, c + strip * kernel_cols * lanes + row, lanes);
+            for (Index strip = 0; strip < strip_count(width); ++strip, next += values) {
+                const SendAhead<values * Index{sizeof(Real)} / Index{cache_line}> ahead(next);
+                Real* to = c + strip * kernel_cols * lanes + row;
+                multiply_tile<Real, false>(count, a + row, lanes, data.data() + strip * depth * kernel_cols + first * kernel_cols, kernel_cols, [=](Index j) { return to + j * lanes; }, ahead);
+            }
+    }
+
+    // c(t) += a(t) times all rows of columns [0, width), for tile after tile. Behind the last a they will go on with the columns that lie after the first one.
+    template <class A, class C>
+    void multiply_tiles(std::size_t count, Index width, A&& a, C&& c) const noexcept {
+        for (std::size_t t = 0; t < count; ++t) multiply(a(t), 0, depth, width, c(t), t + 1 < count ? a(t + 1) : a(0) + depth * lanes);
     }
 };
 

@@ -28,7 +28,7 @@ void subtract_products(Tiles& x, Tiles& sums, Strips<double>& strips, Index begi
     for (Index k = from; k < to; k += block) {
         const Index depth = std::min(block, to - k);
         pack(k, depth);
-        for (std::size_t t = 0; t < x.size(); ++t) strips.multiply(x[t].col(k).data(), 0, depth, width, sums[t].data());
+        strips.multiply_tiles(x.size(), width, [&](std::size_t t) { return x[t].col(k).data(); }, [&](std::size_t t) { return sums[t].data(); });
     }
     for (std::size_t t = 0; t < x.size(); ++t) x[t].middleCols(begin, width) -= sums[t].leftCols(width);
 }

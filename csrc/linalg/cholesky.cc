@@ -162,7 +162,7 @@ void subtract_products(const Below& below, Index count, double* columns, Index b
                         subtract_cut(below, number, row, col, n, to, stride);
                         continue;
                     }
-                    const SendAhead<tile_lines> next{sent < block * panel ? next_rows + sent : next_cols + sent - block * panel};
+                    const SendAhead<tile_lines> next(sent < block * panel ? next_rows + sent : next_cols + sent - block * panel);
                     sent += tile_lines * Index{cache_line / sizeof(double)};
                     multiply_tile<double, true>(panel, below.of_rows(number, row), height, below.of_columns(number, col), height, [=](Index j) { return to + j * stride; }, next);
                 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "base/buffer.h"
 #include "linalg/kernel.h"
@@ -15,16 +16,18 @@ static_assert(lanes % kernel_rows<float> == 0 && lanes % kernel_rows<double> == 
 // Rows of the right factor that one chain sums: with as many columns of 32 lanes it fills half of the first cache.
 constexpr Index product_depth = 128;
 
-// Sends for adjacent cache lines from far away while a chain is summed, one every few of its steps: before(k) of sum_tile.
+// Sends for adjacent cache lines from far away while a chain is summed, one every few of its steps: before(k) of sum_tile. They may lie where nothing is: it is a wish, not a read.
 template <Index lines>
 struct SendAhead {
     static_assert(product_depth % lines == 0);
     static constexpr Index steps = product_depth / lines;  // between two of them
 
-    const void* from;
+    std::uintptr_t from;
+
+    explicit SendAhead(const void* from) noexcept : from(reinterpret_cast<std::uintptr_t>(from)) {}
 
     void operator()(Index k) const noexcept {
-        if (k % steps == 0) __builtin_prefetch(static_cast<const char*>(from) + k / steps * Index{cache_line}, 0, 2);
+        if (k % steps == 0) __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<std::uintptr_t>(k / steps) * cache_line), 0, 2);
     }
 };
 

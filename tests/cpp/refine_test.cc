@@ -265,7 +265,7 @@ void expect_gradients_that_follow(Index size, double share) {
                     for (Index k = 0; k < n; ++k) sums[t].col(j) += static_cast<Real>(h(factor.column(k), factor.column(begin + j))) * errors[t].col(k);
                 if (round == 0) gradients.store(static_cast<Index>(t), begin, width, sums[t]);
             }
-            if (round > 0) for_moment_pieces(factor, begin, end, left, own, [&](const LeftStrips<Real>& piece, Index first, Index depth) { gradients.follow(piece, first, depth, begin, width); });
+            if (round > 0) for_moment_pieces(factor, begin, end, left, own, [&](const LeftStrips<Real>& piece, Index first) { gradients.follow(piece, first, begin, width); });
             gradients.forget(begin, end);
             for (std::size_t t = 0; t < tiles; ++t) {
                 Tile<Real> p(lanes, block);
