@@ -34,7 +34,7 @@ MRGPTQ_INLINE simd::Floats divide(simd::Floats x, float step, float inverse) noe
 MRGPTQ_INLINE bool moderate(simd::Words amax, simd::Floats steps) noexcept {
     using namespace simd;
     constexpr std::uint32_t lowest = (127u - 60) << 23, highest = (127u + 60) << 23;
-    return !any_at_least(max(amax, bits(steps) - lowest), highest - lowest);  // a step below the lowest wraps to a large number
+    return !any_at_least(max(max(amax, splat(lowest)) - lowest, bits(steps) - lowest), highest - lowest);  // a step below the lowest wraps to a large number
 }
 
 // Bits of the largest magnitude of each group; above all finite ones where a group holds a NaN or an infinity.
