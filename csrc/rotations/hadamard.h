@@ -19,6 +19,9 @@ void check_rotation(Index block_size, Index cols);
 // of x was not finite, since every value of a block is in each of its sums.
 std::uint32_t rotate_piece(const float* x, Index cols, Index block_size, float* out) noexcept;
 
+// The same without the largest magnitude. While blocks that fit the registers are rotated, the first quarter of the `cols` values from `next` on is asked for from memory.
+void rotate_and_prefetch(const float* x, Index cols, Index block_size, float* out, const float* next) noexcept;
+
 // out = x T. `out` may be `x`; it may not overlap it otherwise. Throws where a sum overflows float32. Returns -1, or the row-major position of the first value of x that is not finite;
 // `out` is then of no use. In place such a value is gone when it is found: ask first_nonfinite() before.
 Index rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<float> out, int threads);

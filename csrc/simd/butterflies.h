@@ -34,13 +34,15 @@ MRGPTQ_INLINE Floats butterfly_signs(std::integer_sequence<int, lane...>) noexce
     return Floats{((lane & width) ? -1.0f : 1.0f)...};
 }
 
-// Widths below `end` inside a vector, whose lanes are blocks of `end` where that is less: each lane plus or minus its partner, the product with a sign being exact.
-template <int end, int width = 1>
-MRGPTQ_INLINE Floats inside(Floats v) noexcept {
-    if constexpr (width < end)
-        return inside<end, 2 * width>(add_exact_product(v, butterfly_signs<width>(Lanes{}), exchange<width>(v)));
-    else
-        return v;
+// Widths below `end` inside each of n vectors, whose lanes are blocks of `end` where that is less: each lane plus or minus its partner, the product with a sign being exact. Width by width:
+// the vectors' additions wait for each other only within a vector.
+template <int end, int width = 1, int n>
+MRGPTQ_INLINE void inside(Floats (&v)[n]) noexcept {
+    if constexpr (width < end) {
+        const Floats signs = butterfly_signs<width>(Lanes{});
+        for (int i = 0; i < n; ++i) v[i] = add_exact_product(v[i], signs, exchange<width>(v[i]));
+        inside<end, 2 * width>(v);
+    }
 }
 
 template <int vectors, int width = 1>
@@ -58,11 +60,12 @@ MRGPTQ_INLINE void across(Floats* v) noexcept {
 
 }  // namespace detail
 
-// Transforms `vectors` adjacent vectors as one block, or, with vectors 1, every `block` adjacent lanes as one.
-template <int vectors, int block = lanes * vectors>
-MRGPTQ_INLINE void transform(Floats (&v)[vectors]) noexcept {
-    for (int i = 0; i < vectors; ++i) v[i] = detail::inside<(block < lanes ? block : lanes)>(v[i]);
-    detail::across<vectors>(v);
+// Transforms every `block` adjacent lanes of n vectors.
+template <int block, int n>
+MRGPTQ_INLINE void transform(Floats (&v)[n]) noexcept {
+    detail::inside<(block < lanes ? block : lanes)>(v);
+    if constexpr (block > lanes)
+        for (int start = 0; start < n; start += block / lanes) detail::across<block / lanes>(v + start);
 }
 
 }  // namespace mrgptq::simd
