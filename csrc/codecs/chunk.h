@@ -53,14 +53,20 @@ MRGPTQ_INLINE simd::Words group_maxima(const float* x) noexcept {
         larger);
 }
 
-template <class Format, Quotient quotient>
-MRGPTQ_INLINE void encode_group(const simd::E2m1Rounder& to_e2m1, const float* x, float step, float inverse, std::uint8_t* codes) noexcept {
+// What encode_columns packs best, at once.
+inline constexpr Index codes_side_by_side = simd::lanes == 16 ? 128 : 16;
+
+// `width` adjacent columns, the first of which lies in the group of the first step.
+template <class Format, Quotient quotient, Index width>
+MRGPTQ_INLINE void encode_columns(const simd::E2m1Rounder& to_e2m1, const float* x, const float* steps, const float* inverses, std::uint8_t* codes) noexcept {
     using namespace simd;
-    for (int half = 0; half < Format::group_size / 16; ++half, x += 16, codes += 8) {
-        Codes sixteen;
-        for (int i = 0; i < vectors_of_16; ++i) sixteen.v[i] = to_e2m1.encode(divide<quotient>(load(x + i * lanes), step, inverse));
-        pack_nibbles(sixteen, codes);
-    }
+    constexpr int vectors = width / lanes;
+    const auto group = [](int i) { return i * lanes / Format::group_size; };
+    Floats quotients[vectors];
+    Words found[vectors];
+    for (int i = 0; i < vectors; ++i) quotients[i] = divide<quotient>(load(x + i * lanes), steps[group(i)], inverses[group(i)]);
+    to_e2m1.encode(quotients, found);
+    pack_nibbles(found, codes);
 }
 
 // `out` may be `x`.

@@ -58,29 +58,54 @@ MRGPTQ_INLINE void scales_of_chunk(const float* x, simd::Words amax, const Scale
         for (int group = 0; group < lanes; ++group) scales[group] = group_scale<Format>(x + group * Format::group_size, rule, tensor_scale);
 }
 
+// Where a strip's values are read, and what is asked for from memory meanwhile: as many values from `next` on, a part in each phase of the work. Requests in a burst would wait for each other
+// while the memory idles in the other phases, and the processor's own prefetching ends with the page.
+struct Source {
+    const float* x;
+    const float* next;
+    bool rotated;
+
+    void advance(Index cols) noexcept {
+        x += cols;
+        next += cols;
+    }
+
+    // In eighths, about as long as the phases are: a rotation has asked for two and the search for largest magnitudes asks for two more, or for three, and the encoder for the rest. For columns [c, c + width) of `cols`:
+    MRGPTQ_INLINE void prefetch_in_search(Index c, Index width, Index cols) const noexcept { prefetch(rotated ? 2 : 0, rotated ? 4 : 3, c, width, cols); }
+    MRGPTQ_INLINE void prefetch_in_encoder(Index c, Index width, Index cols) const noexcept { prefetch(rotated ? 4 : 3, 8, c, width, cols); }
+
+private:
+    MRGPTQ_INLINE void prefetch(Index begin, Index end, Index c, Index width, Index cols) const noexcept {
+        const float* from = next + (cols * begin + c * (end - begin)) / 8;
+        for (Index i = 0; i < width * (end - begin) / 8; i += 16) __builtin_prefetch(from + i);
+    }
+};
+
 template <class Format, Quotient quotient>
-MRGPTQ_INLINE void write_groups(const simd::E2m1Rounder& to_e2m1, const float* x, const float* source, Index groups, const float* steps, const float* inverses, const Targets& to) noexcept {
-    constexpr Index size = Format::group_size;
+MRGPTQ_INLINE void write_groups(Source from, Index groups, const float* steps, const float* inverses, Targets to) noexcept {
+    const simd::E2m1Rounder to_e2m1;
+    constexpr Index size = Format::group_size, width = codes_side_by_side;
     if (to.codes)
-        for (Index group = 0; group < groups; ++group) {
-            // The next strip comes while this one is encoded; the processor's own prefetching ends with the page.
-            for (Index c = 0; c < size; c += 16) __builtin_prefetch(source + (group + groups) * size + c);
-            encode_group<Format, quotient>(to_e2m1, x + group * size, steps[group], inverses[group], to.codes + group * size / 2);
+        for (Index c = 0; c < groups * size; c += width) {
+            from.prefetch_in_encoder(c, width, groups * size);
+            encode_columns<Format, quotient, width>(to_e2m1, from.x + c, steps + c / size, inverses + c / size, to.codes + c / 2);
         }
     if (to.values)
-        for (Index group = 0; group < groups; ++group) round_group<Format, quotient>(to_e2m1, x + group * size, steps[group], inverses[group], to.values + group * size);
+        for (Index group = 0; group < groups; ++group) round_group<Format, quotient>(to_e2m1, from.x + group * size, steps[group], inverses[group], to.values + group * size);
 }
 
 // Chunks whose scales are found together: the chain of operations from a largest magnitude to a step is long, and the processor works on several while it waits.
 constexpr Index strip_chunks = 4;
 
-// At most strip_chunks chunks of a row; `source` is where they come from in memory, x itself unless it was rotated. False where a group holds what is not finite; nothing is written then.
+// At most strip_chunks chunks of a row. False where a group holds what is not finite; nothing is written then.
 template <class Format, bool by_reciprocal>
-bool quantize_strip(const simd::E2m1Rounder& to_e2m1, const float* x, const float* source, Index chunks, const ScaleRule& rule, float tensor_scale, const Targets& to) noexcept {
+bool quantize_strip(Source from, Index chunks, const ScaleRule& rule, float tensor_scale, Targets to) noexcept {
     using namespace simd;
+    if (chunks > strip_chunks) __builtin_unreachable();  // GCC warns of arrays that a fifth chunk would overrun
     Words amax[strip_chunks], largest{};
     for (Index k = 0; k < chunks; ++k) {
-        amax[k] = group_maxima<Format>(x + k * chunk_cols<Format>);
+        from.prefetch_in_search(k * chunk_cols<Format>, chunk_cols<Format>, chunks * chunk_cols<Format>);
+        amax[k] = group_maxima<Format>(from.x + k * chunk_cols<Format>);
         largest = max(largest, amax[k]);
     }
     if (any_at_least(largest, infinity_bits)) return false;
@@ -88,7 +113,7 @@ bool quantize_strip(const simd::E2m1Rounder& to_e2m1, const float* x, const floa
     alignas(64) float steps[strip_chunks * lanes], inverses[strip_chunks * lanes];
     bool may_correct = has_fused;
     for (Index k = 0; k < chunks; ++k) {
-        scales_of_chunk<Format>(x + k * chunk_cols<Format>, amax[k], rule, tensor_scale, scales + k * lanes);
+        scales_of_chunk<Format>(from.x + k * chunk_cols<Format>, amax[k], rule, tensor_scale, scales + k * lanes);
         const Words bytes = load_bytes(scales + k * lanes);
         const Floats step = group_steps<Format>(bytes, tensor_scale);
         store(steps + k * lanes, step);
@@ -97,32 +122,30 @@ bool quantize_strip(const simd::E2m1Rounder& to_e2m1, const float* x, const floa
     }
     if (to.scales) std::copy_n(scales, chunks * lanes, to.scales);
     if constexpr (by_reciprocal)
-        write_groups<Format, Quotient::reciprocal>(to_e2m1, x, source, chunks * lanes, steps, inverses, to);
+        write_groups<Format, Quotient::reciprocal>(from, chunks * lanes, steps, inverses, to);
     else if (may_correct)
-        write_groups<Format, Quotient::corrected>(to_e2m1, x, source, chunks * lanes, steps, inverses, to);
+        write_groups<Format, Quotient::corrected>(from, chunks * lanes, steps, inverses, to);
     else
-        write_groups<Format, Quotient::division>(to_e2m1, x, source, chunks * lanes, steps, inverses, to);
+        write_groups<Format, Quotient::division>(from, chunks * lanes, steps, inverses, to);
     return true;
 }
 
 // Adjacent groups of a row: strip by strip, and what is left over in a chunk of its own, filled up with zeros.
 template <class Format, bool by_reciprocal>
-bool quantize_groups(const float* x, const float* source, Index groups, const ScaleRule& rule, float tensor_scale, Targets to) noexcept {
+bool quantize_groups(Source from, Index groups, const ScaleRule& rule, float tensor_scale, Targets to) noexcept {
     constexpr Index size = Format::group_size;
-    const simd::E2m1Rounder to_e2m1;
     while (groups >= simd::lanes) {
         const Index chunks = std::min(groups / simd::lanes, strip_chunks), done = chunks * simd::lanes;
-        if (!quantize_strip<Format, by_reciprocal>(to_e2m1, x, source, chunks, rule, tensor_scale, to)) return false;
+        if (!quantize_strip<Format, by_reciprocal>(from, chunks, rule, tensor_scale, to)) return false;
         groups -= done;
-        x += done * size;
-        source += done * size;
+        from.advance(done * size);
         to.advance(done, size);
     }
     if (groups == 0) return true;
     alignas(64) float rest[chunk_cols<Format>] = {};
     alignas(64) std::uint8_t codes[chunk_cols<Format> / 2], scales[simd::lanes];
-    std::copy_n(x, groups * size, rest);
-    if (!quantize_strip<Format, by_reciprocal>(to_e2m1, rest, rest, 1, rule, tensor_scale, {to.codes ? codes : nullptr, scales, to.values ? rest : nullptr})) return false;
+    std::copy_n(from.x, groups * size, rest);
+    if (!quantize_strip<Format, by_reciprocal>({rest, from.next, from.rotated}, 1, rule, tensor_scale, {to.codes ? codes : nullptr, scales, to.values ? rest : nullptr})) return false;
     if (to.scales) std::copy_n(scales, groups, to.scales);
     if (to.codes) std::copy_n(codes, groups * size / 2, to.codes);
     if (to.values) std::copy_n(rest, groups * size, to.values);
@@ -137,6 +160,11 @@ void with_reciprocals(float tensor_scale, F&& f) {
     f(std::false_type{});
 }
 
+// A line of the caches. Vectors that straddle two cost two accesses each.
+struct alignas(64) Line {
+    float values[16];
+};
+
 // Every row of x, rotated piece by piece where `block_size` is not 0, through quantize_groups; to(row) gives the row's targets. Returns as quantize() does.
 template <class Format, class RowTargets>
 Index quantize_rows(const ScaleRule& rule, MatrixView<const float> x, Index block_size, float tensor_scale, int threads, RowTargets&& to) {
@@ -145,17 +173,16 @@ Index quantize_rows(const ScaleRule& rule, MatrixView<const float> x, Index bloc
     FirstRow bad;
     with_reciprocals<Format>(tensor_scale, [&]<bool by_reciprocal>(std::bool_constant<by_reciprocal>) {
         parallel_for_ranges(x.rows, rows_a_piece(x.cols), threads, [&](Index begin, Index end) {
-            std::vector<float> rotated(static_cast<std::size_t>(block_size ? piece : 0));
+            std::vector<Line> lines(static_cast<std::size_t>(block_size ? piece / 16 : 0));
+            float* const rotated = reinterpret_cast<float*>(lines.data());
             for (Index r = begin; r < end; ++r) {
                 Targets target = to(r);
                 for (Index c = 0; c < x.cols; c += piece) {
                     const Index cols = std::min(piece, x.cols - c);
                     const float* values = x.row(r) + c;
-                    if (block_size) {
-                        rotate_piece(values, cols, block_size, rotated.data());
-                        values = rotated.data();
-                    }
-                    if (!quantize_groups<Format, by_reciprocal>(values, x.row(r) + c, cols / Format::group_size, rule, tensor_scale, target)) return bad.note(r);
+                    if (block_size) rotate_and_prefetch(values, cols, block_size, rotated, values + cols);
+                    const Source from = block_size ? Source{rotated, values + cols, true} : Source{values, values + strip_chunks * chunk_cols<Format>, false};
+                    if (!quantize_groups<Format, by_reciprocal>(from, cols / Format::group_size, rule, tensor_scale, target)) return bad.note(r);
                     target.advance(cols / Format::group_size, Format::group_size);
                 }
             }
@@ -232,7 +259,8 @@ void encode(std::string_view format, MatrixView<const float> weight, MatrixView<
             for (Index r = begin; r < end; ++r)
                 for (Index g = 0; g < scales.cols; ++g) {
                     const Index c = g * Format::group_size;
-                    encode_group<Format, Quotient::division>(to_e2m1, weight.row(r) + c, group_step<Format>(scales.row(r)[g], tensor_scale), 0.0f, codes.row(r) + c / 2);
+                    const float step = group_step<Format>(scales.row(r)[g], tensor_scale);
+                    encode_columns<Format, Quotient::division, Format::group_size>(to_e2m1, weight.row(r) + c, &step, &step, codes.row(r) + c / 2);
                 }
         });
     });

@@ -14,16 +14,16 @@ public:
     // Codes 0 ... 15 of the values nearest to x, ties to even, saturated, one zero: e2m1::encode. A NaN gets some code.
     MRGPTQ_INLINE Words encode(Floats x) const noexcept {
         const Floats t = at_most_six(x);
-        const Words exponent = max(bits(t) & exponent_mask_, one_);
-        const Words sum = bits(t + floats(exponent + (exponent >> 22) + code_anchor_));
-        const Words sign_and_more = bits(x) >> 28;  // four bits, the first is the sign
-#if defined(MRGPTQ_AVX512)
-        // Bits 0 to 2 from the sum, the others from the second; all zero where the code is.
-        return (Words)_mm512_maskz_ternarylogic_epi32(_mm512_test_epi32_mask((__m512i)sum, (__m512i)seven_), (__m512i)sum, (__m512i)sign_and_more, (__m512i)seven_, 0xE4);
-#else
-        const Words code = sum & seven_;
-        return select(code != 0, code | (sign_and_more & 8u), code);
-#endif
+        return with_sign(bits(t + code_anchor(t)), x);
+    }
+
+    // The same for n vectors side by side: what is done to one is a chain of operations that wait for each other.
+    template <int n>
+    MRGPTQ_INLINE void encode(const Floats (&x)[n], Words (&codes)[n]) const noexcept {
+        Floats t[n];
+        for (int i = 0; i < n; ++i) t[i] = at_most_six(x[i]);
+        for (int i = 0; i < n; ++i) t[i] += code_anchor(t[i]);
+        for (int i = 0; i < n; ++i) codes[i] = with_sign(bits(t[i]), x[i]);
     }
 
     // The value that a magnitude is rounded to: e2m1::round_magnitude.
@@ -34,6 +34,35 @@ public:
     }
 
 private:
+    // The anchor and its 2 e units. Vectors of eight lanes and more look it up by the whole part of t.
+    MRGPTQ_INLINE Floats code_anchor(Floats t) const noexcept {
+#if defined(MRGPTQ_AVX512)
+        return _mm512_permutexvar_ps(_mm512_cvttps_epi32(t), code_anchors_);
+#elif defined(MRGPTQ_AVX2)
+        return _mm256_permutevar8x32_ps(code_anchors_, _mm256_cvttps_epi32(t));
+#else
+        const Words exponent = max(bits(t) & exponent_mask_, one_);
+        return floats(exponent + (exponent >> 22) + code_anchor_);
+#endif
+    }
+
+    // The code whose low three bits are the last of `sum` and whose fourth is the sign of x; one zero.
+    MRGPTQ_INLINE Words with_sign(Words sum, Floats x) const noexcept {
+        const Words sign_and_more = bits(x) >> 28;  // four bits, the first is the sign
+#if defined(MRGPTQ_AVX512)
+        // Bits 0 to 2 from the sum, the others from the second; all zero where the code is.
+        return (Words)_mm512_maskz_ternarylogic_epi32(_mm512_test_epi32_mask((__m512i)sum, (__m512i)seven_), (__m512i)sum, (__m512i)sign_and_more, (__m512i)seven_, 0xE4);
+#else
+        const Words code = sum & seven_;
+        return select(code != 0, code | (sign_and_more & 8u), code);
+#endif
+    }
+
+    template <int... whole>
+    MRGPTQ_INLINE static Floats code_anchors(std::integer_sequence<int, whole...>) noexcept {
+        return floats(Words{(whole < 2 ? 149u << 23 : whole < 4 ? (150u << 23) + 2 : (151u << 23) + 4)...});
+    }
+
     MRGPTQ_INLINE Floats at_most_six(Floats x) const noexcept {
 #if defined(MRGPTQ_AVX512)
         return _mm512_range_ps(x, six_, 0b1010);  // the smaller magnitude, without a sign
@@ -44,7 +73,12 @@ private:
 
     Floats six_ = held(splat(6.0f));
     Words exponent_mask_ = held(splat(0x7F800000u)), one_ = held(splat(127u << 23)), seven_ = held(splat(7u));
-    Words value_anchor_ = held(splat(22u << 23)), code_anchor_ = held(splat((22u << 23) - 2 * 127u));
+    Words value_anchor_ = held(splat(22u << 23));
+#if defined(MRGPTQ_AVX512) || defined(MRGPTQ_AVX2)
+    Floats code_anchors_ = held(code_anchors(Lanes{}));  // by the whole part of a magnitude
+#else
+    Words code_anchor_ = held(splat((22u << 23) - 2 * 127u));
+#endif
 };
 
 // Values of codes, of which the low four bits count: e2m1::decode.

@@ -35,6 +35,30 @@ MRGPTQ_INLINE void pack_nibbles(const Codes& codes, std::uint8_t* packed) noexce
 #endif
 }
 
+// The same of n vectors of adjacent codes.
+template <int n>
+MRGPTQ_INLINE void pack_nibbles(const Words (&codes)[n], std::uint8_t* packed) noexcept {
+#if defined(MRGPTQ_AVX512)
+    if constexpr (n == 8) {
+        // Packing works inside 128-bit quarters: each gets two bytes of every vector, and the permutation puts the vectors in order.
+        __m512i pairs[2];
+        for (int i = 0; i < 2; ++i) {
+            const Words* four = codes + 4 * i;
+            const __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32((__m512i)four[0], (__m512i)four[1]), _mm512_packus_epi32((__m512i)four[2], (__m512i)four[3]));
+            pairs[i] = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x1001));  // even + 16 odd
+        }
+        const __m512i order = _mm512_set_epi16(31, 23, 15, 7, 30, 22, 14, 6, 29, 21, 13, 5, 28, 20, 12, 4, 27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+        _mm512_storeu_si512(packed, _mm512_permutexvar_epi16(order, _mm512_packus_epi16(pairs[0], pairs[1])));
+        return;
+    }
+#endif
+    for (int i = 0; i < n; i += vectors_of_16) {
+        Codes sixteen;
+        for (int j = 0; j < vectors_of_16; ++j) sixteen.v[j] = codes[i + j];
+        pack_nibbles(sixteen, packed + i * lanes / 2);
+    }
+}
+
 // The sixteen codes of eight bytes; only the low four bits of a lane are the code.
 MRGPTQ_INLINE Codes unpack_nibbles(const std::uint8_t* packed) noexcept {
 #if defined(MRGPTQ_AVX512)
