@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "base/buffer.h"
 #include "base/finite.h"
 #include "base/parallel.h"
 #include "codecs/chunk.h"
@@ -70,7 +71,8 @@ struct Source {
         next += cols;
     }
 
-    // In eighths, about as long as the phases are: a rotation has asked for two and the search for largest magnitudes asks for two more, or for three, and the encoder for the rest. For columns [c, c + width) of `cols`:
+    // In eighths, about as long as the phases are: a rotation has asked for two and the search for largest magnitudes asks for two more, or for three, and the encoder for the rest. For columns
+    // [c, c + width) of `cols`:
     MRGPTQ_INLINE void prefetch_in_search(Index c, Index width, Index cols) const noexcept { prefetch(rotated ? 2 : 0, rotated ? 4 : 3, c, width, cols); }
     MRGPTQ_INLINE void prefetch_in_encoder(Index c, Index width, Index cols) const noexcept { prefetch(rotated ? 4 : 3, 8, c, width, cols); }
 
@@ -160,11 +162,6 @@ void with_reciprocals(float tensor_scale, F&& f) {
     f(std::false_type{});
 }
 
-// A line of the caches. Vectors that straddle two cost two accesses each.
-struct alignas(64) Line {
-    float values[16];
-};
-
 // Every row of x, rotated piece by piece where `block_size` is not 0, through quantize_groups; to(row) gives the row's targets. Returns as quantize() does.
 template <class Format, class RowTargets>
 Index quantize_rows(const ScaleRule& rule, MatrixView<const float> x, Index block_size, float tensor_scale, int threads, RowTargets&& to) {
@@ -173,8 +170,8 @@ Index quantize_rows(const ScaleRule& rule, MatrixView<const float> x, Index bloc
     FirstRow bad;
     with_reciprocals<Format>(tensor_scale, [&]<bool by_reciprocal>(std::bool_constant<by_reciprocal>) {
         parallel_for_ranges(x.rows, rows_a_piece(x.cols), threads, [&](Index begin, Index end) {
-            std::vector<Line> lines(static_cast<std::size_t>(block_size ? piece / 16 : 0));
-            float* const rotated = reinterpret_cast<float*>(lines.data());
+            const Buffer<float> room(block_size ? piece : 0);
+            float* const rotated = room.data();
             for (Index r = begin; r < end; ++r) {
                 Targets target = to(r);
                 for (Index c = 0; c < x.cols; c += piece) {

@@ -129,6 +129,21 @@ TEST(Divide, CorrectedQuotientsAreQuotients) {
     }
 }
 
+// Ordinary weights are: without that every group would be divided, to the same codes, only slower.
+TEST(Divide, WhatIsBetweenTheSixtiethPowersOfTwoIsModerate) {
+    const float low = std::ldexp(1.0f, -60), high = std::ldexp(1.0f, 60), above = std::nextafter(low, 1.0f), below = std::nextafter(high, 0.0f);
+    const auto is_moderate = [](float amax, float step) {
+        std::vector<float> largest(lanes, 1.0f), steps(lanes, 1.0f);
+        largest[lanes / 2] = amax;
+        steps[lanes / 2] = step;
+        return moderate(bits(load(largest.data())), load(steps.data()));
+    };
+    for (const float amax : {0.0f, std::numeric_limits<float>::denorm_min(), low, 0.02f, 3.0f, below})
+        for (const float step : {low, above, 0.003f, 1.0f, below}) EXPECT_TRUE(is_moderate(amax, step)) << amax << " / " << step;
+    for (const float amax : {high, std::numeric_limits<float>::max(), std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) EXPECT_FALSE(is_moderate(amax, 1.0f)) << amax;
+    for (const float step : {0.0f, std::nextafter(low, 0.0f), high, std::numeric_limits<float>::infinity()}) EXPECT_FALSE(is_moderate(1.0f, step)) << step;
+}
+
 TEST(MxBits, AreTheMxRulesForEveryExponentAndMantissa) {
     for (const MxRule rule : {MxRule::floor, MxRule::ceil, MxRule::even, MxRule::four_thirds}) {
         std::vector<float> magnitudes;
