@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -30,6 +31,14 @@ void register_gptq(py::module_& module) {
                  const auto out = writable<double>(h);
                  without_gil([&] { self.matrix(out, threads); });
                  return h;
+             })
+        .def("take_matrix",
+             [](Hessian& self, int threads) {
+                 auto taken = std::make_unique<std::vector<double>>(without_gil([&] { return self.take_matrix(threads); }));
+                 double* values = taken->data();
+                 const py::capsule owner(taken.get(), [](void* held) { delete static_cast<std::vector<double>*>(held); });
+                 taken.release();
+                 return py::array_t<double>({self.cols(), self.cols()}, values, owner);
              })
         .def_property_readonly("cols", &Hessian::cols)
         .def_property_readonly("tokens", &Hessian::tokens);

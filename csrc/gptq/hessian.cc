@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "base/buffer.h"
 #include "base/check.h"
@@ -129,13 +130,15 @@ void add_products(const float* panels, Index count, MatrixView<double> sum, int 
 
 Hessian::Hessian(Index cols) : cols_(cols) {
     check(cols > 0, "a Hessian needs at least one column, got " + std::to_string(cols));
-    sum_.resize(static_cast<std::size_t>(cols) * cols);
     panel_ = Buffer<float>(panel_size(cols));
     empty_panel();
 }
 
+void Hessian::begin() { sum_.resize(static_cast<std::size_t>(cols_) * static_cast<std::size_t>(cols_)); }
+
 void Hessian::update(MatrixView<const float> x, int threads) {
     check(x.cols == cols_, "x has " + std::to_string(x.cols) + " columns; this Hessian has " + std::to_string(cols_));
+    begin();
     constexpr Index grain = 32;  // tokens; from a panel's start, or inside one panel, so that no range crosses into the next
     static_assert(panel_tokens % grain == 0);
     const auto take = [&](Index from, Index count, Index place, float* panels) {
@@ -176,9 +179,10 @@ void Hessian::empty_panel() noexcept {
 void Hessian::merge(const Hessian& other, int threads) {
     check(&other != this, "a Hessian cannot be merged into itself");
     check(other.cols_ == cols_, "the other Hessian has " + std::to_string(other.cols_) + " columns; this one has " + std::to_string(cols_));
+    begin();
     // The other's unfinished panel is added as it stands; this stream's own goes on filling, so its later panels stay where they were.
     if (other.panel_tokens_ > 0) add_products(other.panel_.data(), 1, view(), threads);
-    for (std::size_t i = 0; i < sum_.size(); ++i) sum_[i] += other.sum_[i];
+    for (std::size_t i = 0; i < other.sum_.size(); ++i) sum_[i] += other.sum_[i];
     tokens_ += other.tokens_;
 }
 
@@ -186,13 +190,28 @@ void Hessian::matrix(MatrixView<double> out, int threads) const {
     check(out.rows == cols_ && out.cols == cols_, "hessian matrix: out has another shape");
     const double tokens = static_cast<double>(std::max<Index>(tokens_, 1));
     const MatrixView<const double> sum{sum_.data(), cols_, cols_, cols_};
-    if (panel_tokens_ == 0) return mirror_lower(sum, tokens, out, threads);
+    if (!sum_.empty() && panel_tokens_ == 0) return mirror_lower(sum, tokens, out, threads);
     parallel_for_ranges(cols_, block, threads, [&](Index first, Index last) {
-        for (Index r = first; r < last; ++r) std::copy_n(sum.row(r), last, out.row(r));  // whole blocks, as the products are added
+        for (Index r = first; r < last; ++r)  // whole blocks, as the products are added
+            if (sum_.empty())
+                std::fill_n(out.row(r), last, 0.0);
+            else
+                std::copy_n(sum.row(r), last, out.row(r));
     });
     // The panel under way goes to the copy: there is no third matrix.
-    add_products(panel_.data(), 1, out, threads);
+    if (panel_tokens_ > 0) add_products(panel_.data(), 1, out, threads);
     mirror_lower(out, tokens, out, threads);
+}
+
+std::vector<double> Hessian::take_matrix(int threads) {
+    begin();
+    if (panel_tokens_ > 0) {
+        add_products(panel_.data(), 1, view(), threads);
+        empty_panel();
+    }
+    mirror_lower(view(), static_cast<double>(std::max<Index>(tokens_, 1)), view(), threads);
+    tokens_ = 0;
+    return std::exchange(sum_, {});
 }
 
 }  // namespace mrgptq

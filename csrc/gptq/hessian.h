@@ -24,16 +24,20 @@ public:
     // Writes H, both triangles, (cols, cols). All zero where no token was seen.
     void matrix(MatrixView<double> out, int threads) const;
 
+    // The same without a second matrix: the sum itself becomes H, row-major, and this one has seen no token.
+    std::vector<double> take_matrix(int threads);
+
     Index cols() const noexcept { return cols_; }
     Index tokens() const noexcept { return tokens_; }
 
 private:
     MatrixView<double> view() noexcept { return {sum_.data(), cols_, cols_, cols_}; }
+    void begin();
     void empty_panel() noexcept;
 
     Index cols_;
     Index tokens_ = 0;
-    std::vector<double> sum_;    // (cols, cols) row-major, lower triangle
+    std::vector<double> sum_;    // (cols, cols) row-major, lower triangle; empty until there is something in it
     Buffer<float> panel_;        // the panel under way, (256, 32) for each 32 columns, zero behind the last token
     Index panel_tokens_ = 0;
 };

@@ -64,6 +64,10 @@ class Hessian:
         """:attr:`matrix`, by so many threads."""
         return self._sum.matrix(as_threads(threads))
 
+    def take(self, *, threads: int | None = None) -> NDArray[np.float64]:
+        """:attr:`matrix` in the sum's own memory: this Hessian has seen no token afterwards."""
+        return self._sum.take_matrix(as_threads(threads))
+
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError("a Hessian is not stored as its matrix; a copy is needed")
@@ -93,6 +97,16 @@ class Hessian:
         return f"Hessian({self.cols} columns, {self.tokens} tokens)"
 
 
+class _Taken:
+    """A Hessian whose matrix is taken when it is asked for."""
+
+    def __init__(self, hessian: Hessian) -> None:
+        self._hessian = hessian
+
+    def as_array(self, *, threads: int | None = None) -> NDArray[np.float64]:
+        return self._hessian.take(threads=threads)
+
+
 class Factor:
     """A rotated Hessian with its visiting order and Cholesky factor, shared by all layers that read the same inputs.
 
@@ -103,7 +117,8 @@ class Factor:
     order : "activation" (descending diagonal of the rotated H), "group" (whole groups by the sum of theirs; searched scales and refinement need it) or "natural".
     group_size : columns in a group, for the order "group".
     damping : >= 0; λ relative to the mean of the live diagonal. If the factorisation fails it rises tenfold at a time (from 0.01 where it was 0) up to 1.
-    copy : False keeps the caller's own array where it is float64, exactly symmetric and not to be rotated; it must then stay as it is while the factor is in use.
+    copy : False keeps the caller's own array where it is float64, exactly symmetric and not to be rotated; it must then stay as it is while the factor is in use. A :class:`Hessian` is used
+        up: its memory becomes the factor's, and it has seen no token afterwards.
 
     Attributes
     ----------
@@ -121,7 +136,8 @@ class Factor:
         self.order_name = choose("order", order, ORDERS)
         self.damping_asked = as_damping(damping)
         self.tokens = hessian.tokens if isinstance(hessian, Hessian) else None
-        self.hessian = rotate_hessian(self.rotation, hessian, copy=copy, threads=threads)
+        given: Any = _Taken(hessian) if isinstance(hessian, Hessian) and not copy else hessian
+        self.hessian = rotate_hessian(self.rotation, given, copy=copy, threads=threads)
         self.group_size = self._group_size(group_size)
         self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked, self.group_size or 1, as_threads(threads))
         self.seconds = time.perf_counter() - start

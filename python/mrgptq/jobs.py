@@ -167,7 +167,7 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
         moments = max(sum(sizes[index] for index in shared) for shared in _backward_passes(shapes)) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
         # A linear layer leaves its input and its output; measured, a softmax over the vocabulary and its gradient hold seven copies of the logits.
         backward = sequence * 4 * (2 * sum(sum(shape) for shape in shapes.values()) + 7 * reader.config.get("vocab_size", 0))
-    return shard_bytes + layer + parameters + hidden + max(batch, backward) + hessians + widest**2 * 8 * 5 + original + moments
+    return shard_bytes + layer + parameters + hidden + max(batch, backward) + hessians + widest**2 * 8 * 4 + original + moments
 
 
 def _by_block(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:

@@ -119,7 +119,7 @@ def quantize_layer(
         if factor is None:
             if hessian is None:
                 raise ValueError('hessian is None; only a recipe with the solver "rtn" does without')
-            factor = make_factor(_checked_size(hessian, cols), recipe, copy=False, threads=threads)
+            factor = make_factor(_checked_size(hessian, cols), recipe, copy=isinstance(hessian, Hessian), threads=threads)
         _check_factor(factor, recipe, cols)
         second_moment, tokens = factor.hessian, factor.tokens
     elif factor is not None:
