@@ -64,15 +64,20 @@ class Captured(dict):
 
 @pytest.fixture
 def noted(monkeypatch):
-    """The Hessians that calibration hands to quantize_layer, in order."""
-    seen = []
+    """The Hessians under which calibration quantises, by layer in order; a factor uses its own up, so it is looked at before."""
+    seen, of_group = [], []
     calibration = importlib.import_module("mrgptq.hf.calibrate")  # the package has a function of that name
-    original = calibration.quantize_layer
+    make_factor, quantize_layer = calibration.make_factor, calibration.quantize_layer
+
+    def make(hessian, recipe, **options):
+        of_group.append(hessian.matrix)
+        return make_factor(hessian, recipe, **options)
 
     def spy(weight, hessian, recipe, **options):
-        seen.append(hessian.matrix)
-        return original(weight, hessian, recipe, **options)
+        seen.append(of_group[-1] if hessian is None else hessian.matrix)
+        return quantize_layer(weight, hessian, recipe, **options)
 
+    monkeypatch.setattr(calibration, "make_factor", make)
     monkeypatch.setattr(calibration, "quantize_layer", spy)
     return seen
 
