@@ -9,26 +9,31 @@
 
 #include "formats/e2m1.h"
 #include "gptq/tile.h"
+#include "linalg/squares.h"
 
 namespace mrgptq {
 
 // tile column place(c), lane r = row first_row + r of the matrix, column c; the lanes behind the matrix's last row are left alone.
 template <class Real, class From, class Place>
 void rows_to_lanes(MatrixView<const From> from, Index first_row, Real* tile, Place&& place) noexcept {
-    constexpr Index few = 16;
+    constexpr Index few = 16, width = vector_size<From>;
     const Index rows = std::min(lanes, from.rows - first_row);
-    std::array<std::array<Real, lanes>, few> turned;
+    alignas(cache_line) std::array<std::array<From, lanes>, few> columns;
     for (Index begin = 0; begin < from.cols; begin += few) {
         const Index here = std::min(few, from.cols - begin);
-        for (Index r = 0; r < rows; ++r) {
-            const From* row = from.row(first_row + r) + begin;
-            if (here == few) {
-                for (Index c = 0; c < few; ++c) turned[static_cast<std::size_t>(c)][static_cast<std::size_t>(r)] = static_cast<Real>(row[c]);
-            } else {
-                for (Index c = 0; c < here; ++c) turned[static_cast<std::size_t>(c)][static_cast<std::size_t>(r)] = static_cast<Real>(row[c]);
-            }
+        if (rows == lanes && here == few) {
+            for (Index r = 0; r < lanes; r += width)
+                for (Index c = 0; c < few; c += width) {
+                    SquareOf<From> square;
+                    for (Index i = 0; i < width; ++i) square[static_cast<std::size_t>(i)] = load(from.row(first_row + r + i) + begin + c);
+                    square = turned(square);
+                    for (Index i = 0; i < width; ++i) store(columns[static_cast<std::size_t>(c + i)].data() + r, square[static_cast<std::size_t>(i)]);
+                }
+        } else {
+            for (Index r = 0; r < rows; ++r)
+                for (Index c = 0; c < here; ++c) columns[static_cast<std::size_t>(c)][static_cast<std::size_t>(r)] = from.row(first_row + r)[begin + c];
         }
-        for (Index c = 0; c < here; ++c) std::copy_n(turned[static_cast<std::size_t>(c)].data(), rows, tile + place(begin + c) * lanes);
+        for (Index c = 0; c < here; ++c) std::copy_n(columns[static_cast<std::size_t>(c)].data(), rows, tile + place(begin + c) * lanes);
     }
 }
 
