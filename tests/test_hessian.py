@@ -1,5 +1,7 @@
 """Hessian: X^T X / tokens against NumPy in float64, and bytes that depend on the stream alone."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -149,6 +151,39 @@ def test_equal_merges_in_equal_order_give_equal_bytes_and_other_orders_agree_to_
     x = np.concatenate(parts)
     for order in ([2, 1, 0], [1, 0, 2]):  # the panels are the same, their float64 sum is not: 6 additions at most
         assert (np.abs(merged(order) - merged([0, 1, 2])) <= 12 * 2.0**-53 * (np.abs(x).T.astype(np.float64) @ np.abs(x)) / len(x)).all()
+
+
+def test_one_update_of_many_panels_is_the_same_as_many_updates():
+    """Sixteen panels of 256 tokens are added at a visit: here are three visits, a panel under way before them and a rest behind."""
+    x = tokens_of(np.random.default_rng(17), 3 * 16 * 256 + 700, 40)
+    at_once, by_panels = mg.Hessian(40), mg.Hessian(40)
+    for h in (at_once, by_panels):
+        h.update(x[:100])
+    at_once.update(x[100:])
+    for first in range(100, len(x), 256):
+        by_panels.update(x[first : first + 256])
+    assert at_once.tokens == by_panels.tokens == len(x)
+    assert at_once.matrix.tobytes() == by_panels.matrix.tobytes()
+    assert np.all(np.abs(at_once.matrix - x.T.astype(np.float64) @ x / len(x)) <= 256 * 2.0**-24 * (np.abs(x).T.astype(np.float64) @ np.abs(x)) / len(x))
+
+
+def test_threads_that_share_a_hessian_lose_no_token_and_read_whole_sums():
+    """Of ones every panel is exact, whoever adds it and however much of it: H is 1 whenever it is read."""
+    h, other, seen = mg.Hessian(48), mg.Hessian(48), []
+    other.update(np.ones((10, 48), np.float32))
+    batches = [np.ones((size, 48), np.float32) for size in (1, 100, 257, 700)]
+
+    def work(seed):
+        for size in np.random.default_rng(seed).integers(0, len(batches), 40):
+            h.update(batches[size], threads=1 + seed % 2)
+            h.merge(other)
+            seen.append(len(batches[size]) + 10)
+            matrix = h.as_array(threads=1)
+            assert (matrix == 1).all()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert h.tokens == sum(seen) and (h.matrix == 1).all()
 
 
 def test_no_tokens_is_zero_and_legal():

@@ -2,9 +2,14 @@
 
 import subprocess
 import sys
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import mrgptq as mg
 
 PROGRAM = """
 import sys
@@ -56,3 +61,17 @@ def test_a_solve_takes_its_factor_a_band_of_rows_a_thread_and_a_copy_of_h_only_w
     most = moments + in_hand + rows * cols * 9 // 16 + rows * 128 * 8 + below + (6 << 20)
     least = moments  # or the measurement saw nothing
     assert least < growth(rows, cols, name, given) < most
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("best", 0, 0.4), ("mr-gptq", 1, 1.4)])
+def test_a_layer_copies_h_only_to_rotate_it(name, least, most):
+    """NumPy's arrays, which tracemalloc counts, beside a weight of 16 rows: the factor, by the core's own hand, is not among them."""
+    rng = np.random.default_rng(0)
+    weight, hessian = rng.standard_normal((16, 1024), dtype=np.float32), np.identity(1024) + 0.01
+    recipe = replace(mg.Recipe.named(name), cross=0.0, output_hessian=None)
+    mg.quantize_layer(weight, hessian, recipe)
+    tracemalloc.start()
+    mg.quantize_layer(weight, hessian, recipe)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert least * hessian.nbytes <= peak < most * hessian.nbytes

@@ -217,7 +217,11 @@ def test_a_factor_keeps_the_callers_array_only_where_it_may(rotation):
     assert not np.shares_memory(factor.hessian, given)
     assert np.array_equal(given, uneven)
     assert np.array_equal(factor.hessian, factor.hessian.T)
-    assert not np.shares_memory(mg.Factor(h.astype(np.float32), rotation=rotation, copy=False).hessian, h)
+    unaligned = np.frombuffer(b"x" + h.tobytes(), np.uint8)[1:].view(np.float64).reshape(64, 64)
+    for other in (h.astype(np.float32), np.asfortranarray(h)[:, ::-1][::-1], unaligned):
+        factor = mg.Factor(other, rotation=rotation, copy=False)
+        assert factor.hessian.flags.aligned and factor.hessian.flags.c_contiguous
+        assert not np.shares_memory(factor.hessian, other)
 
 
 def test_rotations_are_values():

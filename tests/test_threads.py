@@ -49,6 +49,8 @@ def core_calls():
         "HessianSum.update": lambda: (sums[0].update, (X, 1)),
         "HessianSum.merge": lambda: (sums[0].merge, (sums[1], 1)),
         "HessianSum.matrix": lambda: (sums[0].matrix, (1,)),
+        "HessianSum.take_matrix": lambda: (sums[1].take_matrix, (1,)),
+        "square_sums": lambda: (_core.square_sums, ("nvfp4", W, Q.codes, Q.scales, Q.tensor_scale, 1)),
         "CholeskyFactor": lambda: (_core.CholeskyFactor, (H, "activation", 0.01, 1, 1)),
         "solve": lambda: (_core.solve, ("nvfp4", W, Q.scales.copy(), Q.tensor_scale, CORE, None, "float32", False, "even", 0, 1)),
         "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, H, W, H, CORE, 0.5, 1)),
@@ -97,7 +99,7 @@ def test_no_array_function_is_missing_above():
     plain = {"build_info", "supported_levels", "group_size", "nvfp4_tensor_scale", "mx_tensor_scale", "HessianSum"}
     elements = {f"{way}_{element}" for way in ("encode", "decode") for element in ("e2m1", "e4m3", "e8m0")}  # of single values, for tests and for looking at codes
     offered = {name for name in vars(_core) if not name.startswith("_") and name not in ("importlib", "os", "ModuleType")}
-    methods = {f"HessianSum.{name}" for name in ("update", "merge", "matrix")}
+    methods = {f"HessianSum.{name}" for name in ("update", "merge", "matrix", "take_matrix")}
     assert offered - plain - elements | methods == set(core_calls())
 
 

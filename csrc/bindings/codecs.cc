@@ -68,6 +68,12 @@ void register_codecs(py::module_& module) {
                    const auto to = writable<float>(out);
                    return without_gil([&] { return round_to_grid(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to, threads, block_size); });
                });
+    module.def("square_sums", [](const std::string& format, const py::array& weight, const py::array& codes, const py::array& scales, float tensor_scale, int threads) {
+        const auto in = view<float>(weight);
+        const auto in_codes = view<std::uint8_t>(codes), in_scales = view<std::uint8_t>(scales);
+        const SquareSums sums = without_gil([&] { return square_sums(format, in, in_codes, in_scales, tensor_scale, threads); });
+        return py::make_tuple(sums.error, sums.energy);
+    });
     module.def("pack", [](const py::array& codes, int threads) {
         const auto in = view<std::uint8_t>(codes);
         auto packed = matrix<std::uint8_t>(in.rows, in.cols / 2);

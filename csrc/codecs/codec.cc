@@ -286,4 +286,39 @@ Index round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<c
     });
 }
 
+SquareSums square_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads) {
+    std::vector<SquareSums> rows(static_cast<std::size_t>(weight.rows));
+    with_format(format, [&]<class Format>(Format) {
+        constexpr Index size = Format::group_size;
+        check_groups(weight, scales, size, "weight");
+        check_codes(codes, weight.rows, weight.cols);
+        parallel_for_ranges(weight.rows, rows_a_piece(weight.cols), threads, [&](Index begin, Index end) {
+            for (Index r = begin; r < end; ++r) {
+                double error[size] = {}, energy[size] = {};  // column by column of a group
+                for (Index g = 0; g < scales.cols; ++g) {
+                    const float* w = weight.row(r) + g * size;
+                    alignas(cache_line) float values[size];
+                    decode_group<Format>(codes.row(r) + g * size / 2, group_step<Format>(scales.row(r)[g], tensor_scale), values);
+#pragma GCC unroll 1  // a loop that is no more is not vectorised
+                    for (Index i = 0; i < size; ++i) {
+                        const double apart = w[i] - values[i], value = w[i];
+                        error[i] += apart * apart;
+                        energy[i] += value * value;
+                    }
+                }
+                for (Index i = 0; i < size; ++i) {
+                    rows[static_cast<std::size_t>(r)].error += error[i];
+                    rows[static_cast<std::size_t>(r)].energy += energy[i];
+                }
+            }
+        });
+    });
+    SquareSums sums;
+    for (const SquareSums& row : rows) {
+        sums.error += row.error;
+        sums.energy += row.energy;
+    }
+    return sums;
+}
+
 }  // namespace mrgptq

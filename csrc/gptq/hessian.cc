@@ -138,30 +138,30 @@ void Hessian::begin() { sum_.resize(static_cast<std::size_t>(cols_) * static_cas
 
 void Hessian::update(MatrixView<const float> x, int threads) {
     check(x.cols == cols_, "x has " + std::to_string(x.cols) + " columns; this Hessian has " + std::to_string(cols_));
-    begin();
     constexpr Index grain = 32;  // tokens; from a panel's start, or inside one panel, so that no range crosses into the next
     static_assert(panel_tokens % grain == 0);
+    const std::lock_guard lock(mutex_);
+    const Index to_fill = panel_tokens_ > 0 ? std::min(x.rows, panel_tokens - panel_tokens_) : 0, whole = std::min((x.rows - to_fill) / panel_tokens, most_panels);
+    // Where memory does not suffice, nothing has been added yet.
+    begin();
+    const Buffer<float> panels(whole * panel_size(cols_));
     const auto take = [&](Index from, Index count, Index place, float* panels) {
         parallel_for_ranges(count, grain, threads, [&](Index begin, Index end) {
             copy_tokens(x, from + begin, end - begin, (place + begin) % panel_tokens, panels + begin / panel_tokens * panel_size(cols_));
         });
     };
-    Index done = 0;
-    if (panel_tokens_ > 0) {
-        done = std::min(x.rows, panel_tokens - panel_tokens_);
-        take(0, done, panel_tokens_, panel_.data());
-        panel_tokens_ += done;
+    if (to_fill > 0) {
+        take(0, to_fill, panel_tokens_, panel_.data());
+        panel_tokens_ += to_fill;
         if (panel_tokens_ == panel_tokens) {
             add_products(panel_.data(), 1, view(), threads);
             empty_panel();
         }
     }
-    if (const Index whole = std::min((x.rows - done) / panel_tokens, most_panels); whole > 0) {
-        const Buffer<float> panels(whole * panel_size(cols_));
-        for (Index count; (count = std::min((x.rows - done) / panel_tokens, whole)) > 0; done += count * panel_tokens) {
-            take(done, count * panel_tokens, 0, panels.data());
-            add_products(panels.data(), count, view(), threads);
-        }
+    Index done = to_fill;
+    for (Index count; (count = std::min((x.rows - done) / panel_tokens, whole)) > 0; done += count * panel_tokens) {
+        take(done, count * panel_tokens, 0, panels.data());
+        add_products(panels.data(), count, view(), threads);
     }
     if (done < x.rows) {
         take(done, x.rows - done, 0, panel_.data());
@@ -178,19 +178,21 @@ void Hessian::empty_panel() noexcept {
 
 void Hessian::merge(const Hessian& other, int threads) {
     check(&other != this, "a Hessian cannot be merged into itself");
+    const std::scoped_lock lock(mutex_, other.mutex_);
     check(other.cols_ == cols_, "the other Hessian has " + std::to_string(other.cols_) + " columns; this one has " + std::to_string(cols_));
     begin();
     // The other's unfinished panel is added as it stands; this stream's own goes on filling, so its later panels stay where they were.
     if (other.panel_tokens_ > 0) add_products(other.panel_.data(), 1, view(), threads);
     for (std::size_t i = 0; i < other.sum_.size(); ++i) sum_[i] += other.sum_[i];
-    tokens_ += other.tokens_;
+    tokens_ += other.tokens();
 }
 
 void Hessian::matrix(MatrixView<double> out, int threads) const {
     check(out.rows == cols_ && out.cols == cols_, "hessian matrix: out has another shape");
-    const double tokens = static_cast<double>(std::max<Index>(tokens_, 1));
+    const std::lock_guard lock(mutex_);
+    const double divisor = static_cast<double>(std::max<Index>(tokens(), 1));
     const MatrixView<const double> sum{sum_.data(), cols_, cols_, cols_};
-    if (!sum_.empty() && panel_tokens_ == 0) return mirror_lower(sum, tokens, out, threads);
+    if (!sum_.empty() && panel_tokens_ == 0) return mirror_lower(sum, divisor, out, threads);
     parallel_for_ranges(cols_, block, threads, [&](Index first, Index last) {
         for (Index r = first; r < last; ++r)  // whole blocks, as the products are added
             if (sum_.empty())
@@ -200,16 +202,17 @@ void Hessian::matrix(MatrixView<double> out, int threads) const {
     });
     // The panel under way goes to the copy: there is no third matrix.
     if (panel_tokens_ > 0) add_products(panel_.data(), 1, out, threads);
-    mirror_lower(out, tokens, out, threads);
+    mirror_lower(out, divisor, out, threads);
 }
 
 std::vector<double> Hessian::take_matrix(int threads) {
+    const std::lock_guard lock(mutex_);
     begin();
     if (panel_tokens_ > 0) {
         add_products(panel_.data(), 1, view(), threads);
         empty_panel();
     }
-    mirror_lower(view(), static_cast<double>(std::max<Index>(tokens_, 1)), view(), threads);
+    mirror_lower(view(), static_cast<double>(std::max<Index>(tokens(), 1)), view(), threads);
     tokens_ = 0;
     return std::exchange(sum_, {});
 }

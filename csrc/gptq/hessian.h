@@ -2,8 +2,12 @@
 //
 // Tokens are gathered into panels of 256, counted from the start of the stream; each panel's product is float32 and is added in float64. So a sum of a million tokens keeps seven digits,
 // and its bytes do not depend on how the stream was cut into batches, nor on the number of threads.
+//
+// Calls from several threads are taken one after the other.
 #pragma once
 
+#include <atomic>
+#include <mutex>
 #include <vector>
 
 #include "base/buffer.h"
@@ -35,8 +39,9 @@ private:
     void begin();
     void empty_panel() noexcept;
 
+    mutable std::mutex mutex_;
     Index cols_;
-    Index tokens_ = 0;
+    std::atomic<Index> tokens_ = 0;
     std::vector<double> sum_;    // (cols, cols) row-major, lower triangle; empty until there is something in it
     Buffer<float> panel_;        // the panel under way, (256, 32) for each 32 columns, zero behind the last token
     Index panel_tokens_ = 0;

@@ -122,11 +122,10 @@ def check_groups(cols: int, format: str, name: str = "weight") -> None:
         raise ValueError(f"{name} has {cols} columns; {format} needs a multiple of {group}")
 
 
-def weight_error(weight: NDArray[np.float32], rounded: NDArray[np.float32]) -> float | None:
-    """Σ (w - ŵ)² / Σ w² in float64 over two (rows, cols) float32 matrices; None where all of W is zero."""
-    energy = float(np.einsum("ij,ij->", weight, weight, dtype=np.float64))
-    error = weight - rounded
-    return float(np.einsum("ij,ij->", error, error, dtype=np.float64)) / energy if energy else None
+def weight_error(format: str, weight: NDArray[np.float32], codes: NDArray[np.uint8], scales: NDArray[np.uint8], divisor: float, *, threads: int | None = None) -> float | None:
+    """Σ (w - ŵ)² / Σ w² in float64 over a (rows, cols) float32 matrix and its packed codes; None where all of W is zero."""
+    error, energy = _core.square_sums(format, weight, codes, scales, divisor, as_threads(threads))
+    return error / energy if energy else None
 
 
 def quantize(
@@ -191,7 +190,7 @@ def quantize(
     refuse_nonfinite(values, position, "weight")
     if rotation is not None:
         values = rotation.apply(values, threads=threads)
-    error = weight_error(values, _core.dequantize(format, codes, found, divisor, as_threads(threads)))
+    error = weight_error(format, values, codes, found, divisor, threads=threads)
     report = LayerReport(
         "rounding",
         format,

@@ -173,7 +173,7 @@ def quantize_layer(
         rows=values.shape[0],
         cols=cols,
         scales=scales_name(recipe.format, search if usable else first, rule),
-        weight_error=weight_error(rotated, rounded),
+        weight_error=weight_error(recipe.format, rotated, codes, scales, divisor, threads=threads),
         damped_errors=_damped_errors(losses, target, factor, energy if target is rotated else None, precision, threads),
         scale_offsets=scale_offsets(recipe.format, rotated, scales, divisor, rule, threads=threads),
         damping=factor.damping if factor else None,
