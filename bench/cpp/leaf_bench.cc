@@ -10,6 +10,8 @@
 #include "codecs/packing.h"
 #include "formats/e2m1.h"
 #include "gptq/hessian.h"
+#include "linalg/cholesky.h"
+#include "linalg/lanes.h"
 #include "rotations/hadamard.h"
 
 namespace {
@@ -101,6 +103,39 @@ void hessian_panel(benchmark::State& state) {
     state.counters["FLOP/s"] = benchmark::Counter(static_cast<double>(tokens) * width * (width + 1), benchmark::Counter::kIsIterationInvariantRate);
 }
 
+void rotate_and_quantize(benchmark::State& state, const std::string& format) {
+    Matrix m;
+    const float g = divisor(format, m);
+    for (auto _ : state) quantize(format, {}, m.in(), g, m.packed(), m.scale_view(format), 1, state.range(0));
+    count_elements(state);
+}
+
+// The kernel alone: 128 terms a chain, both factors in the first cache.
+template <class Real>
+void register_tile(benchmark::State& state) {
+    const std::vector<Real> a(kernel_rows<Real> * product_depth, Real(0.5)), b(kernel_cols * product_depth, Real(0.25));
+    std::vector<Real> c(kernel_rows<Real> * kernel_cols);
+    for (auto _ : state) {
+        multiply_tile<Real, false>(product_depth, a.data(), kernel_rows<Real>, b.data(), kernel_cols, c.data(), kernel_rows<Real>);
+        benchmark::DoNotOptimize(c.data());
+        benchmark::ClobberMemory();
+    }
+    state.counters["FLOP/s"] = benchmark::Counter(2.0 * kernel_rows<Real> * kernel_cols * product_depth, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void cholesky(benchmark::State& state) {
+    const Index n = state.range(0), stride = n + 8;
+    std::vector<double> moment(static_cast<std::size_t>(n * stride), 0.5), columns(moment.size());
+    for (Index c = 0; c < n; ++c) moment[static_cast<std::size_t>(c * (stride + 1))] = 1.5;
+    for (auto _ : state) {
+        state.PauseTiming();
+        columns = moment;
+        state.ResumeTiming();
+        if (!factorize(columns.data(), n, stride, 1)) state.SkipWithError("not factorised");
+    }
+    state.counters["FLOP/s"] = benchmark::Counter(static_cast<double>(n) * n * n / 3, benchmark::Counter::kIsIterationInvariantRate);
+}
+
 BENCHMARK(encode_e2m1);
 BENCHMARK(pack_codes);
 BENCHMARK_CAPTURE(find_scales_by, mxfp4_even, "mxfp4", ScaleSearch::absmax);
@@ -112,6 +147,11 @@ BENCHMARK_CAPTURE(encode_codes, nvfp4, "nvfp4");
 BENCHMARK_CAPTURE(decode_codes, mxfp4, "mxfp4");
 BENCHMARK_CAPTURE(decode_codes, nvfp4, "nvfp4");
 BENCHMARK(hadamard)->Arg(16)->Arg(32)->Arg(128);
+BENCHMARK_CAPTURE(rotate_and_quantize, mxfp4, "mxfp4")->Arg(32)->Arg(128);
+BENCHMARK_CAPTURE(rotate_and_quantize, nvfp4, "nvfp4")->Arg(16)->Arg(128);
+BENCHMARK_TEMPLATE(register_tile, float);
+BENCHMARK_TEMPLATE(register_tile, double);
 BENCHMARK(hessian_panel);
+BENCHMARK(cholesky)->Arg(256)->Arg(1024);
 
 }  // namespace
