@@ -134,7 +134,7 @@ Hessian::Hessian(Index cols) : cols_(cols) {
     empty_panel();
 }
 
-void Hessian::begin() { sum_.resize(static_cast<std::size_t>(cols_) * static_cast<std::size_t>(cols_)); }
+void Hessian::make_room() { sum_.resize(static_cast<std::size_t>(cols_) * static_cast<std::size_t>(cols_)); }
 
 void Hessian::update(MatrixView<const float> x, int threads) {
     check(x.cols == cols_, "x has " + std::to_string(x.cols) + " columns; this Hessian has " + std::to_string(cols_));
@@ -143,11 +143,11 @@ void Hessian::update(MatrixView<const float> x, int threads) {
     const std::lock_guard lock(mutex_);
     const Index to_fill = panel_tokens_ > 0 ? std::min(x.rows, panel_tokens - panel_tokens_) : 0, whole = std::min((x.rows - to_fill) / panel_tokens, most_panels);
     // Where memory does not suffice, nothing has been added yet.
-    begin();
+    make_room();
     const Buffer<float> panels(whole * panel_size(cols_));
-    const auto take = [&](Index from, Index count, Index place, float* panels) {
+    const auto take = [&](Index from, Index count, Index place, float* to) {
         parallel_for_ranges(count, grain, threads, [&](Index begin, Index end) {
-            copy_tokens(x, from + begin, end - begin, (place + begin) % panel_tokens, panels + begin / panel_tokens * panel_size(cols_));
+            copy_tokens(x, from + begin, end - begin, (place + begin) % panel_tokens, to + begin / panel_tokens * panel_size(cols_));
         });
     };
     if (to_fill > 0) {
@@ -180,7 +180,7 @@ void Hessian::merge(const Hessian& other, int threads) {
     check(&other != this, "a Hessian cannot be merged into itself");
     const std::scoped_lock lock(mutex_, other.mutex_);
     check(other.cols_ == cols_, "the other Hessian has " + std::to_string(other.cols_) + " columns; this one has " + std::to_string(cols_));
-    begin();
+    make_room();
     // The other's unfinished panel is added as it stands; this stream's own goes on filling, so its later panels stay where they were.
     if (other.panel_tokens_ > 0) add_products(other.panel_.data(), 1, view(), threads);
     for (std::size_t i = 0; i < other.sum_.size(); ++i) sum_[i] += other.sum_[i];
@@ -207,7 +207,7 @@ void Hessian::matrix(MatrixView<double> out, int threads) const {
 
 std::vector<double> Hessian::take_matrix(int threads) {
     const std::lock_guard lock(mutex_);
-    begin();
+    make_room();
     if (panel_tokens_ > 0) {
         add_products(panel_.data(), 1, view(), threads);
         empty_panel();

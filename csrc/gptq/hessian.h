@@ -36,7 +36,7 @@ public:
 
 private:
     MatrixView<double> view() noexcept { return {sum_.data(), cols_, cols_, cols_}; }
-    void begin();
+    void make_room();
     void empty_panel() noexcept;
 
     mutable std::mutex mutex_;

@@ -24,7 +24,7 @@ class Hessian:
     """The running second moment H = X^T X / tokens of a layer's inputs, or of the gradients at its outputs.
 
     Tokens are gathered into panels of 256, counted from the start of the stream; a panel's product is float32, the sum over panels float64. So the bytes do
-    not depend on how the stream was cut into batches, nor on the number of threads.
+    not depend on how the stream was cut into batches, nor on the number of threads. Python threads that share one take turns.
 
     Parameters
     ----------
