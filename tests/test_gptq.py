@@ -80,17 +80,22 @@ def may_differ(layer):
     float32. Each term carries three roundings (l to float32, e to float32, their product) and takes part in at most m additions, whatever their order and whether fused or
     not; adding w is one more, and dividing by the step another. So the computed quotient is off by at most gamma_{n+4}(u = 2^-24) (|w| + Σ |l| |e|) / step.
 
-    float64. Both factors, LAPACK's and ours, are those of a matrix within |E| <= gamma_{n+1}(2^-53) |L| |L|^T of R (Higham, Accuracy and Stability, theorem 10.3). To first order
-    ΔL = L tril(L^-1 E L^-T), diagonal halved, hence |ΔL| <= gamma |L| tril(|L^-1| |L| |L|^T |L^-T|), and |Δ(L_ki / L_ii)| <= (|ΔL_ki| + |l_ki| |ΔL_ii|) / L_ii. Twice that,
-    one for each factor. The reference's own float64 sum is covered by one more u in the first part.
+    The factor. LAPACK's, and ours in float64, is that of a matrix within |E| <= gamma_{n+1}(2^-53) |L| |L|^T of R (Higham, Accuracy and Stability, theorem 10.3). Ours sums in float32, in
+    chains of 128 products of factors rounded to it, what lies in earlier panels of 128 positions, so here its E grows by gamma_131(2^-24) times that part of |L| |L|^T. To first order
+    ΔL = L tril(L^-1 E L^-T), diagonal halved, hence |ΔL| <= |L| tril(|L^-1| |E| |L^-T|), and |Δ(L_ki / L_ii)| <= (|ΔL_ki| + |l_ki| |ΔL_ii|) / L_ii; the two factors' E are added up. The
+    reference's own float64 sum is covered by one more u in the first part.
     """
     n = len(layer.visit)
     columns = layer.visit[::-1]
-    lower = layer.lower
+    lower, size = layer.lower, np.abs(layer.lower)
     unit = lower / lower.diagonal()
-    z = np.abs(np.linalg.inv(lower)) @ np.abs(lower)
-    change = gamma(n + 1, 2.0**-53) * np.abs(lower) @ np.tril(z @ z.T)
-    unit_change = 2 * (change + np.abs(unit) * change.diagonal()) / lower.diagonal()
+    off = 2 * gamma(n + 1, 2.0**-53) * size @ size.T
+    for end in range(128, n, 128):
+        off[end : end + 128, end:] += gamma(131, 2.0**-24) * (size[end : end + 128, :end] @ size[end:, :end].T)
+    off = np.tril(off.T) + np.tril(off.T, -1).T
+    inverse = np.abs(np.linalg.inv(lower))
+    change = size @ np.tril(inverse @ off @ inverse.T)
+    unit_change = (change + np.abs(unit) * change.diagonal()) / lower.diagonal()
     error = np.abs(layer.weight.astype(np.float64) - layer.steps * reference.decode_e2m1(layer.codes))[:, columns]
     weight, steps, values = (np.abs(a.astype(np.float64))[:, columns] for a in (layer.weight, layer.steps, layer.values))
     bound = (gamma(n + 5, 2.0**-24) * (weight + error @ np.tril(np.abs(unit), -1)) + error @ np.tril(unit_change, -1)) / steps
@@ -100,7 +105,7 @@ def may_differ(layer):
 
 def test_float32_parts_from_the_reference_only_where_a_value_lies_within_rounding_of_a_tie(leaf, solved):
     recipe, layers = solved
-    rows = uncertain = 0
+    rows, decisions = [], []  # that the bound leaves open, by layer
     for name, layer in layers.items():
         q = quantized(leaf, name, replace(recipe, precision="float32"))
         codes = mg.unpack(q.codes)
@@ -113,9 +118,9 @@ def test_float32_parts_from_the_reference_only_where_a_value_lies_within_roundin
         # The report tells the truth about its own codes; those of a layer without a difference are the reference's.
         expected, slack = relative_error(layer, codes)
         assert abs(q.report.relative_error - expected) <= min(slack, 1e-6 * expected), name
-        rows += len(near)
-        uncertain += int(near.any(1).sum())
-    assert uncertain < 0.05 * rows  # the bound is a worst case, and yet it leaves nineteen rows in twenty no way to differ
+        (rows if len(layer.visit) <= 128 else decisions).append(near.any(1).mean() if len(layer.visit) <= 128 else near.mean())
+    # The bound is a worst case, and yet it leaves nineteen rows in twenty no way to differ where no product of the factor is float32, and nineteen decisions in twenty elsewhere.
+    assert np.mean(rows) < 0.05 and np.mean(decisions) < 0.05
 
 
 # ---- First principles, on columns few enough to try everything

@@ -71,7 +71,9 @@ def noted(monkeypatch):
 
     def make(hessian, recipe, **options):
         of_group.append(hessian.matrix)
-        return make_factor(hessian, recipe, **options)
+        factor = make_factor(hessian, recipe, **options)
+        assert factor.tokens > 0 == hessian.tokens  # its memory became the factor's: a block's Hessians are the most that calibration holds
+        return factor
 
     def spy(weight, hessian, recipe, **options):
         seen.append(of_group[-1] if hessian is None else hessian.matrix)

@@ -182,7 +182,10 @@ def test_a_factor_made_for_another_recipe_is_refused_by_name(change, words):
         mg.quantize_layer(w, None, replace(recipe, **change), factor=factor)
     with pytest.raises(ValueError, match="factor was made with columns 128; the layer and its recipe need 64"):
         mg.quantize_layer(w[:, :64], None, recipe, factor=factor)
-    assert mg.quantize_layer(w, None, replace(recipe, precision="float64", scales="absmax"), factor=factor).report.method == "gptq"  # what the factor does not depend on
+    assert mg.quantize_layer(w, None, replace(recipe, precision="float32", scales="absmax"), factor=factor).report.method == "gptq"  # what the factor does not depend on, or is good enough for
+    single = mg.make_factor(second_moment(x), replace(recipe, precision="float32"))
+    with pytest.raises(ValueError, match="factor was made with precision float32; the recipe needs float64"):
+        mg.quantize_layer(w, None, recipe, factor=single)
     with pytest.raises(ValueError, match='factor is given, but the solver "rtn" uses none'):
         mg.quantize_layer(w, None, replace(recipe, solver="rtn"), factor=factor)
     in_groups = mg.make_factor(second_moment(x), mg.Recipe(order="group"))

@@ -123,6 +123,7 @@ void register_tile(benchmark::State& state) {
     state.counters["FLOP/s"] = benchmark::Counter(2.0 * kernel_rows<Real> * kernel_cols * product_depth, benchmark::Counter::kIsIterationInvariantRate);
 }
 
+template <class Real>
 void cholesky(benchmark::State& state) {
     const Index n = state.range(0), stride = n + 8;
     std::vector<double> moment(static_cast<std::size_t>(n * stride), 0.5), columns(moment.size());
@@ -131,7 +132,7 @@ void cholesky(benchmark::State& state) {
         state.PauseTiming();
         columns = moment;
         state.ResumeTiming();
-        if (!factorize(columns.data(), n, stride, 1)) state.SkipWithError("not factorised");
+        if (!factorize<Real>(columns.data(), n, stride, 1)) state.SkipWithError("not factorised");
     }
     state.counters["FLOP/s"] = benchmark::Counter(static_cast<double>(n) * n * n / 3, benchmark::Counter::kIsIterationInvariantRate);
 }
@@ -152,6 +153,7 @@ BENCHMARK_CAPTURE(rotate_and_quantize, nvfp4, "nvfp4")->Arg(16)->Arg(128);
 BENCHMARK_TEMPLATE(register_tile, float);
 BENCHMARK_TEMPLATE(register_tile, double);
 BENCHMARK(hessian_panel);
-BENCHMARK(cholesky)->Arg(256)->Arg(1024);
+BENCHMARK_TEMPLATE(cholesky, float)->Arg(256)->Arg(1024);
+BENCHMARK_TEMPLATE(cholesky, double)->Arg(256)->Arg(1024);
 
 }  // namespace

@@ -43,9 +43,9 @@ void register_gptq(py::module_& module) {
         .def_property_readonly("cols", &Hessian::cols)
         .def_property_readonly("tokens", &Hessian::tokens);
     py::class_<Factor>(module, "CholeskyFactor")
-        .def(py::init([](const py::array& h, const std::string& order, double damping, Index group_size, int threads) {
+        .def(py::init([](const py::array& h, const std::string& order, double damping, Index group_size, const std::string& precision, int threads) {
             const auto in = view<double>(h);
-            return without_gil([&] { return std::make_unique<Factor>(in, order_named(order), damping, group_size, threads); });
+            return without_gil([&] { return std::make_unique<Factor>(in, order_named(order), damping, group_size, precision_named(precision), threads); });
         }))
         .def_property_readonly("order",
                                [](const Factor& self) {

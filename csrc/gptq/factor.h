@@ -18,6 +18,10 @@ namespace mrgptq {
 enum class Order { natural, activation, group };
 Order order_named(std::string_view name);
 
+// Of the products in the factor, and of errors and feedback in the solver. float64 gives the codes of reference.py; float32 may part from it where a value lies within rounding of a tie.
+enum class Precision { float32, float64 };
+Precision precision_named(std::string_view name);
+
 class Factor {
 public:
     // h (cols, cols): symmetric, finite, both triangles equal. `damping` >= 0 is relative to the mean of the live diagonal. `group_size` divides cols; only Order::group asks for it.
@@ -28,7 +32,9 @@ public:
     // A column whose diagonal is zero is dead: no input ever reached it, so it is cut out of H and its weights are rounded plainly. Where a scale is chosen by loss it counts like a column
     // that damping alone reaches, dead_weight(). If the factorisation fails, damping rises tenfold (from 0.01 where it was 0) up to 1; if all fail, usable() is false and the caller rounds
     // plainly.
-    Factor(MatrixView<const double> h, Order order, double damping, Index group_size = 1, int threads = 0);
+    //
+    // H is brought to a diagonal near one by powers of two while it is factorised, so that no product leaves float32's range. Where float32 would blur a pivot, the products are float64.
+    Factor(MatrixView<const double> h, Order order, double damping, Index group_size = 1, Precision precision = Precision::float64, int threads = 0);
 
     Index cols() const noexcept { return static_cast<Index>(order_.size()); }
     const std::vector<Index>& order() const noexcept { return order_; }   // order()[0] is visited first
@@ -48,6 +54,9 @@ public:
     const Eigen::VectorXd& diagonal() const noexcept { return diagonal_; }  // R[p,p]
 
 private:
+    template <class Real>
+    bool factorize_columns(MatrixView<const double> h, const std::vector<Index>& dead, double least_pivot, int threads);
+
     std::vector<Index> order_;
     double damping_ = 0;
     Index dead_columns_ = 0;

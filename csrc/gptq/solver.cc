@@ -315,12 +315,6 @@ SolverResult solve_format(MatrixView<const float> weight, MatrixView<std::uint8_
 
 }  // namespace
 
-Precision precision_named(std::string_view name) {
-    if (name == "float32") return Precision::float32;
-    check(name == "float64", "unknown precision \"" + std::string(name) + "\"; known: float32, float64");
-    return Precision::float64;
-}
-
 SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs,
                    const SolverOptions& options, MatrixView<std::uint8_t> codes, int threads) {
     check(factor.cols() == weight.cols, "the factor has " + std::to_string(factor.cols()) + " columns; weight has " + std::to_string(weight.cols));

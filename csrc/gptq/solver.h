@@ -12,10 +12,6 @@
 
 namespace mrgptq {
 
-// float64 gives the codes of reference.py; float32 keeps errors and feedback in float32 and may part from it where a value lies within rounding of a tie.
-enum class Precision { float32, float64 };
-Precision precision_named(std::string_view name);
-
 struct SolverOptions {
     Precision precision = Precision::float64;
     // Choose each group's scale when the group is reached: of the storable scales around absmax (by `mx`) of what its weights have become by then, the one with the least

@@ -91,14 +91,16 @@ void solve_rows(const Square& square, double* x) noexcept {
 constexpr Index panels = 2;
 
 // The rows below a turn's panels as the products want them, panel by panel: `height` rows together, column by column.
+template <class Real>
 struct Below {
+    static constexpr Index height = kernel_rows<Real>;
     Index first, rows;  // from the turn's first row on, though a panel has none before its own end
-    Buffer<double> data;
+    Buffer<Real> data;
 
     explicit Below(Index n) : first(0), rows((n + height - 1) / height * height), data(panels * rows * panel) {}
-    double* of_rows(Index number, Index row) const noexcept { return data.data() + number * rows * panel + (row - first) * panel; }
+    Real* of_rows(Index number, Index row) const noexcept { return data.data() + number * rows * panel + (row - first) * panel; }
     // Columns of the matrix are rows of the factor too: element (k, j) of the right one is at [k * height + j].
-    const double* of_columns(Index number, Index col) const noexcept { return of_rows(number, col - (col - first) % height) + (col - first) % height; }
+    const Real* of_columns(Index number, Index col) const noexcept { return of_rows(number, col - (col - first) % height) + (col - first) % height; }
 };
 
 // Columns of `rows` rows between the matrix and pieces of `height` rows, one piece after the other, down a column at a time as memory likes it; rows that are not there are zero in the pieces.
@@ -123,22 +125,60 @@ void unpack_rows(const double* x, Index width, Index rows, double* columns, Inde
     }
 }
 
-// A tile of `height` rows by kernel_cols columns that the matrix's end or its diagonal cuts: worked out beside, and only what is the matrix's own and not above its diagonal copied back.
-void subtract_cut(const Below& below, Index number, Index row, Index col, Index n, double* to, Index stride) noexcept {
-    double tile[height * kernel_cols];
-    const Index rows = std::min(height, n - row), cols = std::min(kernel_cols, n - col);
+// Pieces of `rows` rows rounded to float and laid as high as its products are.
+void narrow_rows(const double* x, Index rows, float* to) noexcept {
+    constexpr Index tall = Below<float>::height, parts = tall / height;
+    for (Index first = 0; first < rows; first += tall, to += tall * panel)
+        for (Index part = 0; part < parts; ++part) {
+            const bool there = first + part * height < rows;
+            for (Index k = 0; k < panel; ++k)
+                for (Index r = 0; r < height; ++r) to[k * tall + part * height + r] = there ? static_cast<float>(x[k * height + r]) : 0;
+            if (there) x += height * panel;
+        }
+}
+
+// A vector of products off as many elements of the matrix.
+void subtract(double* from, Vector<double> v) noexcept { store<double>(from, load(from) - v); }
+void subtract(double* from, Vector<float> v) noexcept {
+    const auto [low, high] = widened(v);
+    subtract(from, low);
+    subtract(from + vector_size<double>, high);
+}
+
+// Takes a tile's products off the columns that begin at column_at(j).
+template <class Real, class Column, class Before>
+void subtract_tile(const Real* rows, const Real* cols, const Column& column_at, Before&& before) noexcept {
+    constexpr Index tall = kernel_rows<Real>, line = Index{cache_line / sizeof(double)};
+    for (Index j = 0; j < kernel_cols; ++j) {  // needed at the end: on its way meanwhile
+        for (Index r = 0; r < tall; r += line) __builtin_prefetch(column_at(j) + r, 1);
+        __builtin_prefetch(column_at(j) + tall - 1, 1);
+    }
+    sum_tile(panel, rows, tall, cols, tall, before, [&](Index j, Vector<Real> low, Vector<Real> high) {
+        double* column = column_at(j);
+        subtract(column, low);
+        subtract(column + vector_size<Real>, high);
+    });
+}
+
+// A tile of kernel_rows rows by kernel_cols columns that the matrix's end or its diagonal cuts: worked out beside, and only what is the matrix's own and not above its diagonal copied back.
+template <class Real>
+void subtract_cut(const Below<Real>& below, Index number, Index row, Index col, Index n, double* to, Index stride) noexcept {
+    constexpr Index tall = kernel_rows<Real>;
+    double tile[tall * kernel_cols];
+    const Index rows = std::min(tall, n - row), cols = std::min(kernel_cols, n - col);
     for (Index j = 0; j < kernel_cols; ++j)
-        for (Index r = 0; r < height; ++r) tile[j * height + r] = j < cols && r < rows && row + r >= col + j ? to[j * stride + r] : 0;
-    multiply_tile<double, true>(panel, below.of_rows(number, row), height, below.of_columns(number, col), height, tile, height);
+        for (Index r = 0; r < tall; ++r) tile[j * tall + r] = j < cols && r < rows && row + r >= col + j ? to[j * stride + r] : 0;
+    subtract_tile(below.of_rows(number, row), below.of_columns(number, col), [&](Index j) { return tile + j * tall; }, [](Index) {});
     for (Index j = 0; j < cols; ++j)
         for (Index r = 0; r < rows; ++r)
-            if (row + r >= col + j) to[j * stride + r] = tile[j * height + r];
+            if (row + r >= col + j) to[j * stride + r] = tile[j * tall + r];
 }
 
 // Takes the products of a turn's first `count` panels off columns [begin, end) of an (n, n) matrix, on and below the diagonal.
-void subtract_products(const Below& below, Index count, double* columns, Index begin, Index end, Index n, Index stride, int threads) {
+template <class Real>
+void subtract_products(const Below<Real>& below, Index count, double* columns, Index begin, Index end, Index n, Index stride, int threads) {
     constexpr Index block = 128;  // rows and columns that a thread takes at a time
-    constexpr Index tile_lines = height * kernel_cols * 2 * Index{sizeof(double)} * panel / block / Index{cache_line};  // of the factors' next rows, for each tile
+    constexpr Index tall = kernel_rows<Real>, tile_lines = tall * kernel_cols * 2 * Index{sizeof(Real)} * panel / block / Index{cache_line};  // of the factors' next rows, for each tile
     const auto blocks = [&](Index from, Index to) { return (to - from + block - 1) / block; };
     const Index wide = blocks(begin, end);
     const auto in_row = [&](Index i) { return std::min(i + 1, wide); };
@@ -151,19 +191,19 @@ void subtract_products(const Below& below, Index count, double* columns, Index b
         for (Index number = 0; number < count; ++number) {
             // What the tiles send for: the same rows and columns of the next panel, behind the last one's those to the right.
             const bool last = number + 1 == count;
-            const double *next_rows = below.of_rows(last ? 0 : number + 1, first_row), *next_cols = below.of_rows(last ? 0 : number + 1, last ? first_col + block : first_col);
-            Index sent = 0;  // doubles
-            for (Index row = first_row; row < std::min(first_row + block, n); row += height)
+            const Real *next_rows = below.of_rows(last ? 0 : number + 1, first_row), *next_cols = below.of_rows(last ? 0 : number + 1, last ? first_col + block : first_col);
+            Index sent = 0;  // elements
+            for (Index row = first_row; row < std::min(first_row + block, n); row += tall)
                 for (Index col = first_col; col < std::min(first_col + block, end); col += kernel_cols) {
-                    if (row + height <= col) break;  // above the diagonal
+                    if (row + tall <= col) break;  // above the diagonal
                     double* to = columns + col * stride + row;
-                    if (row < col + kernel_cols || row + height > n) {
+                    if (row < col + kernel_cols || row + tall > n) {
                         subtract_cut(below, number, row, col, n, to, stride);
                         continue;
                     }
                     const SendAhead<tile_lines> next(sent < block * panel ? next_rows + sent : next_cols + sent - block * panel);
-                    sent += tile_lines * Index{cache_line / sizeof(double)};
-                    multiply_tile<double, true>(panel, below.of_rows(number, row), height, below.of_columns(number, col), height, [=](Index j) { return to + j * stride; }, next);
+                    sent += tile_lines * Index{cache_line / sizeof(Real)};
+                    subtract_tile(below.of_rows(number, row), below.of_columns(number, col), [=](Index j) { return to + j * stride; }, next);
                 }
         }
     });
@@ -171,9 +211,12 @@ void subtract_products(const Below& below, Index count, double* columns, Index b
 
 }  // namespace
 
+template <class Real>
 bool factorize(double* columns, Index n, Index stride, int threads) {
     constexpr Index rows_at_once = 128;  // of those below a panel, for a thread
-    Below below(n);
+    static_assert(rows_at_once % Below<Real>::height == 0 && Below<Real>::height % height == 0);
+    constexpr bool narrow = sizeof(Real) < sizeof(double);
+    Below<Real> below(n);
     for (Index turn = 0; turn < n; turn += panels * panel) {
         below.first = turn;
         for (Index number = 0; number < panels; ++number) {
@@ -184,15 +227,26 @@ bool factorize(double* columns, Index n, Index stride, int threads) {
             if (under == n) return true;
             const Square square(corner, width, stride);
             parallel_for_ranges(n - under, rows_at_once, threads, [&](Index begin, Index end) {
-                double *from = corner + width + begin, *rows = below.of_rows(number, under + begin);
+                Real* packed = below.of_rows(number, under + begin);
+                Buffer<double> wide;
+                if constexpr (narrow) wide = Buffer<double>(rows_at_once * panel);
+                double *from = corner + width + begin, *rows = nullptr;
+                if constexpr (narrow)
+                    rows = wide.data();
+                else
+                    rows = packed;
                 pack_rows(from, stride, width, end - begin, rows);
-                for (Index row = under + begin; row < under + end; row += height) solve_rows(square, below.of_rows(number, row));
+                for (Index row = 0; row < end - begin; row += height) solve_rows(square, rows + row * panel);
                 unpack_rows(rows, width, end - begin, from, stride);
+                if constexpr (narrow) narrow_rows(rows, end - begin, packed);
             });
         }
         subtract_products(below, panels, columns, turn + panels * panel, n, n, stride, threads);
     }
     return true;
 }
+
+template bool factorize<float>(double*, Index, Index, int);
+template bool factorize<double>(double*, Index, Index, int);
 
 }  // namespace mrgptq

@@ -14,6 +14,7 @@ from .rotations import Hadamard, Identity, Rotation, rotate_hessian
 ORDERS = ("natural", "activation", "group")
 """The columns' visiting order: left to right; by descending diagonal of H; whole groups by the descending sum of their diagonals, inside a group likewise. Nothing is stored: groups and
 scales stay where they are."""
+PRECISIONS = ("float32", "float64")
 OUTPUT_DAMPING = 0.05
 """Of an output Hessian, relative to its mean diagonal; between 0.01 and 0.2 the divergence moves by 1 % (bench/accuracy.md)."""
 OUTPUT_HESSIAN_BYTES = 4 << 30
@@ -117,6 +118,8 @@ class Factor:
     order : "activation" (descending diagonal of the rotated H), "group" (whole groups by the sum of theirs; searched scales and refinement need it) or "natural".
     group_size : columns in a group, for the order "group".
     damping : >= 0; λ relative to the mean of the live diagonal. If the factorisation fails it rises tenfold at a time (from 0.01 where it was 0) up to 1.
+    precision : of the products. "float32" takes half the time; the factor is that of a matrix that differs from H by a few float32 roundings of sqrt(H[i, i] H[j, j]), as H does itself when a
+        :class:`Hessian` summed it. Where that would blur a pivot, one below 6e-5 of its diagonal, the products are float64 nevertheless.
     copy : False keeps the caller's own array where it is float64, exactly symmetric and not to be rotated; it must then stay as it is while the factor is in use. A :class:`Hessian` is used
         up: its memory becomes the factor's, and it has seen no token afterwards.
 
@@ -128,18 +131,19 @@ class Factor:
     tokens : int, or None for a plain array. seconds : wall time.
     """
 
-    def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, group_size: int | None = None, copy: bool = True, threads: int | None = None) -> None:
+    def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, group_size: int | None = None, precision: str = "float64", copy: bool = True, threads: int | None = None) -> None:
         start = time.perf_counter()
         self.rotation = Identity() if rotation is None else rotation
         if not isinstance(self.rotation, (Identity, Hadamard)):
             raise TypeError(f"rotation is {rotation!r}; it must be None, Identity() or Hadamard(block_size)")
         self.order_name = choose("order", order, ORDERS)
         self.damping_asked = as_damping(damping)
+        self.precision = choose("precision", precision, PRECISIONS)
         self.tokens = hessian.tokens if isinstance(hessian, Hessian) else None
         given: Any = _Taken(hessian) if isinstance(hessian, Hessian) and not copy else hessian
         self.hessian = rotate_hessian(self.rotation, given, copy=copy, threads=threads)
         self.group_size = self._group_size(group_size)
-        self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked, self.group_size or 1, as_threads(threads))
+        self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked, self.group_size or 1, self.precision, as_threads(threads))
         self.seconds = time.perf_counter() - start
 
     def _group_size(self, group_size: int | None) -> int | None:

@@ -20,7 +20,7 @@ from .rotations import rotate_hessian, rotation_of
 def make_factor(hessian: ArrayLike, recipe: Recipe | str, *, format: str | None = None, copy: bool = True, threads: int | None = None) -> Factor:
     """The :class:`Factor` that layers with one input share under a recipe: pass it to ``quantize_layer(..., factor=)``. ``copy`` is :class:`Factor`'s."""
     recipe = as_recipe(recipe, format)
-    return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, group_size=_group_size(recipe), copy=copy, threads=threads)
+    return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, group_size=_group_size(recipe), precision=recipe.precision, copy=copy, threads=threads)
 
 
 def shared_tensor_scale(weights: Sequence[ArrayLike], recipe: Recipe, *, threads: int | None = None) -> float | None:
@@ -47,6 +47,8 @@ def _check_factor(factor: Factor, recipe: Recipe, cols: int) -> None:
     for what, want, got in zip(("columns", "rotation", "order", "group_size", "damping"), asked, made, strict=True):
         if want != got:
             raise ValueError(f"factor was made with {what} {got}; the layer and its recipe need {want}")
+    if recipe.precision == "float64" != factor.precision:
+        raise ValueError(f"factor was made with precision {factor.precision}; the recipe needs float64, which serves recipes of float32 too")
 
 
 def quantize_layer(
@@ -72,7 +74,7 @@ def quantize_layer(
         None is allowed for the solver "rtn" with scales that do without, whose report then has no relative error, and where ``factor`` is given.
     recipe : Recipe, or a name ("rtn", "gptq", "mr-gptq", "best", "best-online") with ``format`` ("nvfp4" by default).
     tensor_scale : the NVFP4 divisor, where several layers share one (:func:`shared_tensor_scale`); None takes the recipe's own of the rotated weight.
-    factor : what :func:`make_factor` made of the same Hessian and recipe, shared by layers with one input.
+    factor : what :func:`make_factor` made of the same Hessian and recipe, shared by layers with one input; one of precision float64 serves recipes of float32 too.
     cross : (cols, cols) array X^T X̃ / tokens for callers who have the inputs X of the original model beside the inputs X̃ that the quantised layer will see; ``hessian`` is then that
         of X̃. The solver's target becomes W + recipe.cross * W (cross - H)(H + λI)^-1, at 1 the unconstrained optimum that GPTAQ and Qronos approach; with X from the unquantised
         model that overfitted 65 000 tokens. The report's errors are still measured against W, under the hessian.
@@ -244,7 +246,7 @@ def _output_factor(output_hessian: ArrayLike, rows: int, recipe: Recipe, threads
     matrix = as_symmetric(output_hessian, None, "output_hessian", copy=False, threads=threads)
     if len(matrix) != rows:
         raise ValueError(f"output_hessian has shape {matrix.shape}; a weight of {rows} rows needs ({rows}, {rows})")
-    return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, copy=False, threads=threads)
+    return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, precision=recipe.precision, copy=False, threads=threads)
 
 
 def _with_dead_columns(hessian: NDArray[np.float64], damping: float) -> NDArray[np.float64]:

@@ -280,6 +280,74 @@ TEST(FactorOfH, APivotOfNoiseCountsAsFailure) {
     EXPECT_EQ(factor.damping(), 0.01);
 }
 
+// ---- In float32
+
+TEST(FactorOfH, InFloat32IsThatOfAMatrixWithinItsRounding) {
+    const Index n = 300;
+    const Matrix<double> h = random_second_moment(n);
+    for (const Order order : {Order::natural, Order::activation, Order::group}) {
+        const Factor factor(h.view(), order, 0.01, 10, Precision::float32), exact(h.view(), order, 0.01, 10);
+        ASSERT_TRUE(factor.usable());
+        EXPECT_EQ(factor.order(), exact.order());
+        EXPECT_EQ(factor.diagonal(), exact.diagonal());
+        EXPECT_NE(factor.pivots(), exact.pivots());
+        for (Index i = 0; i < n; ++i)
+            for (Index j = 0; j <= i; ++j) {
+                double sum = 0, magnitude = 0;
+                for (Index k = 0; k <= j; ++k) {
+                    const double term = factor.unit()(i, k) * factor.pivots()[k] * factor.unit()(j, k);
+                    sum += term;
+                    magnitude += std::fabs(term);
+                }
+                const double expected = i == j ? factor.diagonal()[i] : h(factor.column(i), factor.column(j));
+                EXPECT_LE(std::fabs(sum - expected), (132 * 0x1p-24 + (2 * n + 8) * 0x1p-53) * magnitude);  // chains of 128 products of rounded factors, beside what the test above allows
+                EXPECT_EQ(factor.unit()(j, i), i == j ? 1.0 : h(factor.column(i), factor.column(j)));
+            }
+        for (const int threads : thread_counts) {
+            const Factor same(h.view(), order, 0.01, 10, Precision::float32, threads);
+            EXPECT_EQ(same.unit(), factor.unit());
+            EXPECT_EQ(same.pivots(), factor.pivots());
+        }
+    }
+}
+
+TEST(FactorOfH, PowersOfTwoOnColumnsMoveNothingButExponents) {
+    const Index n = 300;
+    const Matrix<double> h = random_second_moment(n);
+    const auto power = [](Index c) { return static_cast<int>((97 * c) % 901) - 450; };  // products far beyond float32
+    Matrix<double> scaled(n, n);
+    for (Index r = 0; r < n; ++r)
+        for (Index c = 0; c < n; ++c) scaled(r, c) = std::ldexp(h(r, c), power(r) + power(c));
+    for (const Precision precision : {Precision::float32, Precision::float64}) {
+        const Factor plain(h.view(), Order::natural, 0, 1, precision), moved(scaled.view(), Order::natural, 0, 1, precision);
+        ASSERT_TRUE(plain.usable() && moved.usable());
+        EXPECT_EQ(moved.damping(), 0);
+        for (Index p = 0; p < n; ++p) {
+            const int own = power(plain.column(p));
+            EXPECT_EQ(moved.pivots()[p], std::ldexp(plain.pivots()[p], 2 * own));
+            for (Index k = p; k < n; ++k) ASSERT_EQ(moved.unit()(k, p), std::ldexp(plain.unit()(k, p), power(plain.column(k)) - own));
+        }
+    }
+}
+
+TEST(FactorOfH, TakesFloat64WhereFloat32WouldBlurAPivot) {
+    const Index n = 300;
+    // Column 290 is column 3 and a little noise of its own, so the second of them to be visited has no more left than that.
+    const auto twins = [&](double noise) {
+        Matrix<double> h = random_second_moment(n);
+        for (Index c = 0; c < n; ++c) h(290, c) = h(c, 290) = h(3, c);
+        h(290, 290) = h(3, 3) * (1 + noise);
+        return h;
+    };
+    const double known = 8 * 131 * 0x1p-24;  // of its diagonal: a pivot eight times the largest error, see above
+    for (const double noise : {1e-9, 0.9 * known, 1.1 * known, 0.01}) {
+        const Factor factor(twins(noise).view(), Order::natural, 0, 1, Precision::float32), exact(twins(noise).view(), Order::natural, 0);
+        ASSERT_TRUE(factor.usable() && exact.usable());
+        EXPECT_EQ(factor.damping(), 0);
+        EXPECT_EQ(factor.pivots() == exact.pivots() && factor.unit() == exact.unit(), noise < known) << noise;
+    }
+}
+
 TEST(FactorOfH, Refuses) {
     const Matrix<double> h = random_second_moment(4);
     expect_refused("hessian has shape (4, 3); it must be square", [] { Factor(Matrix<double>(4, 3).view(), Order::natural, 0); });
