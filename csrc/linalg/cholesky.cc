@@ -129,12 +129,9 @@ void unpack_rows(const double* x, Index width, Index rows, double* columns, Inde
 void narrow_rows(const double* x, Index rows, float* to) noexcept {
     constexpr Index tall = Below<float>::height, parts = tall / height;
     for (Index first = 0; first < rows; first += tall, to += tall * panel)
-        for (Index part = 0; part < parts; ++part) {
-            const bool there = first + part * height < rows;
+        for (Index part = 0; part < parts; ++part, x += height * panel)
             for (Index k = 0; k < panel; ++k)
-                for (Index r = 0; r < height; ++r) to[k * tall + part * height + r] = there ? static_cast<float>(x[k * height + r]) : 0;
-            if (there) x += height * panel;
-        }
+                for (Index r = 0; r < height; ++r) to[k * tall + part * height + r] = first + part * height < rows ? static_cast<float>(x[k * height + r]) : 0;
 }
 
 // A vector of products off as many elements of the matrix.
