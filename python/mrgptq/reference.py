@@ -8,23 +8,22 @@ import numpy as np
 # ---- Elements: E2M1 codes, E4M3 and E8M0 scales (OCP Microscaling Formats v1.0, OCP 8-bit Floating Point v1.0)
 
 E2M1_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+E2M1_MIDDLES = (E2M1_VALUES[1:] + E2M1_VALUES[:-1]) / 2
 GROUP_SIZE = {"mxfp4": 32, "nvfp4": 16}
 
 
 def encode_e2m1(x):
     """Codes of the nearest values, ties to the even code; what rounds to zero gets code 0."""
     magnitude = np.abs(x)
-    middles = (E2M1_VALUES[1:] + E2M1_VALUES[:-1]) / 2
     code = np.zeros(np.shape(x), dtype=np.uint8)
-    for lower, middle in enumerate(middles):  # from code `lower` to the next: at a tie the even one of the two
-        code += (magnitude > middle) | ((magnitude == middle) & (lower % 2 == 1))
+    for lower, middle in enumerate(E2M1_MIDDLES):  # from code `lower` to the next: at a tie the even one of the two
+        code += magnitude >= middle if lower % 2 else magnitude > middle
     return np.where((np.asarray(x) < 0) & (code > 0), code + 8, code).astype(np.uint8)
 
 
 def decode_e2m1(codes):
     """float32 values of codes 0 … 15."""
-    codes = np.asarray(codes)
-    return np.where(codes & 8, -E2M1_VALUES[codes & 7], E2M1_VALUES[codes & 7]).astype(np.float32)
+    return np.concatenate([E2M1_VALUES, -E2M1_VALUES])[np.asarray(codes)]
 
 
 def decode_e4m3(bits):
