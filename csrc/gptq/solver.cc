@@ -227,21 +227,19 @@ std::vector<std::vector<double>> solve_band(const Problem<Real>& problem, Matrix
     for (const double loss : visit_columns<Format>(problem, band)) losses.push_back({loss});
     Gradients<Real> gradients(problem.options.rounds > 0 ? count : 0, problem.factor.cols(), Format::group_size);
     std::vector<bool> moving(band.tiles.size(), true);
-#ifdef MRGPTQ_CHECKS
-    std::vector<Tile<Real>> histories;
-    for (const auto& tile : band.tiles) histories.push_back(tile.error.cwiseAbs());
-#endif
+    std::vector<Tile<Real>> before, histories;  // of the errors, where rounds are proved
+    if (problem.options.prove_rounds)
+        for (const auto& tile : band.tiles) histories.push_back(tile.error.cwiseAbs());
     for (int round = 0; round < problem.options.rounds && std::find(moving.begin(), moving.end(), true) != moving.end(); ++round) {
-#ifdef MRGPTQ_CHECKS
-        std::vector<Tile<Real>> before;
-        for (const auto& tile : band.tiles) before.push_back(tile.error);
-#endif
+        before.clear();
+        if (problem.options.prove_rounds)
+            for (const auto& tile : band.tiles) before.push_back(tile.error);
         const std::vector<double> falls = refine_columns<Format>(problem, band, gradients, round, moving);
         for (std::size_t t = 0; t < band.tiles.size(); ++t) {
-#ifdef MRGPTQ_CHECKS
-            histories[t] += (band.tiles[t].error - before[t]).cwiseAbs();
-            check_round(before[t], band.tiles[t].error, histories[t], problem.factor, Format::group_size, round + 1);
-#endif
+            if (problem.options.prove_rounds) {
+                histories[t] += (band.tiles[t].error - before[t]).cwiseAbs();
+                check_round(before[t], band.tiles[t].error, histories[t], problem.factor, Format::group_size, round + 1);
+            }
             moving[t] = moving[t] && falls[t] != 0;
             if (moving[t]) losses[t].push_back(losses[t].back() - falls[t]);
         }

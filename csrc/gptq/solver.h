@@ -12,6 +12,12 @@
 
 namespace mrgptq {
 
+#ifdef MRGPTQ_CHECKS
+inline constexpr bool always_prove_rounds = true;
+#else
+inline constexpr bool always_prove_rounds = false;
+#endif
+
 struct SolverOptions {
     Precision precision = Precision::float64;
     // Choose each group's scale when the group is reached: of the storable scales around absmax (by `mx`) of what its weights have become by then, the one with the least
@@ -19,6 +25,7 @@ struct SolverOptions {
     bool search_scales = false;
     MxRule mx = MxRule::even;
     int rounds = 0;  // of refinement, see refine.h; needs Order::group
+    bool prove_rounds = always_prove_rounds;  // after each round, that it raised the loss by no more than refinement_slack(); solve() throws where one did
 };
 
 // Losses Σ (w-q)ᵀ (H + λI) (w-q) over all rows, summed in float64, where a dead column counts with weight Factor::dead_weight(): after the solver, then after each round carried out.

@@ -84,7 +84,7 @@ protected:
     const Matrix<float> weight = random_matrix(rows, cols);
     const Factor factor{random_second_moment(cols).view(), Order::group, 0.01, p.group_size};
     const Factor outputs{random_second_moment(rows, 8).view(), Order::activation, 0.05};
-    const SolverOptions options{p.precision, true, MxRule::even, 2};
+    const SolverOptions options{p.precision, true, MxRule::even, 2, true};
     const float tensor_scale = p.group_size == 16 ? 50.0f : 1.0f;
 };
 

@@ -53,7 +53,7 @@ protected:
         if (!search) find_scales(p.format, ScaleRule{}, w.view(), tensor_scale, {}, first.view(), 1);
         Solved s{Matrix<std::uint8_t>(first, layout, 0xFF), {w.view().rows, w.view().cols / 2, layout, 0xEE}, {}, {w.view().rows, w.view().cols}};
         const Matrix<float> laid(w, layout, static_cast<float>(nan));
-        s.losses = solve(p.format, laid.view(), s.scales.view(), tensor_scale, factor, nullptr, {p.precision, search, mx, rounds}, s.codes.view(), threads).losses;
+        s.losses = solve(p.format, laid.view(), s.scales.view(), tensor_scale, factor, nullptr, {p.precision, search, mx, rounds, true}, s.codes.view(), threads).losses;
         EXPECT_TRUE(s.scales.padding_untouched() && s.codes.padding_untouched());
         Matrix<float> values(w.view().rows, w.view().cols);
         dequantize(p.format, s.codes.view(), s.scales.view(), tensor_scale, values.view(), 1);
@@ -180,7 +180,7 @@ TEST_P(Refinement, SearchedScalesAreWrittenAndNotRead) {
     for (const std::uint8_t before : {0, 0x7F, 0xFF}) {
         scales.emplace_back(9, 64 / p.group_size, contiguous, before);
         codes.emplace_back(9, 32);
-        solve(p.format, w.view(), scales.back().view(), tensor_scale, factor, nullptr, {p.precision, true, MxRule::even, 1}, codes.back().view(), 1);
+        solve(p.format, w.view(), scales.back().view(), tensor_scale, factor, nullptr, {p.precision, true, MxRule::even, 1, true}, codes.back().view(), 1);
         EXPECT_EQ(scales.back(), scales.front());
         EXPECT_EQ(codes.back(), codes.front());
     }

@@ -130,7 +130,7 @@ TEST_P(Solve, SearchedScalesAndRefinementAnswerAlikeWhateverTheLayoutAndTheThrea
         std::vector<Matrix<double>> errors;
         std::vector<double> losses;
         for (int rounds = 0; rounds <= 3; ++rounds) {
-            const SolverOptions options{p.precision, search, MxRule::even, rounds};
+            const SolverOptions options{p.precision, search, MxRule::even, rounds, true};
             Matrix<std::uint8_t> best(scales), q(rows, cols / 2);
             const SolverResult result = solve(p.format, weight.view(), best.view(), tensor_scale, factor, nullptr, options, q.view(), 1);
             ASSERT_EQ(result.losses.size(), static_cast<std::size_t>(rounds) + 1);  // on a matrix like this every round finds something
@@ -186,7 +186,7 @@ TEST_P(Solve, RoundsEndWhereNothingMovesAnyMore) {
     const Factor factor(h.view(), Order::group, 0.01, p.group_size);
     Matrix<std::uint8_t> refined(rows, cols / p.group_size), again(rows, cols / 2);
     const SolverResult one = solve(p.format, weight.view(), scales.view(), tensor_scale, factor, nullptr, {p.precision, true, MxRule::even, 0}, codes.view(), 1);
-    const SolverResult many = solve(p.format, weight.view(), refined.view(), tensor_scale, factor, nullptr, {p.precision, true, MxRule::even, 5}, again.view(), 2);
+    const SolverResult many = solve(p.format, weight.view(), refined.view(), tensor_scale, factor, nullptr, {p.precision, true, MxRule::even, 5, true}, again.view(), 2);
     EXPECT_TRUE(same_bits(many.losses, one.losses));
     EXPECT_EQ(refined, scales);
     EXPECT_EQ(again, codes);
