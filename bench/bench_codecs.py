@@ -31,7 +31,7 @@ def check(format, scales):
     w = (np.random.default_rng(1).standard_t(4, (32, 544)) * 0.02).astype(np.float32)
     search, rule = ("absmax", scales) if scales in mg.MX_RULES else (scales, "even")
     divisor = DIVISOR.get((format, scales), 1.0)
-    codes, found, position = _core.quantize(format, search, rule, w, 0, divisor, 1)
+    codes, found, position = _core.quantize(format, search, rule, False, w, 0, divisor, 1)
     expected, expected_scales, _ = reference.quantize(w, format, search, rule, divisor)
     if position != -1 or not (np.array_equal(codes, reference.pack(expected)) and np.array_equal(found, expected_scales)):
         raise SystemExit(f"{format} {scales}: other bytes than the reference's")
@@ -88,19 +88,19 @@ def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) 
             search, rule = ("absmax", scales) if scales in mg.MX_RULES else (scales, "even")
             divisor = DIVISOR.get((format, scales), 1.0)
             name = f"quantise {scales}"
-            calls[name] = lambda search=search, rule=rule, divisor=divisor: _core.quantize(format, search, rule, cold.next(), 0, divisor, threads)
+            calls[name] = lambda search=search, rule=rule, divisor=divisor: _core.quantize(format, search, rule, False, cold.next(), 0, divisor, threads)
             against[name] = ("bound: read", "ggml quantise")
         block = GROUP[format]
         plain = "absmax" if format == "nvfp4" else "even"
         divisor = DIVISOR.get((format, plain), 1.0)
-        calls["rotate + quantise, one pass"] = lambda: _core.quantize(format, "absmax", "even", cold.next(), block, divisor, threads)
+        calls["rotate + quantise, one pass"] = lambda: _core.quantize(format, "absmax", "even", False, cold.next(), block, divisor, threads)
         against["rotate + quantise, one pass"] = (f"quantise {plain}",)
         if format == "nvfp4":
             calls["amax + quantise absmax"] = lambda: (_core.amax(cold.next(), 0, threads), calls["quantise absmax"]())
             against["amax + quantise absmax"] = ("bound: read",)
         calls["round to the grid"] = lambda: _core.round_to_grid(format, "absmax", "even", False, cold.next(), 0, divisor, target, threads)
         against["round to the grid"] = ("bound: memcpy",)
-        codes, scales, _ = _core.quantize(format, "absmax", "even", cold.matrices[0], 0, divisor, threads)
+        codes, scales, _ = _core.quantize(format, "absmax", "even", False, cold.matrices[0], 0, divisor, threads)
         stored = [(codes.copy(), scales.copy()) for _ in range(2 if quick else 4)]
         turn = cycle(stored)
         calls["dequantise"] = lambda turn=turn, divisor=divisor: _core.dequantize_into(format, *next(turn), divisor, target, threads)

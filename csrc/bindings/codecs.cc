@@ -24,12 +24,12 @@ void register_codecs(py::module_& module) {
     });
     module.def("nvfp4_tensor_scale", &nvfp4_tensor_scale);
     module.def("mx_tensor_scale", [](const std::string& mx_rule) { return mx_tensor_scale(mx_rule_named(mx_rule)); });
-    module.def("quantize", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, Index block_size, float tensor_scale, int threads) {
+    module.def("quantize", [](const std::string& format, const std::string& search, const std::string& mx_rule, bool bfloat16_sixth, const py::array& weight, Index block_size, float tensor_scale, int threads) {
         const auto in = view<float>(weight);
         auto codes = matrix<std::uint8_t>(in.rows, in.cols / 2);
         auto scales = matrix<std::uint8_t>(in.rows, with_format(format, [&](auto f) { return in.cols / decltype(f)::group_size; }));
         const auto to_codes = writable<std::uint8_t>(codes), to_scales = writable<std::uint8_t>(scales);
-        const Index position = without_gil([&] { return quantize(format, rule_named(search, mx_rule), in, tensor_scale, to_codes, to_scales, threads, block_size); });
+        const Index position = without_gil([&] { return quantize(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to_codes, to_scales, threads, block_size); });
         return py::make_tuple(codes, scales, position);
     });
     module.def("find_scales", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, float tensor_scale, const py::object& hessian, int threads) {

@@ -3,13 +3,15 @@
 from importlib.metadata import version as _version
 
 from . import _core
+from .activations import quantize_activations, round_activations
 from .arrays import default_threads as _default_threads
 from .checkpoint import load, save
 from .checkpoint.stored_tensor import StoredTensor
-from .codecs import alternating_tensor_scale, nvfp4_tensor_scale, pack, quantize, round_activations, unpack
+from .codecs import alternating_tensor_scale, nvfp4_tensor_scale, quantize
 from .formats import FORMATS, MX_RULES
 from .gptq import Factor, Hessian
 from .layer import make_factor, quantize_layer, shared_tensor_scale
+from .packing import from_blocked, pack, to_blocked, unpack
 from .recipe import Recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import Hadamard, Identity
@@ -23,6 +25,6 @@ def build_info() -> dict[str, object]:
 
 
 __all__ = [
-    "FORMATS", "MX_RULES", "Activations", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "QuantizedMatrix", "Recipe", "StoredTensor", "alternating_tensor_scale", "build_info", "load",
-    "make_factor", "nvfp4_tensor_scale", "pack", "quantize", "quantize_layer", "round_activations", "save", "shared_tensor_scale", "unpack",
+    "FORMATS", "MX_RULES", "Activations", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "QuantizedMatrix", "Recipe", "StoredTensor", "alternating_tensor_scale", "build_info",
+    "from_blocked", "load", "make_factor", "nvfp4_tensor_scale", "pack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "shared_tensor_scale", "to_blocked", "unpack",
 ]

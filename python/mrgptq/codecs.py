@@ -1,4 +1,4 @@
-"""Matrices to 4-bit blocks and back: scales by named rules, codes, packing."""
+"""Matrices to 4-bit blocks: scales by named rules, codes."""
 
 import time
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_output, as_scale, as_threads, choose, refuse_nonfinite
+from .arrays import as_float32, as_scale, as_threads, choose, refuse_nonfinite
 from .formats import MX_RULES, SCALE_SEARCHES, block_format, decode_e4m3, decode_e8m0
 from .result import LayerReport, QuantizedMatrix
 from .rotations import Identity, Rotation
@@ -98,7 +98,7 @@ def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", 
     def fit(divisor: float) -> tuple[float, float]:
         error = dot = square = 0.0
         for matrix in matrices:
-            codes, found, _ = _core.quantize("nvfp4", search, "even", matrix, 0, divisor, as_threads(threads))
+            codes, found, _ = _core.quantize("nvfp4", search, "even", False, matrix, 0, divisor, as_threads(threads))
             value = _core.dequantize("nvfp4", codes, found, divisor, as_threads(threads)).astype(np.float64)
             error += float(np.square(matrix - value).sum())
             dot += float((matrix * value).sum())
@@ -186,7 +186,7 @@ def quantize(
     if rotation is not None:
         rotation.check_columns(values.shape[1], "weight")
     divisor = tensor_scale_for(format, values, rule, tensor_scale, rotation=rotation, threads=threads)
-    codes, found, position = _core.quantize(format, search, rule, values, block_size, divisor, as_threads(threads))
+    codes, found, position = _core.quantize(format, search, rule, False, values, block_size, divisor, as_threads(threads))
     refuse_nonfinite(values, position, "weight")
     if rotation is not None:
         values = rotation.apply(values, threads=threads)
@@ -221,73 +221,3 @@ def scale_offsets(format: str, x: NDArray[np.float32], scales: NDArray[np.uint8]
 def scales_name(format: str, search: str, rule: str) -> str:
     """A resolved scale rule as a person says it: "fpquant_mse, even"."""
     return search if format == "nvfp4" else f"{search}, {rule}"
-
-
-def round_activations(
-    x: ArrayLike,
-    format: str,
-    *,
-    rule: str = "absmax",
-    mx_rule: str = "even",
-    tensor_scale: float | None = None,
-    rotation: Rotation | None = None,
-    dtype: str | None = None,
-    out: NDArray[np.float32] | None = None,
-    threads: int | None = None,
-) -> NDArray[np.float32]:
-    """The values that a layer with 4-bit inputs computes with: ``x`` rounded to the grid of ``format``.
-
-    Parameters
-    ----------
-    x : (..., cols) array, finite, dtypes as in :func:`quantize`. Of a bfloat16 ``x`` the rule "absmax" rounds amax / 6 to bfloat16 before it becomes an NVFP4 scale: compressed-tensors
-        divides in the input's own dtype, and up to 2.4 % of the scales differ from the float32 rule's.
-    rule : a scale rule of :func:`quantize`; "absmax" is what stock kernels do, "mse" costs a search a group and loses less.
-    tensor_scale : the NVFP4 divisor, calibrated in checkpoints; None takes 2688 / amax(x T).
-    rotation : turns x first, in the same pass; the result stays turned. A turned bfloat16 ``x`` is float32, and rounds as that.
-    out : float32 array of x's shape; ``out=x`` rounds in place.
-
-    Returns
-    -------
-    float32 array of x's shape.
-    """
-    block_format(format)
-    search, mx_rule = resolve_scales(format, rule, mx_rule, name="rule")
-    own_dtype = getattr(x, "dtype", None)
-    bfloat16 = dtype == "bfloat16" or own_dtype == "BF16" or getattr(own_dtype, "name", None) == "bfloat16"  # "BF16": a StoredTensor's
-    block_size = block_size_of(rotation)
-    # What is not finite is found on the way where nothing of the caller's is written before.
-    values = as_float32(x, "x", dtype=dtype, threads=threads, finite=out is not None)
-    check_groups(values.shape[-1], format, "x")
-    if rotation is not None:
-        rotation.check_columns(values.shape[-1])
-    matrix = values.reshape(-1, values.shape[-1])
-    divisor = tensor_scale_for(format, values, mx_rule, tensor_scale, rotation=rotation, name="x", threads=threads)
-    in_place = out is x
-    out = as_output(np.empty(values.shape, dtype=np.float32) if out is None else out, values.shape)
-    if not in_place and np.may_share_memory(out, matrix):
-        matrix = matrix.copy()  # a shifted overlap would read what was just written
-    position = _core.round_to_grid(format, search, mx_rule, bfloat16 and not block_size, matrix, block_size, divisor, out.reshape(-1, out.shape[-1]), as_threads(threads))
-    refuse_nonfinite(values, position, "x")
-    return out
-
-
-def _bytes(array: ArrayLike, name: str) -> NDArray[np.uint8]:
-    values = np.asarray(array)
-    if values.dtype != np.uint8 or values.ndim != 2:
-        raise ValueError(f"{name} is {values.dtype} of shape {values.shape}; it must be a uint8 matrix")
-    return np.ascontiguousarray(values)
-
-
-def pack(codes: ArrayLike, *, threads: int | None = None) -> NDArray[np.uint8]:
-    """(rows, cols) codes 0 … 15 to (rows, cols / 2) uint8, the even column in the low nibble."""
-    values = _bytes(codes, "codes")
-    if values.shape[1] % 2:
-        raise ValueError(f"codes has {values.shape[1]} columns; two share a byte")
-    if values.size and values.max() > 15:
-        raise ValueError(f"codes holds {values.max()}; a code is 0 … 15")
-    return _core.pack(values, as_threads(threads))
-
-
-def unpack(packed: ArrayLike, *, threads: int | None = None) -> NDArray[np.uint8]:
-    """(rows, cols / 2) uint8 to (rows, cols) codes 0 … 15, the inverse of :func:`pack`."""
-    return _core.unpack(_bytes(packed, "packed"), as_threads(threads))

@@ -153,7 +153,7 @@ def quantize_layer(
         if factor is not None:
             fallback = f"rounded plainly, scales by {first}: the Hessian could not be factorised, not even with damping {factor.damping:g}"
         if weights is None:
-            codes, scales, _ = _core.quantize(recipe.format, first, rule, target, 0, divisor, as_threads(threads))
+            codes, scales, _ = _core.quantize(recipe.format, first, rule, False, target, 0, divisor, as_threads(threads))
         else:
             scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
             codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
@@ -266,7 +266,7 @@ def _errors_by_moments(
     """The report's errors under the second moments at hand, each beside what plain rounding by absmax scales would have had; and tr(W H W^T)."""
     if hessian is None:
         return {}, None
-    codes, scales, _ = _core.quantize(format, "absmax", mx_rule, weight, 0, divisor, as_threads(threads))
+    codes, scales, _ = _core.quantize(format, "absmax", mx_rule, False, weight, 0, divisor, as_threads(threads))
     answers = [rounded, _core.dequantize(format, codes, scales, divisor, as_threads(threads))]
     energy, *losses = _core.quadratic_forms(weight, answers, hessian, precision, as_threads(threads))
     values: dict[str, Any] = dict(zip(("relative_error", "rounded_error"), (loss / energy if energy else None for loss in losses), strict=True))

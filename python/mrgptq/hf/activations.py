@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.hooks import RemovableHandle
 
-from ..codecs import round_activations
+from ..activations import round_activations
 from ..result import Activations
 from ..rotations import Rotation
 

@@ -1,0 +1,115 @@
+"""What a layer with 4-bit inputs multiplies: its inputs as codes and scales, or as the values that these stand for."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from .arrays import as_float32, as_output, as_threads, refuse_nonfinite
+from .codecs import block_size_of, check_groups, clip_mask, resolve_scales, tensor_scale_for
+from .formats import block_format
+from .result import Activations, QuantizedMatrix
+from .rotations import Identity, Rotation
+
+
+class _Work:
+    """The arguments of both functions as the core takes them."""
+
+    def __init__(
+        self, x: ArrayLike, format: str, rule: str, mx_rule: str, tensor_scale: float | None, rotation: Rotation | None, dtype: str | None, threads: int | None, *, finite: bool
+    ) -> None:
+        block_format(format)
+        self.format = format
+        self.search, self.mx_rule = resolve_scales(format, rule, mx_rule, name="rule")
+        own_dtype = getattr(x, "dtype", None)
+        bfloat16 = dtype == "bfloat16" or own_dtype == "BF16" or getattr(own_dtype, "name", None) == "bfloat16"  # "BF16": a StoredTensor's
+        self.block_size = block_size_of(rotation)
+        self.bfloat16_sixth = bfloat16 and not self.block_size
+        self.values = as_float32(x, "x", dtype=dtype, threads=threads, finite=finite)
+        check_groups(self.values.shape[-1], format, "x")
+        if rotation is not None:
+            rotation.check_columns(self.values.shape[-1])
+        self.matrix = self.values.reshape(-1, self.values.shape[-1])
+        self.divisor = tensor_scale_for(format, self.values, self.mx_rule, tensor_scale, rotation=rotation, name="x", threads=threads)
+
+    @property
+    def arguments(self) -> tuple[str, str, str, bool, NDArray[np.float32], int, float]:
+        return self.format, self.search, self.mx_rule, self.bfloat16_sixth, self.matrix, self.block_size, self.divisor
+
+
+def quantize_activations(
+    x: ArrayLike,
+    format: str,
+    *,
+    rule: str = "absmax",
+    mx_rule: str = "even",
+    tensor_scale: float | None = None,
+    rotation: Rotation | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+) -> QuantizedMatrix:
+    """A layer's inputs as 4-bit codes and scales: turned, scaled and rounded in one pass over memory.
+
+    Parameters
+    ----------
+    x : (..., cols) array, finite, dtypes and the treatment of bfloat16 as in :func:`round_activations`; every leading axis counts tokens.
+    rule, mx_rule : as in :func:`quantize`; the rule "quest" brings its ``clip_mask``.
+    tensor_scale : the NVFP4 divisor, calibrated in checkpoints; None takes 2688 / amax(x T), which reads x once more.
+    rotation : turns x first. ``dequantize(unrotate=True)`` turns back.
+
+    Returns
+    -------
+    QuantizedMatrix : codes (tokens, cols / 2), scales (tokens, cols / group_size), whose values are those of :func:`round_activations` with the same arguments; no report.
+        ``to_blocked(q.scales)`` has the scales in the tiles that tensor cores read. Same bytes for any number of threads and on every machine.
+
+    Raises
+    ------
+    ValueError : "x has 100 columns; nvfp4 needs a multiple of 16", the first entry that is not finite, or an unknown name. TypeError : another dtype.
+
+    References
+    ----------
+    Egiazarian et al. 2025 (arXiv 2509.23202), section 5: the fused kernels of QuTLASS.
+    """
+    work = _Work(x, format, rule, mx_rule, tensor_scale, rotation, dtype, threads, finite=False)
+    codes, scales, position = _core.quantize(*work.arguments, as_threads(threads))
+    refuse_nonfinite(work.values, position, "x")
+    rotation = rotation or Identity()
+    mask = clip_mask(format, rotation.apply(work.matrix, threads=threads), scales, work.divisor) if work.search == "quest" else None
+    return QuantizedMatrix(format, codes, scales, work.divisor, rotation, Activations(format, work.mx_rule, work.divisor if format == "nvfp4" else None, work.search), clip_mask=mask)
+
+
+def round_activations(
+    x: ArrayLike,
+    format: str,
+    *,
+    rule: str = "absmax",
+    mx_rule: str = "even",
+    tensor_scale: float | None = None,
+    rotation: Rotation | None = None,
+    dtype: str | None = None,
+    out: NDArray[np.float32] | None = None,
+    threads: int | None = None,
+) -> NDArray[np.float32]:
+    """The values that a layer with 4-bit inputs computes with: ``x`` rounded to the grid of ``format``.
+
+    Parameters
+    ----------
+    x : (..., cols) array, finite, dtypes as in :func:`quantize`. Of a bfloat16 ``x`` the rule "absmax" rounds amax / 6 to bfloat16 before it becomes an NVFP4 scale: compressed-tensors
+        divides in the input's own dtype, and up to 2.4 % of the scales differ from the float32 rule's.
+    rule : a scale rule of :func:`quantize`; "absmax" is what stock kernels do, "mse" costs a search a group and loses less.
+    tensor_scale : the NVFP4 divisor, calibrated in checkpoints; None takes 2688 / amax(x T).
+    rotation : turns x first, in the same pass; the result stays turned. A turned bfloat16 ``x`` is float32, and rounds as that.
+    out : float32 array of x's shape; ``out=x`` rounds in place.
+
+    Returns
+    -------
+    float32 array of x's shape.
+    """
+    # What is not finite is found on the way where nothing of the caller's is written before.
+    work = _Work(x, format, rule, mx_rule, tensor_scale, rotation, dtype, threads, finite=out is not None)
+    in_place = out is x
+    out = as_output(np.empty(work.values.shape, dtype=np.float32) if out is None else out, work.values.shape)
+    if not in_place and np.may_share_memory(out, work.matrix):
+        work.matrix = work.matrix.copy()  # a shifted overlap would read what was just written
+    position = _core.round_to_grid(*work.arguments, out.reshape(-1, out.shape[-1]), as_threads(threads))
+    refuse_nonfinite(work.values, position, "x")
+    return out
