@@ -42,8 +42,6 @@ def test_codes_and_scales_are_the_definitions(format, rule):
     assert np.array_equal(mg.unpack(q.codes), reference.encode_e2m1(x / steps))
     if rule in ("absmax", *mg.MX_RULES):
         assert np.array_equal(q.scales, reference.find_scales(x, format, mx_rule="even" if rule == "absmax" else rule))
-    assert q.activations.format == format and q.activations.rule == (rule if rule not in mg.MX_RULES else "absmax")
-    assert q.activations.tensor_scale == (q.tensor_scale if format == "nvfp4" else None)
 
 
 def test_a_calibrated_tensor_scale_is_kept():
@@ -88,6 +86,39 @@ def test_turning_back_gives_the_inputs_but_for_the_grid():
 def test_refusals(call, kind, message):
     with pytest.raises(kind, match=message):
         call(inputs(24, 96))
+
+
+@pytest.mark.parametrize("k", [1, 3, 16, 24, 32, 48, 96, 100, 128, 192])
+@pytest.mark.parametrize(("format", "rule"), [("nvfp4", "absmax"), ("nvfp4", "mse"), ("mxfp4", "even"), ("mxfp4", "quest")])
+def test_any_matrix_turns_in_the_same_pass(format, rule, k):
+    """The bytes of turning first, which test_rotations holds against the definition; 38400 columns are more than one piece for every k."""
+    block = np.random.default_rng(k).standard_normal((k, k)).astype(np.float32)
+    x, rotation = inputs(3, 38400), mg.Dense(block)
+    turned = reference.multiply_blocks(x, block)
+    two, one = mg.quantize_activations(turned, format, rule=rule), mg.quantize_activations(x, format, rule=rule, rotation=rotation)
+    assert np.array_equal(one.codes, two.codes) and np.array_equal(one.scales, two.scales) and one.tensor_scale == two.tensor_scale and one.rotation == rotation
+    assert np.array_equal(mg.round_activations(x, format, rule=rule, rotation=rotation), two.dequantize())
+    assert np.array_equal(mg.quantize(x, format, scales=rule, rotation=rotation).codes, two.codes)
+    if rule == "quest":
+        assert np.array_equal(one.clip_mask, two.clip_mask)
+    kept = x.copy()
+    assert mg.round_activations(kept, format, rule=rule, rotation=rotation, out=kept) is kept and np.array_equal(kept, two.dequantize())
+
+
+def test_a_bfloat16_x_that_is_turned_rounds_as_float32():
+    x, rotation = inputs(2000, 96).astype(ml_dtypes.bfloat16), mg.Dense(np.eye(3, dtype=np.float32)[[1, 2, 0]])
+    turned = reference.multiply_blocks(x.astype(np.float32), rotation.matrix)
+    assert np.array_equal(mg.quantize_activations(x, "nvfp4", rotation=rotation).scales, mg.quantize_activations(turned, "nvfp4").scales)
+    assert not np.array_equal(mg.quantize_activations(x, "nvfp4").scales, mg.quantize_activations(x.astype(np.float32), "nvfp4").scales)  # where the rules differ
+
+
+def test_what_is_not_finite_or_overflows_under_a_matrix_is_named():
+    x, rotation = inputs(24, 96), mg.Dense(np.diag(np.float32([1, 2, 4])))  # zeros beside the diagonal: times infinity they are no number
+    for format in RULES:
+        with pytest.raises(ValueError, match="x is inf at row 5, column 7"):
+            mg.quantize_activations(np.where(x == x[5, 7], np.inf, x), format, tensor_scale=1.0 if format == "mxfp4" else 7.0, rotation=rotation)
+        with pytest.raises(ValueError, match="row 0 overflows float32 when it is rotated by blocks of 3"):
+            mg.quantize_activations(np.full_like(x, 1e38), format, rotation=rotation)
 
 
 # ---- Tiles of scales

@@ -39,6 +39,7 @@ for format in ("nvfp4", "mxfp4"):
 note("codec alternating", np.float64(mg.alternating_tensor_scale([w, w[:70] * 2], threads=threads)))
 for k in (2, 16, 32):
     note(f"rotation {k}", mg.Hadamard(k).apply(x, threads=threads), mg.Hadamard(k).apply_hessian(exact.T @ exact, threads=threads))
+note("rotation dense", mg.Dense(w[:24, :24]).apply(x, threads=threads), mg.quantize_activations(x, "nvfp4", rotation=mg.Dense(w[:24, :24]), threads=threads).codes)
 h = mg.Hessian(288)
 for part in np.array_split(x, 7):
     h.update(part, threads=threads)
@@ -47,6 +48,8 @@ for rotation in (None, 32):
     for order in ("natural", "activation"):
         factor = mg.Factor(h, rotation=None if rotation is None else mg.Hadamard(rotation), order=order, threads=threads)
         note(f"solver factor {rotation} {order}", factor.order, factor.hessian)
+        single = mg.quantize_layer(w, h, mg.Recipe("nvfp4", rotation=rotation, order=order, precision="float32"), threads=threads)
+        note(f"solver factor of float32 {rotation} {order}", single.codes, np.array(single.report.damped_errors))
         for format in ("nvfp4", "mxfp4"):
             for precision in ("float32", "float64"):
                 recipe = mg.Recipe(format, rotation=rotation, order=order, precision=precision)
@@ -87,8 +90,8 @@ def one_thread():
 
 
 def test_the_script_covers_every_room(one_thread):
-    assert len(one_thread["hashes"]) == 11 + 2 + 1 + 3 + 1 + 4 + 16 + 32 + 4
-    assert len(set(one_thread["hashes"].values())) >= 74 - 8 - 16  # different questions have different answers, but the two precisions may agree
+    assert len(one_thread["hashes"]) == 11 + 2 + 1 + 4 + 1 + 8 + 16 + 32 + 4
+    assert len(set(one_thread["hashes"].values())) >= 79 - 8 - 16  # different questions have different answers, but the two precisions may agree
     assert one_thread["threads"] == 1
 
 
@@ -123,7 +126,7 @@ def test_codecs_and_rotations_give_the_same_bytes_on_every_level_built(one_threa
         result = outputs(isa=level, openmp_threads=2)
         assert result["isa"] == level
         ran[level] = {name: value for name, value in result["hashes"].items() if not name.startswith("solver")}
-        assert len(ran[level]) == 11 + 2 + 1 + 3
+        assert len(ran[level]) == 11 + 2 + 1 + 4
     assert set(ran) == set(built) & set(supported)
     assert len(ran) >= 2 or len(built) == 1 or supported == ["v2"]  # nothing was compared: legal only where there is but one to run
     for level, hashes in ran.items():

@@ -1,9 +1,10 @@
-"""Block Hadamard rotations against SciPy's Hadamard matrix in float64, and the bytes of mrgptq.reference."""
+"""Block rotations, by Hadamard and by other matrices, against SciPy's matrices in float64, and the bytes of mrgptq.reference."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 from scipy.linalg import block_diag, hadamard
+from scipy.stats import ortho_group
 
 import mrgptq as mg
 from mrgptq import reference
@@ -255,3 +256,85 @@ def test_only_powers_of_two_are_block_sizes(block_size):
 def test_what_cannot_be_rotated_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(mg.Hadamard(16))
+
+
+# ---- Any matrix
+
+
+def orthogonal(k, seed=0):
+    return ortho_group.rvs(k, random_state=seed).astype(np.float32) if k > 1 else np.float32([[-1]])
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4, 9])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 48, 64, 100, 128])
+def test_a_matrix_multiplies_every_block(k, blocks):
+    x, block = matrix(11, k * blocks), np.random.default_rng(k).standard_normal((k, k)).astype(np.float32)
+    rotated = mg.Dense(block).apply(x)
+    wide_block = block_diag(*[block.astype(np.float64)] * blocks)
+    # k products and k sums in float32 (Higham, Accuracy and Stability, section 3.1), and the square of that, against float64's.
+    bound = 1.01 * (k + 1) * U32 * (np.abs(x.astype(np.float64)) @ np.abs(wide_block))
+    assert (np.abs(rotated - x.astype(np.float64) @ wide_block) <= bound).all()
+    assert np.array_equal(rotated, reference.multiply_blocks(x, block))
+    for threads in (1, 2, 3):
+        assert mg.Dense(block).apply(x, threads=threads).tobytes() == rotated.tobytes()
+    kept = x.copy()
+    assert mg.Dense(block).apply(kept, out=kept) is kept and np.array_equal(kept, rotated)
+
+
+def test_a_matrix_takes_any_rank_and_any_layout():
+    x, rotation = matrix(6, 60), mg.Dense(orthogonal(12))
+    expected = reference.multiply_blocks(x, rotation.matrix)
+    assert np.array_equal(rotation.apply(x.reshape(2, 3, 60)), expected.reshape(2, 3, 60))
+    assert np.array_equal(rotation.apply(np.asfortranarray(x)), expected)
+    assert np.array_equal(mg.Dense(np.asfortranarray(rotation.matrix)).apply(x), expected)
+    assert np.array_equal(rotation.apply(x.astype(ml_dtypes.bfloat16)), reference.multiply_blocks(x.astype(ml_dtypes.bfloat16).astype(np.float32), rotation.matrix))
+
+
+def test_a_matrix_turns_back_and_moments_with_it():
+    x, rotation = matrix(40, 60), mg.Dense(np.random.default_rng(2).standard_normal((12, 12)))
+    # Two products and an inverse of a matrix whose condition is below 100: (k + 1) u each and for the inverse's rounding, times it.
+    assert np.linalg.cond(rotation.matrix.astype(np.float64)) < 100
+    back = rotation.apply_inverse(rotation.apply(x))
+    assert (np.linalg.norm(back - x, axis=1) <= 100 * 3 * 13 * U32 * np.linalg.norm(x, axis=1)).all()
+    wide_block, h = block_diag(*[rotation.matrix.astype(np.float64)] * 5), second_moment(60)
+    for m, got in ((h, rotation.apply_hessian(h)), (np.triu(h), rotation.apply_both(np.triu(h)))):
+        bound = 2 * 61 * U64 * np.abs(wide_block.T) @ np.abs(m) @ np.abs(wide_block)  # two products of 60 terms at most, on either side
+        assert (np.abs(got - wide_block.T @ m @ wide_block) <= 2 * bound).all()
+    assert np.array_equal(rotation.apply_hessian(h), rotation.apply_hessian(h).T)
+
+
+def test_matrices_compare_and_do_not_change():
+    block = orthogonal(4)
+    a, b, c = mg.Dense(block), mg.Dense(block.astype(np.float64)), mg.Dense(2 * block)
+    assert a == b and hash(a) == hash(b) and a != c and a != mg.Hadamard(4) and repr(a) == "Dense(4 x 4)" and a.block_size == 4
+    block[:] = 0
+    assert a == b
+    with pytest.raises(ValueError, match="read-only"):
+        a.matrix[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: mg.Dense(np.ones((3, 3))), ValueError, "matrix is singular in float32"),
+        (lambda: mg.Dense(np.ones((3, 2))), ValueError, r"matrix has shape \(3, 2\); it must be square"),
+        (lambda: mg.Dense(np.ones(3)), ValueError, "matrix has rank 1"),
+        (lambda: mg.Dense(np.full((2, 2), np.nan)), ValueError, "matrix is nan at row 0, column 0"),
+        (lambda: mg.Dense(np.eye(2, dtype=int)), TypeError, "matrix has dtype int64"),
+        (lambda: mg.Dense(np.eye(5)).apply(np.ones((2, 12), np.float32)), ValueError, "x has 12 columns; a rotation of block size 5 needs a multiple of it"),
+        (lambda: mg.Dense(np.eye(5)).apply(np.full((2, 10), np.inf, np.float32)), ValueError, "x is inf at row 0, column 0"),
+        (lambda: mg.Factor(np.eye(16), rotation=mg.Dense(np.eye(4))), TypeError, r"rotation is Dense\(4 x 4\); it must be None, Identity\(\) or Hadamard"),
+        (lambda: mg.Recipe(rotation=mg.Dense(np.eye(4))), ValueError, "block_size is Dense"),
+    ],
+)
+def test_a_matrix_that_is_none_or_does_not_fit_is_refused(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_checkpoint_refuses_a_matrix_by_name(tmp_path):
+    q = mg.quantize(np.ones((2, 32), np.float32), rotation=mg.Dense(np.diag([1.0, 2.0])))
+    for dialect in ("compressed-tensors", "fp_quant", "mrgptq"):
+        with pytest.raises(ValueError, match=r"Dense\(2 x 2\); checkpoints know Hadamard rotations alone"):
+            mg.save(tmp_path / dialect, {"a.weight": q}, dialect=dialect)
+        assert not (tmp_path / dialect).exists()

@@ -12,7 +12,7 @@
 #include "gptq/hessian.h"
 #include "linalg/cholesky.h"
 #include "linalg/lanes.h"
-#include "rotations/hadamard.h"
+#include "rotations/rotation.h"
 
 namespace {
 

@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "base/matrix_view.h"
+#include "rotations/rotation.h"
 
 namespace mrgptq::bindings {
 
@@ -35,6 +36,9 @@ template <class T>
 py::array_t<T> matrix(Index rows, Index cols) {
     return py::array_t<T>({rows, cols});
 }
+
+// A rotation as Python hands it over: the block size of a Hadamard rotation, 0 for none, or the matrix of another.
+inline Rotation rotation_of(const py::object& given) { return py::isinstance<py::array>(given) ? Rotation(view<float>(py::reinterpret_borrow<py::array>(given))) : Rotation(given.cast<Index>()); }
 
 template <class Work>
 decltype(auto) without_gil(Work&& work) {

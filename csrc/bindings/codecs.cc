@@ -14,9 +14,10 @@ ScaleRule rule_named(const std::string& search, const std::string& mx_rule, bool
 }  // namespace
 
 void register_codecs(py::module_& module) {
-    module.def("amax", [](const py::array& x, Index block_size, int threads) {
+    module.def("amax", [](const py::array& x, const py::object& turn, int threads) {
         const auto in = view<float>(x);
-        return without_gil([&] { return amax(in, threads, block_size); });
+        const Rotation rotation = rotation_of(turn);
+        return without_gil([&] { return amax(in, threads, rotation); });
     });
     module.def("first_nonfinite", [](const py::array& x, int threads) {
         const auto in = view<float>(x);
@@ -24,12 +25,13 @@ void register_codecs(py::module_& module) {
     });
     module.def("nvfp4_tensor_scale", &nvfp4_tensor_scale);
     module.def("mx_tensor_scale", [](const std::string& mx_rule) { return mx_tensor_scale(mx_rule_named(mx_rule)); });
-    module.def("quantize", [](const std::string& format, const std::string& search, const std::string& mx_rule, bool bfloat16_sixth, const py::array& weight, Index block_size, float tensor_scale, int threads) {
+    module.def("quantize", [](const std::string& format, const std::string& search, const std::string& mx_rule, bool bfloat16_sixth, const py::array& weight, const py::object& turn, float tensor_scale, int threads) {
         const auto in = view<float>(weight);
         auto codes = matrix<std::uint8_t>(in.rows, in.cols / 2);
         auto scales = matrix<std::uint8_t>(in.rows, with_format(format, [&](auto f) { return in.cols / decltype(f)::group_size; }));
         const auto to_codes = writable<std::uint8_t>(codes), to_scales = writable<std::uint8_t>(scales);
-        const Index position = without_gil([&] { return quantize(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to_codes, to_scales, threads, block_size); });
+        const Rotation rotation = rotation_of(turn);
+        const Index position = without_gil([&] { return quantize(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to_codes, to_scales, threads, rotation); });
         return py::make_tuple(codes, scales, position);
     });
     module.def("find_scales", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, float tensor_scale, const py::object& hessian, int threads) {
@@ -63,10 +65,11 @@ void register_codecs(py::module_& module) {
         without_gil([&] { dequantize(format, in, in_scales, tensor_scale, to, threads); });
     });
     module.def("round_to_grid",
-               [](const std::string& format, const std::string& search, const std::string& mx_rule, bool bfloat16_sixth, const py::array& x, Index block_size, float tensor_scale, py::array& out, int threads) {
+               [](const std::string& format, const std::string& search, const std::string& mx_rule, bool bfloat16_sixth, const py::array& x, const py::object& turn, float tensor_scale, py::array& out, int threads) {
                    const auto in = view<float>(x);
                    const auto to = writable<float>(out);
-                   return without_gil([&] { return round_to_grid(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to, threads, block_size); });
+                   const Rotation rotation = rotation_of(turn);
+                   return without_gil([&] { return round_to_grid(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to, threads, rotation); });
                });
     module.def("square_sums", [](const std::string& format, const py::array& weight, const py::array& codes, const py::array& scales, float tensor_scale, int threads) {
         const auto in = view<float>(weight);

@@ -4,10 +4,11 @@
 namespace mrgptq::bindings {
 
 void register_rotations(py::module_& module) {
-    module.def("rotate_columns", [](const py::array& x, Index block_size, py::array& out, int threads) {
+    module.def("rotate_columns", [](const py::array& x, const py::object& turn, py::array& out, int threads) {
         const auto in = view<float>(x);
         const auto to = writable<float>(out);
-        return without_gil([&] { return rotate_columns(in, block_size, to, threads); });
+        const Rotation rotation = rotation_of(turn);
+        return without_gil([&] { return rotate_columns(in, rotation, to, threads); });
     });
     module.def("rotate_both", [](py::array& h, Index block_size, int threads) {
         const auto in_out = writable<double>(h);

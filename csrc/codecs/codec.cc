@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "base/buffer.h"
@@ -10,7 +11,6 @@
 #include "base/parallel.h"
 #include "codecs/chunk.h"
 #include "codecs/scale_search.h"
-#include "rotations/hadamard.h"
 
 namespace mrgptq {
 namespace {
@@ -162,23 +162,23 @@ void with_reciprocals(float tensor_scale, F&& f) {
     f(std::false_type{});
 }
 
-// Every row of x, rotated piece by piece where `block_size` is not 0, through quantize_groups; to(row) gives the row's targets. Returns as quantize() does.
+// Every row of x, rotated piece by piece where there is a rotation, through quantize_groups; to(row) gives the row's targets. Returns as quantize() does.
 template <class Format, class RowTargets>
-Index quantize_rows(const ScaleRule& rule, MatrixView<const float> x, Index block_size, float tensor_scale, int threads, RowTargets&& to) {
-    if (block_size) check_rotation(block_size, x.cols);
-    const Index piece = block_size ? std::max(strip_chunks * chunk_cols<Format>, block_size) : x.cols;  // both are powers of two: a piece is whole chunks and whole blocks
+Index quantize_rows(const ScaleRule& rule, MatrixView<const float> x, const Rotation& rotation, float tensor_scale, int threads, RowTargets&& to) {
+    if (rotation) rotation.check_columns(x.cols);
+    const Index piece = rotation ? std::min(x.cols, std::lcm(strip_chunks * chunk_cols<Format>, rotation.block_size())) : x.cols;  // whole chunks and whole blocks
     FirstRow bad;
     with_reciprocals<Format>(tensor_scale, [&]<bool by_reciprocal>(std::bool_constant<by_reciprocal>) {
         parallel_for_ranges(x.rows, rows_a_piece(x.cols), threads, [&](Index begin, Index end) {
-            const Buffer<float> room(block_size ? piece : 0);
+            const Buffer<float> room(rotation ? piece : 0);
             float* const rotated = room.data();
             for (Index r = begin; r < end; ++r) {
                 Targets target = to(r);
                 for (Index c = 0; c < x.cols; c += piece) {
                     const Index cols = std::min(piece, x.cols - c);
                     const float* values = x.row(r) + c;
-                    if (block_size) rotate_and_prefetch(values, cols, block_size, rotated, values + cols);
-                    const Source from = block_size ? Source{rotated, values + cols, true} : Source{values, values + strip_chunks * chunk_cols<Format>, false};
+                    if (rotation) rotation.rotate_and_prefetch(values, cols, rotated, values + cols);
+                    const Source from = rotation ? Source{rotated, values + cols, true} : Source{values, values + strip_chunks * chunk_cols<Format>, false};
                     if (!quantize_groups<Format, by_reciprocal>(from, cols / Format::group_size, rule, tensor_scale, target)) return bad.note(r);
                     target.advance(cols / Format::group_size, Format::group_size);
                 }
@@ -188,42 +188,42 @@ Index quantize_rows(const ScaleRule& rule, MatrixView<const float> x, Index bloc
     if (!bad.found()) return -1;
     // What is not finite is still there, even in place: its chunk was not written.
     const Index position = first_nonfinite(x, threads);
-    if (position < 0) refuse_overflow(bad.row(), block_size);
+    if (position < 0) refuse_overflow(bad.row(), rotation.block_size());
     return position;
 }
 
 }  // namespace
 
-float amax(MatrixView<const float> x, int threads, Index block_size) {
-    if (block_size) check_rotation(block_size, x.cols);
-    const Index piece = block_size ? std::min(x.cols, std::max<Index>(block_size, 512)) : x.cols;
+float amax(MatrixView<const float> x, int threads, const Rotation& rotation) {
+    if (rotation) rotation.check_columns(x.cols);
+    const Index piece = rotation ? std::min(x.cols, std::lcm(Index{512}, rotation.block_size())) : x.cols;
     const Index rows = rows_a_piece(x.cols);
     std::vector<float> largest(static_cast<std::size_t>((x.rows + rows - 1) / rows), 0.0f);
     FirstRow bad;
     parallel_for_ranges(x.rows, rows, threads, [&](Index begin, Index end) {
-        std::vector<float> rotated(static_cast<std::size_t>(block_size ? piece : 0));
+        std::vector<float> rotated(static_cast<std::size_t>(rotation ? piece : 0));
         std::uint32_t mine = 0;
         for (Index r = begin; r < end; ++r) {
-            if (!block_size) mine = std::max(mine, std::bit_cast<std::uint32_t>(group_amax(x.row(r), x.cols)));
-            for (Index c = 0; block_size && c < x.cols; c += piece) mine = std::max(mine, rotate_piece(x.row(r) + c, std::min(piece, x.cols - c), block_size, rotated.data()));
+            if (!rotation) mine = std::max(mine, std::bit_cast<std::uint32_t>(group_amax(x.row(r), x.cols)));
+            for (Index c = 0; rotation && c < x.cols; c += piece) mine = std::max(mine, rotation.rotate_piece(x.row(r) + c, std::min(piece, x.cols - c), rotated.data()));
             if (mine >= infinity_bits) return bad.note(r);
         }
         largest[static_cast<std::size_t>(begin / rows)] = std::bit_cast<float>(mine);
     });
     if (bad.found()) {
-        if (block_size && first_nonfinite(x, threads) < 0) refuse_overflow(bad.row(), block_size);
+        if (rotation && first_nonfinite(x, threads) < 0) refuse_overflow(bad.row(), rotation.block_size());
         return std::numeric_limits<float>::quiet_NaN();
     }
     return largest.empty() ? 0.0f : *std::max_element(largest.begin(), largest.end());
 }
 
 Index quantize(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<std::uint8_t> codes, MatrixView<std::uint8_t> scales, int threads,
-               Index block_size) {
+               const Rotation& rotation) {
     check_group_rule(rule);
     return with_format(format, [&]<class Format>(Format) {
         check_groups<const float>(weight, scales, Format::group_size, "weight");
         check_codes(codes, weight.rows, weight.cols);
-        return quantize_rows<Format>(rule, weight, block_size, tensor_scale, threads, [&](Index r) { return Targets{codes.row(r), scales.row(r), nullptr}; });
+        return quantize_rows<Format>(rule, weight, rotation, tensor_scale, threads, [&](Index r) { return Targets{codes.row(r), scales.row(r), nullptr}; });
     });
 }
 
@@ -277,12 +277,12 @@ void dequantize(std::string_view format, MatrixView<const std::uint8_t> codes, M
     });
 }
 
-Index round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<const float> x, float tensor_scale, MatrixView<float> out, int threads, Index block_size) {
+Index round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<const float> x, float tensor_scale, MatrixView<float> out, int threads, const Rotation& rotation) {
     check_group_rule(rule);
     check(out.rows == x.rows && out.cols == x.cols, "round_to_grid: out has another shape than x");
     return with_format(format, [&]<class Format>(Format) {
         check(x.cols % Format::group_size == 0, "x has " + std::to_string(x.cols) + " columns; " + std::string(Format::name) + " needs a multiple of " + std::to_string(Format::group_size));
-        return quantize_rows<Format>(rule, x, block_size, tensor_scale, threads, [&](Index r) { return Targets{nullptr, nullptr, out.row(r)}; });
+        return quantize_rows<Format>(rule, x, rotation, tensor_scale, threads, [&](Index r) { return Targets{nullptr, nullptr, out.row(r)}; });
     });
 }
 

@@ -6,8 +6,6 @@
 #include <string>
 
 #include "base/check.h"
-#include "base/finite.h"
-#include "base/parallel.h"
 #include "simd/butterflies.h"
 
 namespace mrgptq {
@@ -126,10 +124,6 @@ void check_rotation(Index block_size, Index cols) {
     check(cols % block_size == 0, "the matrix has " + std::to_string(cols) + " columns; a rotation of block size " + std::to_string(block_size) + " needs a multiple of it");
 }
 
-void refuse_overflow(Index row, Index block_size) {
-    throw std::invalid_argument("row " + std::to_string(row) + " overflows float32 when it is rotated by blocks of " + std::to_string(block_size));
-}
-
 std::uint32_t rotate_piece(const float* x, Index cols, Index block_size, float* out) noexcept {
     if (!fits_registers(block_size)) return rotate_in_cache(x, cols, block_size, out);
     return largest_lane(rotate_by(x, cols, block_size, out, LargestMagnitude{}).largest);
@@ -140,19 +134,6 @@ void rotate_and_prefetch(const float* x, Index cols, Index block_size, float* ou
         rotate_by(x, cols, block_size, out, PrefetchOfQuarter{next});
     else
         rotate_in_cache(x, cols, block_size, out);
-}
-
-Index rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<float> out, int threads) {
-    check_rotation(block_size, x.cols);
-    check(out.rows == x.rows && out.cols == x.cols, "rotation: out has another shape than x");
-    FirstRow beyond;
-    parallel_for_ranges(x.rows, rows_a_piece(x.cols), threads, [&](Index begin, Index end) {
-        for (Index r = begin; r < end; ++r)
-            if (rotate_piece(x.row(r), x.cols, block_size, out.row(r)) >= infinity_bits) beyond.note(r);
-    });
-    if (!beyond.found()) return -1;
-    if (const Index position = out.data == x.data ? -1 : first_nonfinite(x, threads); position >= 0) return position;
-    refuse_overflow(beyond.row(), block_size);
 }
 
 }  // namespace mrgptq

@@ -12,19 +12,12 @@ namespace mrgptq {
 // Refuses a block size that is no power of two from 2 on or does not divide `cols`.
 void check_rotation(Index block_size, Index cols);
 
-// Refuses because row `row` overflows: its values are within a factor k of float32's largest number.
-[[noreturn]] void refuse_overflow(Index row, Index block_size);
-
 // A piece of a row, `cols` a multiple of the block size; `out` may be `x`. Returns the bits of the largest magnitude written: from those of infinity on where a sum overflowed or a value
 // of x was not finite, since every value of a block is in each of its sums.
 std::uint32_t rotate_piece(const float* x, Index cols, Index block_size, float* out) noexcept;
 
 // The same without the largest magnitude. While blocks that fit the registers are rotated, the first quarter of the `cols` values from `next` on is asked for from memory.
 void rotate_and_prefetch(const float* x, Index cols, Index block_size, float* out, const float* next) noexcept;
-
-// out = x T. `out` may be `x`; it may not overlap it otherwise. Throws where a sum overflows float32. Returns -1, or the row-major position of the first value of x that is not finite;
-// `out` is then of no use. In place such a value is gone when it is found: ask first_nonfinite() before.
-Index rotate_columns(MatrixView<const float> x, Index block_size, MatrixView<float> out, int threads);
 
 // h = Tᵀ h T in place. Both factors sqrt(1/k) are applied as one 1/k, a power of two and so exact: the rotated identity is the identity.
 void rotate_both(MatrixView<double> h, Index block_size, int threads);

@@ -14,7 +14,7 @@ from .layer import make_factor, quantize_layer, shared_tensor_scale
 from .packing import from_blocked, pack, to_blocked, unpack
 from .recipe import Recipe
 from .result import Activations, LayerReport, QuantizedMatrix
-from .rotations import Hadamard, Identity
+from .rotations import Dense, Hadamard, Identity
 
 __version__ = _version("mrgptq")
 
@@ -25,6 +25,6 @@ def build_info() -> dict[str, object]:
 
 
 __all__ = [
-    "FORMATS", "MX_RULES", "Activations", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "QuantizedMatrix", "Recipe", "StoredTensor", "alternating_tensor_scale", "build_info",
+    "FORMATS", "MX_RULES", "Activations", "Dense", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "QuantizedMatrix", "Recipe", "StoredTensor", "alternating_tensor_scale", "build_info",
     "from_blocked", "load", "make_factor", "nvfp4_tensor_scale", "pack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "shared_tensor_scale", "to_blocked", "unpack",
 ]

@@ -5,9 +5,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_output, as_threads, refuse_nonfinite
-from .codecs import block_size_of, check_groups, clip_mask, resolve_scales, tensor_scale_for
+from .codecs import check_groups, clip_mask, resolve_scales, tensor_scale_for, turn_of
 from .formats import block_format
-from .result import Activations, QuantizedMatrix
+from .result import QuantizedMatrix
 from .rotations import Identity, Rotation
 
 
@@ -22,8 +22,8 @@ class _Work:
         self.search, self.mx_rule = resolve_scales(format, rule, mx_rule, name="rule")
         own_dtype = getattr(x, "dtype", None)
         bfloat16 = dtype == "bfloat16" or own_dtype == "BF16" or getattr(own_dtype, "name", None) == "bfloat16"  # "BF16": a StoredTensor's
-        self.block_size = block_size_of(rotation)
-        self.bfloat16_sixth = bfloat16 and not self.block_size
+        self.turn = turn_of(rotation)
+        self.bfloat16_sixth = bfloat16 and (rotation is None or isinstance(rotation, Identity))
         self.values = as_float32(x, "x", dtype=dtype, threads=threads, finite=finite)
         check_groups(self.values.shape[-1], format, "x")
         if rotation is not None:
@@ -32,8 +32,8 @@ class _Work:
         self.divisor = tensor_scale_for(format, self.values, self.mx_rule, tensor_scale, rotation=rotation, name="x", threads=threads)
 
     @property
-    def arguments(self) -> tuple[str, str, str, bool, NDArray[np.float32], int, float]:
-        return self.format, self.search, self.mx_rule, self.bfloat16_sixth, self.matrix, self.block_size, self.divisor
+    def arguments(self) -> tuple[str, str, str, bool, NDArray[np.float32], int | NDArray[np.float32], float]:
+        return self.format, self.search, self.mx_rule, self.bfloat16_sixth, self.matrix, self.turn, self.divisor
 
 
 def quantize_activations(
@@ -54,7 +54,7 @@ def quantize_activations(
     x : (..., cols) array, finite, dtypes and the treatment of bfloat16 as in :func:`round_activations`; every leading axis counts tokens.
     rule, mx_rule : as in :func:`quantize`; the rule "quest" brings its ``clip_mask``.
     tensor_scale : the NVFP4 divisor, calibrated in checkpoints; None takes 2688 / amax(x T), which reads x once more.
-    rotation : turns x first. ``dequantize(unrotate=True)`` turns back.
+    rotation : turns x first: ``Hadamard(k)``, or ``Dense(matrix)`` for any matrix at run time. ``dequantize(unrotate=True)`` turns back.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def quantize_activations(
     refuse_nonfinite(work.values, position, "x")
     rotation = rotation or Identity()
     mask = clip_mask(format, rotation.apply(work.matrix, threads=threads), scales, work.divisor) if work.search == "quest" else None
-    return QuantizedMatrix(format, codes, scales, work.divisor, rotation, Activations(format, work.mx_rule, work.divisor if format == "nvfp4" else None, work.search), clip_mask=mask)
+    return QuantizedMatrix(format, codes, scales, work.divisor, rotation, clip_mask=mask)
 
 
 def round_activations(

@@ -10,7 +10,7 @@ from . import _core
 from .arrays import as_float32, as_scale, as_threads, choose, refuse_nonfinite
 from .formats import MX_RULES, SCALE_SEARCHES, block_format, decode_e4m3, decode_e8m0
 from .result import LayerReport, QuantizedMatrix
-from .rotations import Identity, Rotation
+from .rotations import Dense, Identity, Rotation
 
 HESSIAN_SEARCHES = ("hessian", "hessian_block")
 """As "mse", the errors weighed by the diagonal of H or by the group's block of it."""
@@ -56,17 +56,17 @@ def tensor_scale_for(
             raise ValueError(f"tensor_scale is {tensor_scale!r}; 6 * 448 / tensor_scale, the largest value it could stand for, overflows float32")
         return divisor
     matrix = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    amax = _core.amax(matrix, block_size_of(rotation), as_threads(threads))
+    amax = _core.amax(matrix, turn_of(rotation), as_threads(threads))
     if not np.isfinite(amax):
         refuse_nonfinite(x, _core.first_nonfinite(matrix, as_threads(threads)), name)
     return nvfp4_tensor_scale(amax)
 
 
-def block_size_of(rotation: Rotation | None) -> int:
-    """A rotation as the core takes it: 0 is none."""
+def turn_of(rotation: Rotation | None) -> int | NDArray[np.float32]:
+    """A rotation as the core takes it: the block size of a Hadamard rotation, 0 for none, or the matrix of another."""
     if rotation is not None and not isinstance(rotation, Rotation):
         raise TypeError(f"rotation is {rotation!r}; it must be None or a rotation such as Hadamard(32)")
-    return (None if rotation is None else rotation.block_size) or 0
+    return rotation.matrix if isinstance(rotation, Dense) else (None if rotation is None else rotation.block_size) or 0
 
 
 def absmax_tensor_scale(matrices: Sequence[NDArray[np.float32]], *, threads: int | None = None) -> float:
@@ -180,13 +180,13 @@ def quantize(
     start = time.perf_counter()
     block_format(format)
     search, rule = resolve_scales(format, scales, mx_rule)
-    block_size = block_size_of(rotation)
+    turn = turn_of(rotation)
     values = as_float32(weight, "weight", rank=2, dtype=dtype, threads=threads, finite=False)
     check_groups(values.shape[1], format)
     if rotation is not None:
         rotation.check_columns(values.shape[1], "weight")
     divisor = tensor_scale_for(format, values, rule, tensor_scale, rotation=rotation, threads=threads)
-    codes, found, position = _core.quantize(format, search, rule, False, values, block_size, divisor, as_threads(threads))
+    codes, found, position = _core.quantize(format, search, rule, False, values, turn, divisor, as_threads(threads))
     refuse_nonfinite(values, position, "weight")
     if rotation is not None:
         values = rotation.apply(values, threads=threads)

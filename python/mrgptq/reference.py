@@ -266,6 +266,15 @@ def rotate(x, k):
     return x if k is None else _butterflies(x, k) * x.dtype.type(1 / np.sqrt(k))
 
 
+def multiply_blocks(x, matrix):
+    """x T with any (k, k) block, in float32: an element adds up its k products in the order of T's rows, from zero on."""
+    blocks = x.reshape(*x.shape[:-1], -1, len(matrix))
+    total = np.zeros_like(blocks)
+    for i, row in enumerate(matrix):
+        total = total + blocks[..., i : i + 1] * row
+    return total.reshape(x.shape)
+
+
 def rotate_hessian(h, k):
     """T^T H T in float64, exactly symmetric."""
     h = (h + h.T) * 0.5

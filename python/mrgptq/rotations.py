@@ -75,8 +75,7 @@ class Hadamard:
 
     def check_columns(self, cols: int, name: str = "x") -> None:
         """Raise ValueError unless the block size divides ``cols``."""
-        if cols % self.block_size:
-            raise ValueError(f"{name} has {cols} columns; a rotation of block size {self.block_size} needs a multiple of it")
+        _check_blocks(cols, self.block_size, name)
 
     def apply(self, x: ArrayLike, out: NDArray[np.float32] | None = None, *, dtype: str | None = None, threads: int | None = None) -> NDArray[np.float32]:
         """x T for weights and activations.
@@ -90,17 +89,7 @@ class Hadamard:
         -------
         float32 array of x's shape (``out`` where given). Same bytes for any number of threads and on every machine.
         """
-        fresh = out is None
-        # What is not finite is found on the way where nothing of the caller's is written before.
-        values = as_float32(x, "x", dtype=dtype, threads=threads, finite=not fresh)
-        self.check_columns(values.shape[-1])
-        out = np.empty(values.shape, dtype=np.float32) if out is None else as_output(out, values.shape)
-        if out is not x and np.may_share_memory(out, values):
-            values = values.copy()  # a shifted overlap would read what was just written
-        cols = values.shape[-1]
-        to = out if out.ndim == 2 else out.reshape(-1, cols)
-        refuse_nonfinite(values, _core.rotate_columns(values if values.ndim == 2 else values.reshape(-1, cols), self.block_size, to, as_threads(threads)), "x")
-        return out
+        return _rotate(self, self.block_size, x, out, dtype, threads)
 
     apply_inverse = apply
 
@@ -128,12 +117,100 @@ class Hadamard:
         return f"Hadamard({self.block_size})"
 
 
-Rotation = Identity | Hadamard
+class Dense:
+    """A block rotation by any matrix: every k columns are multiplied by the same (k, k) matrix T, k from 1 on.
+
+    For activations: weights that are multiplied by the inverse's transpose, or by T itself where it is orthogonal, then give the products that they gave.
+
+    Parameters
+    ----------
+    matrix : (k, k) array, dtypes as in ``quantize``, finite and invertible; kept as float32.
+
+    Raises
+    ------
+    ValueError : not square, not finite, or singular in float32.
+
+    References
+    ----------
+    QuTLASS, whose fused kernels take a matrix at run time.
+    """
+
+    __slots__ = ("_inverse", "matrix")
+
+    def __init__(self, matrix: ArrayLike) -> None:
+        self.matrix = np.array(as_float32(matrix, "matrix", rank=2), order="C")
+        if self.matrix.shape[0] != self.matrix.shape[1]:
+            raise ValueError(f"matrix has shape {self.matrix.shape}; it must be square")
+        wide = self.matrix.astype(np.float64)
+        if not np.linalg.cond(wide) < 1 / np.finfo(np.float32).eps:
+            raise ValueError("matrix is singular in float32; no inverse could turn back what it turns")
+        self._inverse = np.linalg.inv(wide).astype(np.float32)
+        self.matrix.flags.writeable = self._inverse.flags.writeable = False
+
+    @property
+    def block_size(self) -> int:
+        """Columns that are turned together."""
+        return len(self.matrix)
+
+    def check_columns(self, cols: int, name: str = "x") -> None:
+        """Raise ValueError unless the block size divides ``cols``."""
+        _check_blocks(cols, self.block_size, name)
+
+    def apply(self, x: ArrayLike, out: NDArray[np.float32] | None = None, *, dtype: str | None = None, threads: int | None = None) -> NDArray[np.float32]:
+        """x T, arguments and result as in :meth:`Hadamard.apply`. An element is the sum of its k products in the order of T's rows, each product and each sum rounded to float32."""
+        return _rotate(self, self.matrix, x, out, dtype, threads)
+
+    def apply_inverse(self, x: ArrayLike, out: NDArray[np.float32] | None = None, *, dtype: str | None = None, threads: int | None = None) -> NDArray[np.float32]:
+        """x T^-1, the inverse computed in float64 and rounded to float32."""
+        return _rotate(self, self._inverse, x, out, dtype, threads)
+
+    def apply_hessian(self, hessian: ArrayLike, *, threads: int | None = None) -> NDArray[np.float64]:
+        """T^T H T, (cols, cols) float64, symmetric: the second moment of the turned inputs."""
+        rotated = self.apply_both(as_symmetric(hessian, None, threads=threads))
+        return (rotated + rotated.T) / 2
+
+    def apply_both(self, matrix: NDArray[np.float64], *, threads: int | None = None) -> NDArray[np.float64]:
+        """T^T M T of a (cols, cols) float64 matrix that need not be symmetric."""
+        cols, k, block = matrix.shape[0], self.block_size, self.matrix.astype(np.float64)
+        self.check_columns(cols, "matrix")
+        columns = (matrix.reshape(-1, k) @ block).reshape(cols, cols)
+        return np.ascontiguousarray((columns.T.reshape(-1, k) @ block).reshape(cols, cols).T)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dense) and np.array_equal(other.matrix, self.matrix)
+
+    def __hash__(self) -> int:
+        return hash(("Dense", self.matrix.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"Dense({self.block_size} x {self.block_size})"
+
+
+Rotation = Identity | Hadamard | Dense
+
+
+def _check_blocks(cols: int, block_size: int, name: str) -> None:
+    if cols % block_size:
+        raise ValueError(f"{name} has {cols} columns; a rotation of block size {block_size} needs a multiple of it")
+
+
+def _rotate(rotation: Hadamard | Dense, turn: int | NDArray[np.float32], x: ArrayLike, out: NDArray[np.float32] | None, dtype: str | None, threads: int | None) -> NDArray[np.float32]:
+    fresh = out is None
+    # What is not finite is found on the way where nothing of the caller's is written before.
+    values = as_float32(x, "x", dtype=dtype, threads=threads, finite=not fresh)
+    rotation.check_columns(values.shape[-1])
+    out = np.empty(values.shape, dtype=np.float32) if out is None else as_output(out, values.shape)
+    if out is not x and np.may_share_memory(out, values):
+        values = values.copy()  # a shifted overlap would read what was just written
+    cols = values.shape[-1]
+    to = out if out.ndim == 2 else out.reshape(-1, cols)
+    refuse_nonfinite(values, _core.rotate_columns(values if values.ndim == 2 else values.reshape(-1, cols), turn, to, as_threads(threads)), "x")
+    return out
 
 
 def rotate_hessian(rotation: Rotation, hessian: ArrayLike, *, copy: bool = True, threads: int | None = None) -> NDArray[np.float64]:
     """``rotation.apply_hessian``, except that without ``copy`` the caller's own float64 array comes back, read-only, where it is exactly symmetric and stays as it is."""
-    return rotation.apply_hessian(hessian, threads=threads) if copy or isinstance(rotation, Hadamard) else as_symmetric(hessian, None, copy=False, threads=threads)
+    return rotation.apply_hessian(hessian, threads=threads) if copy or not isinstance(rotation, Identity) else as_symmetric(hessian, None, copy=False, threads=threads)
 
 
 def rotation_of(block_size: int | None) -> Rotation:

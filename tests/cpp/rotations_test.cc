@@ -1,5 +1,6 @@
 // Block Hadamard rotations over every layout and number of threads, against the definition by a double loop.
 #include "rotations/hadamard.h"
+#include "rotations/rotation.h"
 
 #include <gtest/gtest.h>
 
@@ -59,6 +60,47 @@ TEST_P(Hadamard, RotatesEveryBlockForEveryLayoutAndNumberOfThreads) {
             EXPECT_EQ(y, expected);
             EXPECT_TRUE(y.padding_untouched());
         }
+}
+
+TEST(AnyMatrix, MultipliesEveryBlockForEveryLayoutAndNumberOfThreads) {
+    for (const Index k : {1, 3, 16, 33, 64}) {
+        const Index rows = 19, cols = 17 * k;  // twice as many blocks as go side by side at most, and one
+        const Matrix<float> x = random_matrix(rows, cols), block = random_matrix(k, k, 4);
+        Matrix<float> expected(rows, cols);
+        for (Index r = 0; r < rows; ++r)
+            for (Index c = 0; c < cols; ++c) {
+                float sum = 0;
+                for (Index i = 0; i < k; ++i) sum += x(r, c / k * k + i) * block(i, c % k);
+                expected(r, c) = sum;
+            }
+        for (const Layout in : layouts) {
+            const Rotation rotation(Matrix<float>(block, in, nan).view());
+            EXPECT_EQ(rotation.block_size(), k);
+            for (const int threads : thread_counts) {
+                Matrix<float> y(x, in, nan);
+                for (const Layout out : layouts) {
+                    Matrix<float> rotated(rows, cols, out, nan);
+                    EXPECT_EQ(rotate_columns(y.view(), rotation, rotated.view(), threads), -1);
+                    EXPECT_EQ(rotated, expected);
+                    EXPECT_TRUE(rotated.padding_untouched());
+                }
+                EXPECT_EQ(y, x);
+                rotate_columns(y.view(), rotation, y.view(), threads);
+                EXPECT_EQ(y, expected);
+                EXPECT_TRUE(y.padding_untouched());
+            }
+        }
+    }
+}
+
+TEST(AnyMatrix, Refuses) {
+    const Matrix<float> x = random_matrix(2, 9);
+    Matrix<float> out(2, 9);
+    expect_refused("rotation matrix has shape (2, 3); it must be square and not empty", [] { Rotation(Matrix<float>(2, 3).view()); });
+    expect_refused("rotation matrix has shape (0, 0)", [] { Rotation(Matrix<float>(0, 0).view()); });
+    expect_refused("the matrix has 9 columns; a rotation of block size 4 needs a multiple of it", [&] { rotate_columns(x.view(), Rotation(random_matrix(4, 4).view()), out.view(), 1); });
+    const Matrix<float> huge(3, 3, layouts[0], 1e30f), large(2, 9, layouts[0], 1e30f);
+    expect_refused("row 0 overflows float32 when it is rotated by blocks of 3", [&] { rotate_columns(large.view(), Rotation(huge.view()), out.view(), 2); });
 }
 
 TEST_P(Hadamard, RotatesAHessianForEveryLayoutAndNumberOfThreads) {

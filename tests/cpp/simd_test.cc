@@ -11,7 +11,7 @@
 #include "codecs/chunk.h"
 #include "codecs/codec.h"
 #include "codecs/shrink.h"
-#include "rotations/hadamard.h"
+#include "rotations/rotation.h"
 #include "matrices.h"
 #include "refusal.h"
 #include "simd/butterflies.h"

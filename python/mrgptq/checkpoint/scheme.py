@@ -8,6 +8,7 @@ from ..arrays import choose
 from ..formats import block_format
 from ..recipe import Recipe
 from ..result import QuantizedMatrix
+from ..rotations import Dense
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Scheme:
     @classmethod
     def of_matrix(cls, matrix: QuantizedMatrix) -> Self:
         """What a QuantizedMatrix is. The rule its weights were scaled by shows only in the divisor: any power of two may come from any rule."""
+        if isinstance(matrix.rotation, Dense):
+            raise ValueError(f"the matrix is turned by {matrix.rotation}; checkpoints know Hadamard rotations alone")
         activations = matrix.activations
         four_thirds = matrix.format == "mxfp4" and matrix.tensor_scale == 3
         return cls(
