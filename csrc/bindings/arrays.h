@@ -50,5 +50,6 @@ void register_formats(py::module_& module);
 void register_codecs(py::module_& module);
 void register_rotations(py::module_& module);
 void register_gptq(py::module_& module);
+void register_matmul(py::module_& module);
 
 }  // namespace mrgptq::bindings

@@ -24,4 +24,5 @@ PYBIND11_MODULE(MRGPTQ_MODULE, module) {
     mrgptq::bindings::register_codecs(module);
     mrgptq::bindings::register_rotations(module);
     mrgptq::bindings::register_gptq(module);
+    mrgptq::bindings::register_matmul(module);
 }

@@ -11,6 +11,7 @@ from .codecs import alternating_tensor_scale, nvfp4_tensor_scale, quantize
 from .formats import FORMATS, MX_RULES
 from .gptq import Factor, Hessian
 from .layer import make_factor, quantize_layer, shared_tensor_scale
+from .matmul import matmul
 from .packing import from_blocked, pack, to_blocked, unpack
 from .recipe import Recipe
 from .result import Activations, LayerReport, QuantizedMatrix
@@ -26,5 +27,5 @@ def build_info() -> dict[str, object]:
 
 __all__ = [
     "FORMATS", "MX_RULES", "Activations", "Dense", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "QuantizedMatrix", "Recipe", "StoredTensor", "alternating_tensor_scale", "build_info",
-    "from_blocked", "load", "make_factor", "nvfp4_tensor_scale", "pack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "shared_tensor_scale", "to_blocked", "unpack",
+    "from_blocked", "load", "make_factor", "matmul", "nvfp4_tensor_scale", "pack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "shared_tensor_scale", "to_blocked", "unpack",
 ]

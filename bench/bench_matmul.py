@@ -1,0 +1,77 @@
+"""Products with packed weights, DRAM-cold, for 1 to 512 tokens, against NumPy's and torch's with the same weight unpacked; run by run.py.
+
+Rates count 2 tokens rows cols operations. The packed weight and the peers' dense ones are each read from copies that together are four times the last-level cache. "bound: read" is what reading
+the packed weight once would take, "bound: FMA" the machine's fused multiply-adds in float32.
+"""
+
+from importlib.util import find_spec
+from itertools import cycle
+
+import bounds
+import numpy as np
+from bounds import cold_bytes
+from timing import absent, agree, interleaved, records
+
+import mrgptq as mg
+from mrgptq import _core
+
+ROOM = "matmul"
+TOKENS = (1, 2, 4, 16, 64, 256, 512)
+NUMPY, TORCH = "NumPy x @ W.T", "torch, float32"
+TORCH_BF16 = "torch, bfloat16"
+
+
+def copies(make, nbytes, quick):
+    """An endless turn of as many copies as are together four times the last-level cache."""
+    return cycle([make() for _ in range(max(1, -(-cold_bytes(quick) // nbytes)))]).__next__
+
+
+def check():
+    """The core's products against float64 on a small problem; the measurement ends here where they differ by more than float32 explains."""
+    rng = np.random.default_rng(3)
+    for format in mg.FORMATS:
+        q, x = mg.quantize(rng.standard_normal((70, 288), dtype=np.float32), format), rng.standard_normal((9, 288), dtype=np.float32)
+        wide, values = x.astype(np.float64), q.dequantize().astype(np.float64)
+        if not (np.abs(mg.matmul(x, q) - wide @ values.T) <= 132 * 2.0**-24 * (np.abs(wide) @ np.abs(values).T)).all():
+            raise SystemExit(f"the product with {format} is not that of its values: the measurement is worth nothing")
+
+
+def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
+    """Records of both formats and their peers for every number of tokens."""
+    check()
+    rows, cols = (64, 256) if quick else (4096, 14336)
+    rng = np.random.default_rng(0)
+    weight = rng.standard_t(5, (rows, cols)).astype(np.float32) * np.float32(0.02)
+    packed = {format: mg.quantize(weight, format, threads=threads) for format in mg.FORMATS}
+    turns = {format: copies(lambda q=q: (q.codes.copy(), q.scales.copy()), q.nbytes, quick) for format, q in packed.items()}
+    dense = packed["nvfp4"].dequantize(threads=threads)
+    torch_turns, found = {}, []
+    if compare:
+        numpy_turn = copies(dense.copy, dense.nbytes, quick)
+    if compare and find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(threads)
+        torch_turns = {TORCH: (torch.float32, copies(lambda: torch.from_numpy(dense).clone(), dense.nbytes, quick)), TORCH_BF16: (torch.bfloat16, copies(lambda: torch.from_numpy(dense).to(torch.bfloat16), dense.nbytes // 2, quick))}
+    peak, reading = bounds.bound("FMA float32", threads, quick), bounds.bound("read", threads, quick)
+    for tokens in (1, 9) if quick else TOKENS:
+        x, amount = rng.standard_normal((tokens, cols), dtype=np.float32), 2 * tokens * rows * cols / 1e9
+        outs = {format: np.empty((tokens, rows), np.float32) for format in packed}
+        calls = {f"W4A16 {format}": lambda format=format, q=q: _core.matmul(format, x, *turns[format](), q.tensor_scale, outs[format], threads) for format, q in packed.items()}
+        answers = {}
+        if compare:
+            calls[NUMPY] = lambda: answers.update(numpy=x @ numpy_turn().T)
+        for name, (kind, turn) in torch_turns.items():
+            tensor = torch.from_numpy(x).to(kind)
+            calls[name] = lambda tensor=tensor, turn=turn: tensor @ turn().T
+        work, shape, unit = f"{tokens} token{'s' * (tokens > 1)}", f"{rows} × {cols}", "GFLOP/s"
+        timings = interleaved(calls, budget=0.01 if quick else 1.5, warm_up=True)
+        if compare:
+            agree("the product", float(np.square(outs["nvfp4"]).sum()), float(np.square(answers["numpy"]).sum()), 1e-4)
+        found += records(ROOM, work, shape, unit, threads, timings, amount=amount, against={name: (NUMPY, TORCH, TORCH_BF16) for name in calls if name.startswith("W4A16")}, bound=("bound: FMA", peak))
+        for row in found[-len(calls) :]:
+            if row["contender"].startswith("W4A16"):
+                row["ratios"]["bound: read"] = row["median"] / (amount * reading / (packed[row["contender"].split()[1]].nbytes / 1e9))
+        if compare and not torch_turns:
+            found.append(absent(ROOM, work, TORCH, shape, unit, threads, "torch is not installed"))
+    return found
