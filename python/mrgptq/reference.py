@@ -421,26 +421,22 @@ def gptq_searched(w, h, format, g, mx_rule="even", damping=0.01):
     error = np.zeros(w.shape)
     codes = np.empty(w.shape, dtype=np.uint8)
     scales = np.empty((len(w), w.shape[1] // size), dtype=np.uint8)
+    offsets = np.arange(-below, above + 1)[:, None]
     for first in range(len(cols) - size, -1, -size):
         here = slice(first, first + size)
         fed = weight[:, here] + error[:, first + size :] @ unit[first + size :, here]
         amax = np.abs(fed).max(1).astype(np.float32)
         start = search_start(amax, format, mx_rule, g)
-        tried = []
-        for offset in range(-below, above + 1):
-            bits = np.where(amax == 0, start, moved_scale(start, offset, format, g))
-            steps = steps_of(bits, format, g)
-            e, z, lost = np.zeros((len(w), size)), np.empty((len(w), size), dtype=np.uint8), np.zeros(len(w))
-            for j in range(size - 1, -1, -1):
-                t = fed[:, j] + e[:, j + 1 :] @ unit[first + j + 1 : first + size, first + j]
-                z[:, j], q = _nearest(t, steps)
-                e[:, j] = weight[:, first + j] - q
-                lost += pivots[first + j] * (t - q) ** 2
-            tried.append((lost, bits, e, z))
-        best = np.stack([t[0] for t in tried]).argmin(0)
-        rows = np.arange(len(w))
-        _, bits, e, z = (np.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
-        scales[:, cols[first] // size], codes[:, cols[here]], error[:, here] = bits, z, e
+        bits = np.where(amax == 0, start, moved_scale(start, offsets, format, g))  # (candidates, rows)
+        steps = steps_of(bits, format, g)
+        e, z, lost = np.zeros((*bits.shape, size)), np.empty((*bits.shape, size), dtype=np.uint8), np.zeros(bits.shape)
+        for j in range(size - 1, -1, -1):
+            t = fed[:, j] + e[..., j + 1 :] @ unit[first + j + 1 : first + size, first + j]
+            z[..., j], q = _nearest(t, steps)
+            e[..., j] = weight[:, first + j] - q
+            lost += pivots[first + j] * (t - q) ** 2
+        best = lost.argmin(0), np.arange(len(w))
+        scales[:, cols[first] // size], codes[:, cols[here]], error[:, here] = bits[best], z[best], e[best]
     return codes, scales, used
 
 
@@ -469,26 +465,24 @@ def refine(w, h, codes, scales, format, g, damping=0.01, rounds=1, damping_asked
             slope = error @ r[:, here]
             old = (steps_of(scales[:, group], format, g)[:, None] * decode_e2m1(codes[:, cols[here]])).astype(np.float64)
             target = old + np.linalg.solve(gram, slope.T).T
-            tried = [(np.zeros(len(w)), scales[:, group], np.zeros((len(w), size)), codes[:, cols[here]])]
-            for offset in (-1, 0, 1):
-                bits = moved_scale(scales[:, group], offset, format, g)
-                steps = steps_of(bits, format, g)
-                z, q = np.empty((len(w), size), dtype=np.uint8), np.empty((len(w), size))
-                for j in range(size - 1, -1, -1):
-                    z[:, j], q[:, j] = _nearest(target[:, j] + (target[:, j + 1 :] - q[:, j + 1 :]) @ unit[j + 1 :, j], steps)
-                gradient = slope + (old - q) @ gram
-                for j in range(size - 1, -1, -1):
-                    before = q[:, j].copy()
-                    z[:, j], q[:, j] = _nearest(before + gradient[:, j] / gram[j, j], steps)
-                    gradient += np.outer(before - q[:, j], gram[j])
-                change = old - q
-                gradient = slope + change @ gram  # of the values alone, however they were found: equal values under two scales tie exactly
-                tried.append((np.einsum("ij,ij->i", change, slope + gradient), bits, change, z))
-            best = np.stack([t[0] for t in tried]).argmin(0)
-            _, bits, change, z = (np.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
-            moved |= bool((best > 0).any())
-            scales[:, group], codes[:, cols[here]] = bits, z
-            error[:, here] += change
+            bits = moved_scale(scales[:, group], np.array([[-1], [0], [1]]), format, g)  # (candidates, rows)
+            steps = steps_of(bits, format, g)
+            z, q = np.empty((*bits.shape, size), dtype=np.uint8), np.empty((*bits.shape, size))
+            for j in range(size - 1, -1, -1):
+                z[..., j], q[..., j] = _nearest(target[:, j] + (target[:, j + 1 :] - q[..., j + 1 :]) @ unit[j + 1 :, j], steps)
+            gradient = slope + (old - q) @ gram
+            for j in range(size - 1, -1, -1):
+                before = q[..., j].copy()
+                z[..., j], q[..., j] = _nearest(before + gradient[..., j] / gram[j, j], steps)
+                gradient += (before - q[..., j])[..., None] * gram[j]
+            change = old - q
+            gradient = slope + change @ gram  # of the values alone, however they were found: equal values under two scales tie exactly
+            rise = np.einsum("kij,kij->ki", change, slope + gradient)
+            falls = rise.min(0) < 0
+            best = rise.argmin(0)[falls], rows[falls]
+            moved |= bool(falls.any())
+            scales[falls, group], codes[np.ix_(falls, cols[here])] = bits[best], z[best]
+            error[falls, here] += change[best]
         if not moved:
             break
         losses.append(loss(error, r))
