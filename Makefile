@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	ctest --test-dir $(BUILD) --output-on-failure --parallel $(JOBS)
-	$(VENV)/bin/python -m pytest --numprocesses $(JOBS)
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 $(VENV)/.demo: $(VENV)/.made $(SOURCES)
 	$(INSTALL) --config-settings=cmake.define.MRGPTQ_ISA=native '.[hf,plot]'
