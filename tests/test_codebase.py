@@ -164,7 +164,7 @@ def test_scripts_run(script, tmp_path):
     arguments = {
         "demo.py": ["--out", str(tmp_path / "demo"), "--windows", "2"],
         "bench_accuracy.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--text", str(text / "test.txt"), "--windows", "2", "--test-windows", "2", "--rows", "mr-gptq 16"],
-        "bench_best.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--text", str(text / "test.txt"), "--far", str(text / "test.txt"), "--sets", "2", "--windows", "2", "--test-windows", "2", "--far-windows", "2", "--rows", "nvfp4 W4A16"],
+        "bench_best.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--text", str(text / "test.txt"), "--far", str(text / "test.txt"), "--sets", "2", "--windows", "2", "--test-windows", "2", "--far-windows", "2", "--rows", "nvfp4 W4A4"],
         "run.py": ["--quick", "--compare", "--threads", "1", "2", "--json", str(tmp_path / "results.json")],
         "bench_model.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--tokens", "1024"],
         "bench_layers.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--held-out", str(text / "test.txt"), "--windows", "2", "--rows", "nvfp4 16 even mr-gptq"],
