@@ -51,7 +51,7 @@ def core_calls():
         "HessianSum.matrix": lambda: (sums[0].matrix, (1,)),
         "HessianSum.take_matrix": lambda: (sums[1].take_matrix, (1,)),
         "square_sums": lambda: (_core.square_sums, ("nvfp4", W, Q.codes, Q.scales, Q.tensor_scale, 1)),
-        "CholeskyFactor": lambda: (_core.CholeskyFactor, (H, "activation", 0.01, 1, 1)),
+        "CholeskyFactor": lambda: (_core.CholeskyFactor, (H, "activation", 0.01, 1, "float64", 1)),
         "solve": lambda: (_core.solve, ("nvfp4", W, Q.scales.copy(), Q.tensor_scale, CORE, None, "float32", False, "even", 0, 1)),
         "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, H, W, H, CORE, 0.5, 1)),
         "make_symmetric": lambda: (_core.make_symmetric, (H, np.empty_like(H), 1)),
