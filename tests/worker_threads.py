@@ -32,7 +32,9 @@ def count_in_worker(threads):
     weight = x[:400]
     mg.Hadamard(16).apply(weight, threads=threads)
     mg.Hadamard(16).apply_hessian(hessian, threads=threads)
+    mg.Dense(np.eye(16)[::-1]).apply(weight, threads=threads)
     mg.round_activations(x, "mxfp4", threads=threads)
+    mg.matmul(x, mg.quantize_activations(weight, "mxfp4", threads=threads), threads=threads)
     mg.alternating_tensor_scale([weight], iterations=1, threads=threads)
     q = mg.quantize(weight, "nvfp4", threads=threads)
     mg.unpack(q.codes, threads=threads)
