@@ -1,5 +1,6 @@
 """Rules that search the storable scales, for weights and activations: by exhaustion, under Hessians, and every rule against reference.py."""
 
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import mrgptq as mg
-from mrgptq import reference
+from mrgptq import _core, reference
 from scales_by_hand import AWKWARD, E2M1, FORMATS, LATTICE, lattice, mx_step, nvfp4_bits, squares, with_small_groups
 
 # ---- Searches over storable scales, by exhaustion
@@ -263,3 +264,45 @@ def test_mse_loses_no_group_more_than_absmax(format, factor, dtype, leaf):
         searched, plain = (squares(*(a.reshape(len(x), -1, FORMATS[format]) for a in (x, y))) for y in (mse, absmax))
         assert (searched <= plain * SUMMED).all()
         assert (searched < 0.99 * plain).any()
+
+
+# ---- Losses that no number holds
+
+
+def over_decades(decades, cols=128):
+    """(W, H): columns over so many decades, mixed, so that without damping feedback grows as far."""
+    rng = np.random.default_rng(1)
+    scale = 10.0 ** rng.uniform(-decades, 0, cols)
+    x = rng.standard_normal((2 * cols + 3, cols)) @ (np.eye(cols) + rng.standard_normal((cols, cols)) / 8)
+    h = x.T @ x
+    return rng.standard_normal((37, cols)).astype(np.float32), (h + h.T) / 2 * scale[:, None] * scale
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_feedback_beyond_float32_is_had_in_float64_and_said(format):
+    w, h = over_decades(30)
+    recipe = mg.Recipe(format, scales="gptq", order="group", damping=0.0, rounds=2, precision="float32")
+    q, exact = mg.quantize_layer(w, h, recipe), mg.quantize_layer(w, h, replace(recipe, precision="float64"))
+    assert q.report.precision == "float64"
+    assert np.array_equal(q.codes, exact.codes) and np.array_equal(q.scales, exact.scales)
+    assert np.isfinite(q.report.damped_errors).all()
+    assert mg.quantize_layer(w, over_decades(2)[1], recipe).report.precision == "float32"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_search_in_which_every_candidate_overflows_takes_its_first(format):
+    w, h = over_decades(0)
+    factor = mg.Factor(h * 1e200, order="group", group_size=mg.FORMATS[format].group_size)
+    divisor = mg.quantize(w, format).tensor_scale
+    answers = set()
+    for round in range(4):
+        junk = [np.full(10_000 + round, float(round)) for _ in range(round)]  # memory that the next call may be given
+        del junk
+        scales = np.zeros((37, w.shape[1] // mg.FORMATS[format].group_size), np.uint8)
+        codes, losses = _core.solve(format, w, scales, divisor, factor.core, None, "float32", True, "even", 0, 1)
+        assert not np.isfinite(losses).any()
+        answers.add(codes.tobytes() + scales.tobytes())
+    assert len(answers) == 1
+    first_group = factor.order[0] // mg.FORMATS[format].group_size  # nothing has been fed back to it yet
+    absmax = _core.find_scales(format, "absmax", "even", w, divisor, None, 1)[:, first_group].astype(int)
+    assert np.array_equal(scales[:, first_group], np.maximum(absmax - (8 if format == "nvfp4" else 2), 1))

@@ -112,8 +112,10 @@ double search_groups(const Problem<Real>& problem, const Strips<Real>& unit, Row
                 }
                 sum += problem.pivots[first + j] * t.square();
             }
-            Lane<Real> better;  // a mask in Real keeps the selects below in one vector width
-            for (Index r = 0; r < lanes; ++r) better[r] = sum[r] < least[r];
+            // A mask in Real keeps the selects below in one vector width. The first candidate stands until a better one comes, and a sum that is no number gives way to any.
+            Lane<Real> better;
+            const Real first_one = offset == -below;
+            for (Index r = 0; r < lanes; ++r) better[r] = sum[r] < least[r] || least[r] != least[r] ? Real(1) : first_one;
             for (Index r = 0; r < lanes; ++r) {
                 least[r] = better[r] > 0 ? sum[r] : least[r];
                 best_scales[r] = better[r] > 0 ? scales[r] : best_scales[r];

@@ -158,9 +158,13 @@ def quantize_layer(
             scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
             codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
     else:
-        method, precision = "gptq", recipe.precision if search != "gptq" or _fits_float32(rotated, factor) else "float64"
-        scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
-        codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, coupled, precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
+        method, begin = "gptq", _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
+        asked = recipe.precision if search != "gptq" or _fits_float32(rotated, factor) else "float64"
+        for precision in dict.fromkeys((asked, "float64")):
+            scales = begin.copy()
+            codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, coupled, precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
+            if np.isfinite(losses).all():  # feedback may grow beyond float32 where neither weight nor H is
+                break
 
     if outputs is not None and fallback is None:
         if not outputs.usable:
