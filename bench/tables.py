@@ -1,6 +1,6 @@
 """Writes the tables of bench/README.md from the JSON of run.py.
 
-    python bench/tables.py results.json [more.json]        each later file replaces the rooms it has
+    python bench/tables.py results.json [more.json]        each later file replaces the rooms it has, for the numbers of threads it has
 """
 
 import argparse
@@ -49,18 +49,21 @@ def table(rows: list[dict]) -> str:
 
 
 def text(results: list[dict]) -> str:
-    """What stands between the markers."""
-    parts, last = [], {}
+    """What stands between the markers: of each room and number of threads the last result that has it."""
+    last: dict[str, dict[int, dict]] = {}
     for result in results:
         if result["quick"]:
             raise SystemExit("a --quick run measures nothing that a table should show")
-        for room in dict.fromkeys(row["room"] for row in result["rows"]):
-            last[room] = result
-    for result in results:
-        mine = [room for room in last if last[room] is result]
-        if mine:
-            parts.append(f"`{result['command']}`: {about(result['machine'])}")
-            parts += [f"**{room}**\n\n{table([row for row in result['rows'] if row['room'] == room])}" for room in mine]
+        for row in result["rows"]:
+            last.setdefault(row["room"], {})[row["threads"]] = result
+    parts: list[str] = []
+    said: list[dict] = []
+    for room, by_threads in last.items():
+        used = [result for result in results if any(result is mine for mine in by_threads.values())]
+        if said != used:
+            parts += [f"`{result['command']}`: {about(result['machine'])}" for result in used]
+            said = used
+        parts.append(f"**{room}**\n\n{table([row for result in used for row in result['rows'] if row['room'] == room and by_threads[row['threads']] is result])}")
     return "\n\n".join(parts)
 
 

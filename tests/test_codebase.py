@@ -215,6 +215,14 @@ def test_tables_are_written_from_results(tmp_path):
     assert "| peer | s | – | peer is not installed | – |  |" in written and "revision abc" in written and "torch not installed" in written
     subprocess.run(command, check=True)
     assert page.read_text() == written  # written again, it is the same page
+    # Another file has the room for 2 threads and a room of its own: rows of 1 thread stay, and each file's command is said.
+    later = result | {"command": "python bench/run.py --threads 2", "rows": [RESULT | {"threads": 2, "median": 0.1}, RESULT | {"room": "codecs", "threads": 2}]}
+    (tmp_path / "b.json").write_text(json.dumps(later))
+    subprocess.run([*command[:3], str(tmp_path / "b.json"), *command[3:]], check=True)
+    merged = page.read_text()
+    assert "| solve | 4 × 4 | mrgptq | s | 0.25 (0.2–0.3) | 2.00 peer, 0.50 bound | 0.1 (0.2–0.3) | 2.00 peer, 0.50 bound |" in merged
+    assert merged.index("`python bench/run.py`:") < merged.index("`python bench/run.py --threads 2`:") < merged.index("**gptq**") < merged.rindex("`python bench/run.py --threads 2`:") < merged.index("**codecs**")
+    page.write_text(written)
     (tmp_path / "a.json").write_text(json.dumps(result | {"quick": True}))
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1 and "measures nothing" in refused.stderr and page.read_text() == written
