@@ -35,6 +35,8 @@ private:
     void prefer_large_pages([[maybe_unused]] std::size_t bytes) noexcept {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
         constexpr std::uintptr_t page = 65536;  // what is advised begins at one; no system's are larger
+        constexpr std::size_t large_page = 2 << 20;
+        if (bytes < large_page) return;
         const auto address = reinterpret_cast<std::uintptr_t>(data_.get()), begin = (address + page - 1) / page * page, end = address + bytes;
         if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif

@@ -14,34 +14,34 @@ template <class Real>
 inline constexpr Index kernel_rows = 2 * vector_size<Real>;
 inline constexpr Index kernel_cols = vector_bytes == 64 ? 8 : 4;  // as many pairs of accumulators as leave registers for the rest
 
-// Σ_k a[k * a_stride + r] * b[k * b_stride + j]  for r < kernel_rows, j < kernel_cols, handed over column by column: after(j, the first half of its rows, the second).
-// before(k) comes before each step: the place to send for what is needed later.
-template <class Real, class Before, class After>
+// Σ_k a[k * a_stride + r] * b[k * b_stride + j]  for r < kernel_rows, j < cols, handed over column by column: after(j, the first half of its rows, the second). Fewer columns than
+// kernel_cols are for where there are no more. before(k) comes before each step: the place to send for what is needed later.
+template <class Real, Index cols = kernel_cols, class Before, class After>
 [[gnu::always_inline]] inline void sum_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, Before&& before, After&& after) noexcept {
-    std::array<Vector<Real>, kernel_cols> low{}, high{};
+    std::array<Vector<Real>, cols> low{}, high{};
     for (Index k = 0; k < depth; ++k, a += a_stride, b += b_stride) {
         before(k);
         const Vector<Real> a0 = load(a), a1 = load(a + vector_size<Real>);
 #pragma GCC unroll 8
-        for (std::size_t j = 0; j < kernel_cols; ++j) {
+        for (std::size_t j = 0; j < cols; ++j) {
             const Vector<Real> bj = splat(b[j]);
             low[j] = fused(a0, bj, low[j]);
             high[j] = fused(a1, bj, high[j]);
         }
     }
 #pragma GCC unroll 8
-    for (std::size_t j = 0; j < kernel_cols; ++j) after(static_cast<Index>(j), low[j], high[j]);
+    for (std::size_t j = 0; j < cols; ++j) after(static_cast<Index>(j), low[j], high[j]);
 }
 
 // column_at(j)[r] += or -= Σ_k a[k * a_stride + r] * b[k * b_stride + j]: columns of C that may stand anywhere.
-template <class Real, bool subtract, class Column, class Before>
+template <class Real, bool subtract, Index cols = kernel_cols, class Column, class Before>
 inline void multiply_tile(Index depth, const Real* a, Index a_stride, const Real* b, Index b_stride, const Column& column_at, Before&& before) noexcept {
     constexpr Index w = vector_size<Real>;
-    for (Index j = 0; j < kernel_cols; ++j) {  // needed at the end: on its way meanwhile
+    for (Index j = 0; j < cols; ++j) {  // needed at the end: on its way meanwhile
         __builtin_prefetch(column_at(j), 1);
         __builtin_prefetch(column_at(j) + kernel_rows<Real> - 1, 1);
     }
-    sum_tile(depth, a, a_stride, b, b_stride, before, [&](Index j, Vector<Real> low, Vector<Real> high) {
+    sum_tile<Real, cols>(depth, a, a_stride, b, b_stride, before, [&](Index j, Vector<Real> low, Vector<Real> high) {
         Real* column = column_at(j);
         store<Real>(column, subtract ? load(column) - low : load(column) + low);
         store<Real>(column + w, subtract ? load(column + w) - high : load(column + w) + high);

@@ -17,6 +17,7 @@
 namespace mrgptq {
 namespace {
 
+constexpr Index ahead = 512;  // bytes of a row: what is sent for; memory foresees few of 32 rows that are read side by side
 constexpr Index most_tokens = 512;  // packed at once: what the weights, decoded anew for so many, take beside the products is lost in them
 
 // Packed weights, and the step that each stored scale stands for.
@@ -37,6 +38,7 @@ void decode_lanes(const Weights& weights, Index row, Index k, Index depth, float
             const std::uint8_t* scales = weights.scales.row(row + first + r) + k / size;
             for (Index g = 0; g < depth / size; ++g) steps[g][r] = weights.steps[scales[g]];
         }
+        for (Index r = 0; r < rows; ++r) __builtin_prefetch(weights.codes.row(row + first + r) + k / 2 + ahead);
         for (Index word = 0; word < depth / codes_a_word; word += w) {
             const Index words = std::min(w, depth / codes_a_word - word);
             const auto codes = [&](Index r) { return weights.codes.row(row + first + r) + (k + word * codes_a_word) / 2; };
@@ -58,6 +60,17 @@ void decode_lanes(const Weights& weights, Index row, Index k, Index depth, float
     }
 }
 
+// Adds the products of 32 rows with a strip's first `tokens` to `sums`, 32 a token: as narrow a tile as holds them, an element's chain being the same in all.
+template <Index cols = kernel_cols>
+void add_strip(const float* values, const float* strip, Index depth, Index tokens, float* sums) noexcept {
+    if constexpr (cols > 1)
+        if (2 * tokens <= cols) return add_strip<cols / 2>(values, strip, depth, tokens, sums);
+    for (Index r = 0; r < lanes; r += kernel_rows<float>) {
+        const auto column_at = [=](Index j) { return sums + j * lanes + r; };
+        multiply_tile<float, false, cols>(depth, values + r, lanes, strip, kernel_cols, column_at, [](Index) {});
+    }
+}
+
 template <class Format>
 void multiply(const Weights& weights, MatrixView<const float> x, MatrixView<float> out, int threads) {
     const Index strips = strip_count(x.rows);
@@ -70,9 +83,8 @@ void multiply(const Weights& weights, MatrixView<const float> x, MatrixView<floa
         for (Index k = 0; k < x.cols; k += product_depth) {
             const Index depth = std::min(product_depth, x.cols - k);
             decode_lanes<Format>(weights, row, k, depth, values.data());
-            for (Index strip = 0; strip < strips; ++strip)
-                for (Index r = 0; r < lanes; r += kernel_rows<float>)
-                    multiply_tile<float, false>(depth, values.data() + r, lanes, packed.data() + (k * strips + strip * depth) * kernel_cols, kernel_cols, sums.data() + strip * kernel_cols * lanes + r, lanes);
+            for (Index token = 0; token < x.rows; token += kernel_cols)
+                add_strip(values.data(), packed.data() + k * strips * kernel_cols + token * depth, depth, std::min(kernel_cols, x.rows - token), sums.data() + token * lanes);
         }
         for (Index token = 0; token < x.rows; ++token) std::copy_n(sums.data() + token * lanes, end - row, out.row(token) + row);
     });
