@@ -333,8 +333,9 @@ TEST(FactorOfH, PowersOfTwoOnColumnsMoveNothingButExponents) {
 TEST(FactorOfH, TakesFloat64WhereFloat32WouldBlurAPivot) {
     const Index n = 300;
     // Column 290 is column 3 and a little noise of its own, so the second of them to be visited has no more left than that.
+    const Matrix<double> plain = random_second_moment(n);
     const auto twins = [&](double noise) {
-        Matrix<double> h = random_second_moment(n);
+        Matrix<double> h = plain;
         for (Index c = 0; c < n; ++c) h(290, c) = h(c, 290) = h(3, c);
         h(290, 290) = h(3, 3) * (1 + noise);
         return h;
