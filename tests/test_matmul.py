@@ -85,6 +85,9 @@ def test_any_rank_dtype_and_output():
     buffer[:] = x.reshape(6, 96)
     mg.matmul(buffer, q, out=buffer[:, :40])  # over its own input
     assert np.array_equal(buffer[:, :40], y.reshape(6, 40))
+    long = inputs(700, 96)
+    expected = mg.matmul(long[:600].copy(), q)
+    assert np.array_equal(mg.matmul(long[:600], q, out=long[100:, :40]), expected)  # over inputs that are read after others have been answered
 
 
 def test_subnormal_inputs_count():
