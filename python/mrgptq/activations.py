@@ -4,36 +4,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_output, as_threads, refuse_nonfinite
-from .codecs import check_groups, clip_mask, resolve_scales, tensor_scale_for, turn_of
-from .formats import block_format
+from .arrays import as_output, as_threads, refuse_nonfinite
+from .codecs import Rounding, clip_mask
 from .result import QuantizedMatrix
 from .rotations import Identity, Rotation
 
 
-class _Work:
-    """The arguments of both functions as the core takes them."""
-
-    def __init__(
-        self, x: ArrayLike, format: str, rule: str, mx_rule: str, tensor_scale: float | None, rotation: Rotation | None, dtype: str | None, threads: int | None, *, finite: bool
-    ) -> None:
-        block_format(format)
-        self.format = format
-        self.search, self.mx_rule = resolve_scales(format, rule, mx_rule, name="rule")
-        own_dtype = getattr(x, "dtype", None)
-        bfloat16 = dtype == "bfloat16" or own_dtype == "BF16" or getattr(own_dtype, "name", None) == "bfloat16"  # "BF16": a StoredTensor's
-        self.turn = turn_of(rotation)
-        self.bfloat16_sixth = bfloat16 and (rotation is None or isinstance(rotation, Identity))
-        self.values = as_float32(x, "x", dtype=dtype, threads=threads, finite=finite)
-        check_groups(self.values.shape[-1], format, "x")
-        if rotation is not None:
-            rotation.check_columns(self.values.shape[-1])
-        self.matrix = self.values.reshape(-1, self.values.shape[-1])
-        self.divisor = tensor_scale_for(format, self.values, self.mx_rule, tensor_scale, rotation=rotation, name="x", threads=threads)
-
-    @property
-    def arguments(self) -> tuple[str, str, str, bool, NDArray[np.float32], int | NDArray[np.float32], float]:
-        return self.format, self.search, self.mx_rule, self.bfloat16_sixth, self.matrix, self.turn, self.divisor
+def _rounds_sixths(x: ArrayLike, dtype: str | None, rotation: Rotation | None) -> bool:
+    """Whether absmax / 6 is rounded to bfloat16: x is bfloat16 and is not turned before."""
+    own = getattr(x, "dtype", None)
+    bfloat16 = dtype == "bfloat16" or own == "BF16" or getattr(own, "name", None) == "bfloat16"  # "BF16": a StoredTensor's
+    return bfloat16 and (rotation is None or isinstance(rotation, Identity))
 
 
 def quantize_activations(
@@ -69,7 +50,7 @@ def quantize_activations(
     ----------
     Egiazarian et al. 2025 (arXiv 2509.23202), section 5: the fused kernels of QuTLASS.
     """
-    work = _Work(x, format, rule, mx_rule, tensor_scale, rotation, dtype, threads, finite=False)
+    work = Rounding(x, "x", format, rule, "rule", mx_rule, tensor_scale, rotation, dtype, threads, bfloat16_sixth=_rounds_sixths(x, dtype, rotation))
     codes, scales, position = _core.quantize(*work.arguments, as_threads(threads))
     refuse_nonfinite(work.values, position, "x")
     rotation = rotation or Identity()
@@ -105,7 +86,7 @@ def round_activations(
     float32 array of x's shape.
     """
     # What is not finite is found on the way where nothing of the caller's is written before.
-    work = _Work(x, format, rule, mx_rule, tensor_scale, rotation, dtype, threads, finite=out is not None)
+    work = Rounding(x, "x", format, rule, "rule", mx_rule, tensor_scale, rotation, dtype, threads, finite=out is not None, bfloat16_sixth=_rounds_sixths(x, dtype, rotation))
     in_place = out is x
     out = as_output(np.empty(work.values.shape, dtype=np.float32) if out is None else out, work.values.shape)
     if not in_place and np.may_share_memory(out, work.matrix):

@@ -128,6 +128,44 @@ def weight_error(format: str, weight: NDArray[np.float32], codes: NDArray[np.uin
     return error / energy if energy else None
 
 
+class Rounding:
+    """An array, called ``name``, and how it is to be rounded, checked and as the core takes it; what is not finite in it is left to the core unless ``finite``."""
+
+    def __init__(
+        self,
+        x: ArrayLike,
+        name: str,
+        format: str,
+        rule: str | None,
+        rule_name: str,
+        mx_rule: str,
+        tensor_scale: float | None,
+        rotation: Rotation | None,
+        dtype: str | None,
+        threads: int | None,
+        *,
+        rank: int | None = None,
+        finite: bool = False,
+        bfloat16_sixth: bool = False,
+    ) -> None:
+        block_format(format)
+        self.format = format
+        self.search, self.mx_rule = resolve_scales(format, rule, mx_rule, name=rule_name)
+        self.turn = turn_of(rotation)
+        self.bfloat16_sixth = bfloat16_sixth
+        self.values = as_float32(x, name, rank=rank, dtype=dtype, threads=threads, finite=finite)
+        check_groups(self.values.shape[-1], format, name)
+        if rotation is not None:
+            rotation.check_columns(self.values.shape[-1], name)
+        self.matrix = self.values.reshape(-1, self.values.shape[-1])
+        self.divisor = tensor_scale_for(format, self.values, self.mx_rule, tensor_scale, rotation=rotation, name=name, threads=threads)
+
+    @property
+    def arguments(self) -> tuple[str, str, str, bool, NDArray[np.float32], int | NDArray[np.float32], float]:
+        """Of the core's ``quantize`` and ``round_to_grid``, before those that are their own."""
+        return self.format, self.search, self.mx_rule, self.bfloat16_sixth, self.matrix, self.turn, self.divisor
+
+
 def quantize(
     weight: ArrayLike,
     format: str = "nvfp4",
@@ -178,15 +216,9 @@ def quantize(
     OCP Microscaling Formats (MX) v1.0, section 5; Egiazarian et al. 2025 (arXiv 2509.23202), section 4.1.
     """
     start = time.perf_counter()
-    block_format(format)
-    search, rule = resolve_scales(format, scales, mx_rule)
-    turn = turn_of(rotation)
-    values = as_float32(weight, "weight", rank=2, dtype=dtype, threads=threads, finite=False)
-    check_groups(values.shape[1], format)
-    if rotation is not None:
-        rotation.check_columns(values.shape[1], "weight")
-    divisor = tensor_scale_for(format, values, rule, tensor_scale, rotation=rotation, threads=threads)
-    codes, found, position = _core.quantize(format, search, rule, False, values, turn, divisor, as_threads(threads))
+    work = Rounding(weight, "weight", format, scales, "scales", mx_rule, tensor_scale, rotation, dtype, threads, rank=2)
+    codes, found, position = _core.quantize(*work.arguments, as_threads(threads))
+    values, search, rule, divisor = work.values, work.search, work.mx_rule, work.divisor
     refuse_nonfinite(values, position, "weight")
     if rotation is not None:
         values = rotation.apply(values, threads=threads)

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "gptq/factor.h"
@@ -103,6 +104,17 @@ TEST(HessianSum, MergesForAnyNumberOfThreads) {
 
 // ---- Factor
 
+// Element (i, j <= i) of L Lᵀ as the factor keeps it, and of |L| |L|ᵀ.
+std::pair<double, double> product_of(const Factor& factor, Index i, Index j) {
+    double sum = 0, magnitude = 0;
+    for (Index k = 0; k <= j; ++k) {
+        const double term = factor.unit()(i, k) * factor.pivots()[k] * factor.unit()(j, k);
+        sum += term;
+        magnitude += std::fabs(term);
+    }
+    return {sum, magnitude};
+}
+
 TEST(FactorOfH, IsTheCholeskyFactorInReversedOrder) {
     const Index n = 150;
     const Matrix<double> h = random_second_moment(n);
@@ -135,12 +147,7 @@ TEST(FactorOfH, IsTheCholeskyFactorInReversedOrder) {
         }
         for (Index i = 0; i < n; ++i)
             for (Index j = 0; j <= i; ++j) {
-                double sum = 0, magnitude = 0;
-                for (Index k = 0; k <= j; ++k) {
-                    const double term = factor.unit()(i, k) * factor.pivots()[k] * factor.unit()(j, k);
-                    sum += term;
-                    magnitude += std::fabs(term);
-                }
+                const auto [sum, magnitude] = product_of(factor, i, j);
                 const double expected = h(factor.column(i), factor.column(j)) + (i == j ? 0.01 * trace / n : 0);
                 // Cholesky's residual (Higham, theorem 10.3) and our own sum: n + 1 units each of the product of magnitudes; scaling to the unit form adds a few.
                 EXPECT_LE(std::fabs(sum - expected), (2 * n + 8) * 0x1p-53 * magnitude);
@@ -293,12 +300,7 @@ TEST(FactorOfH, InFloat32IsThatOfAMatrixWithinItsRounding) {
         EXPECT_NE(factor.pivots(), exact.pivots());
         for (Index i = 0; i < n; ++i)
             for (Index j = 0; j <= i; ++j) {
-                double sum = 0, magnitude = 0;
-                for (Index k = 0; k <= j; ++k) {
-                    const double term = factor.unit()(i, k) * factor.pivots()[k] * factor.unit()(j, k);
-                    sum += term;
-                    magnitude += std::fabs(term);
-                }
+                const auto [sum, magnitude] = product_of(factor, i, j);
                 const double expected = i == j ? factor.diagonal()[i] : h(factor.column(i), factor.column(j));
                 EXPECT_LE(std::fabs(sum - expected), (132 * 0x1p-24 + (2 * n + 8) * 0x1p-53) * magnitude);  // chains of 128 products of rounded factors, beside what the test above allows
                 EXPECT_EQ(factor.unit()(j, i), i == j ? 1.0 : h(factor.column(i), factor.column(j)));

@@ -19,6 +19,7 @@
 namespace mrgptq {
 namespace {
 
+using testing::chained;
 using testing::contiguous;
 using testing::layouts;
 using testing::Layout;
@@ -35,15 +36,6 @@ std::vector<Real> normals(Index count, unsigned seed) {
     std::vector<Real> values(static_cast<std::size_t>(count));
     for (Real& value : values) value = normal(generator);
     return values;
-}
-
-template <class Real>
-Real chained(Real a, Real b, Real c) {
-#if defined(__FMA__) || defined(__aarch64__)
-    return std::fma(a, b, c);
-#else
-    return a * b + c;
-#endif
 }
 
 template <class Real>

@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <random>
@@ -18,7 +17,7 @@
 namespace mrgptq {
 namespace {
 
-using testing::expect_refused, testing::Layout, testing::layouts, testing::Matrix, testing::random_matrix, testing::thread_counts;
+using testing::chained, testing::expect_refused, testing::Layout, testing::layouts, testing::Matrix, testing::random_matrix, testing::thread_counts;
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
@@ -35,14 +34,6 @@ struct Packed {
         }
     }
 };
-
-float chained(float a, float b, float c) {
-#if defined(__FMA__) || defined(__aarch64__)
-    return std::fma(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
 
 constexpr std::pair<std::string_view, Index> formats[] = {{"nvfp4", 16}, {"mxfp4", 32}};
 

@@ -85,6 +85,16 @@ inline Matrix<double> random_second_moment(Index cols, unsigned seed = 2) {
     return h;
 }
 
+// A step of linalg's chains, as the level that compiles this takes it.
+template <class Real>
+inline Real chained(Real a, Real b, Real c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // The double loop of the definition; with `magnitudes` the sum of the terms' magnitudes.
 template <class Real>
 long double naive_quadratic_form(const Matrix<Real>& e, const Matrix<double>& h, Index rows, Index cols, bool magnitudes = false) {

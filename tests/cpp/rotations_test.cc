@@ -22,6 +22,26 @@ constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 // Sylvester's matrix: -1 where the indices share an odd number of bits.
 double sylvester(Index i, Index j) { return std::popcount(static_cast<std::size_t>(i & j)) % 2 ? -1.0 : 1.0; }
 
+// rotate_columns gives `expected` for every layout, of the rotation's own matrix too, every number of threads and in place, and touches nothing else.
+template <class MakeRotation>
+void expect_rotated(MakeRotation&& make, const Matrix<float>& x, const Matrix<float>& expected) {
+    for (const Layout in : layouts)
+        for (const int threads : thread_counts) {
+            const Rotation rotation = make(in);
+            Matrix<float> y(x, in, nan);
+            for (const Layout out : layouts) {
+                Matrix<float> rotated(x.view().rows, x.view().cols, out, nan);
+                EXPECT_EQ(rotate_columns(y.view(), rotation, rotated.view(), threads), -1);
+                EXPECT_EQ(rotated, expected);
+                EXPECT_TRUE(rotated.padding_untouched());
+            }
+            EXPECT_EQ(y, x);
+            rotate_columns(y.view(), rotation, y.view(), threads);
+            EXPECT_EQ(y, expected);
+            EXPECT_TRUE(y.padding_untouched());
+        }
+}
+
 class Hadamard : public ::testing::TestWithParam<Index> {
 protected:
     const Index k = GetParam();
@@ -46,20 +66,7 @@ TEST_P(Hadamard, RotatesEveryBlockForEveryLayoutAndNumberOfThreads) {
             // log2(k) levels of butterflies, the factor and its product round by 2^-24 of the norm each.
             EXPECT_LE(std::sqrt(error), 1.01 * (std::log2(k) + 2) * 0x1p-24 * std::sqrt(norm));
         }
-    for (const Layout in : layouts)
-        for (const int threads : thread_counts) {
-            Matrix<float> y(x, in, nan);
-            for (const Layout out : layouts) {
-                Matrix<float> rotated(rows, cols, out, nan);
-                rotate_columns(y.view(), k, rotated.view(), threads);
-                EXPECT_EQ(rotated, expected);
-                EXPECT_TRUE(rotated.padding_untouched());
-            }
-            EXPECT_EQ(y, x);
-            rotate_columns(y.view(), k, y.view(), threads);
-            EXPECT_EQ(y, expected);
-            EXPECT_TRUE(y.padding_untouched());
-        }
+    expect_rotated([&](Layout) { return Rotation(k); }, x, expected);
 }
 
 TEST(AnyMatrix, MultipliesEveryBlockForEveryLayoutAndNumberOfThreads) {
@@ -73,23 +80,8 @@ TEST(AnyMatrix, MultipliesEveryBlockForEveryLayoutAndNumberOfThreads) {
                 for (Index i = 0; i < k; ++i) sum += x(r, c / k * k + i) * block(i, c % k);
                 expected(r, c) = sum;
             }
-        for (const Layout in : layouts) {
-            const Rotation rotation(Matrix<float>(block, in, nan).view());
-            EXPECT_EQ(rotation.block_size(), k);
-            for (const int threads : thread_counts) {
-                Matrix<float> y(x, in, nan);
-                for (const Layout out : layouts) {
-                    Matrix<float> rotated(rows, cols, out, nan);
-                    EXPECT_EQ(rotate_columns(y.view(), rotation, rotated.view(), threads), -1);
-                    EXPECT_EQ(rotated, expected);
-                    EXPECT_TRUE(rotated.padding_untouched());
-                }
-                EXPECT_EQ(y, x);
-                rotate_columns(y.view(), rotation, y.view(), threads);
-                EXPECT_EQ(y, expected);
-                EXPECT_TRUE(y.padding_untouched());
-            }
-        }
+        EXPECT_EQ(Rotation(block.view()).block_size(), k);
+        expect_rotated([&](Layout layout) { return Rotation(Matrix<float>(block, layout, nan).view()); }, x, expected);
     }
 }
 
