@@ -335,3 +335,18 @@ def test_calibration_hands_them_to_the_layers(leaf_folder, calibration_text, mon
     for name, q in split.items():
         changed = q.report.output_error != matrices[name].report.output_error
         assert changed == (".layers.0." not in name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_both_factors_have_the_precision_of_the_recipe(monkeypatch, precision):
+    made = []
+
+    class Noted(mg.Factor):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append((self.cols, self.precision))
+
+    monkeypatch.setattr("mrgptq.layer.Factor", Noted)
+    w, h, a = problem()
+    mg.quantize_layer(w, h, best("nvfp4", precision=precision), output_hessian=a)
+    assert sorted(made) == [(64, precision), (96, precision)]
