@@ -62,9 +62,15 @@ def test_every_code_and_every_scale_is_read(format):
 
 def test_the_weight_is_that_of_the_original_basis():
     w, x = weight(40, 256), inputs(9, 256)
-    for rotation in (mg.Hadamard(32), mg.Dense(np.random.default_rng(0).standard_normal((16, 16)))):
+    by_matrix = mg.Dense(np.random.default_rng(0).standard_normal((16, 16)))  # not orthogonal: inputs are turned otherwise than the weight
+    for rotation in (mg.Hadamard(32), by_matrix):
         q = mg.quantize(w, "mxfp4", rotation=rotation)
-        assert_is_product(mg.matmul(x, q), rotation.apply(x), q.dequantize())
+        assert_is_product(mg.matmul(x, q), rotation.dual.apply(x), q.dequantize())
+    condition = np.linalg.cond(by_matrix.matrix.astype(np.float64))
+    assert condition < 100
+    # Inverses rounded to float32, products of 16 and chains of 128: some 150 u of the norms, times the condition of what stands between.
+    norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(q.dequantize(unrotate=True), axis=1)
+    assert (np.abs(mg.matmul(x, q) - x.astype(np.float64) @ q.dequantize(unrotate=True).astype(np.float64).T) <= 2 * condition * 150 * U32 * norms).all()
     q = mg.quantize(w, "nvfp4", rotation=mg.Hadamard(16))
     # Both the turned x and the turned-back weight are off by less than 6 u of a row's norm: log2(16) butterflies, the factor and its product, as in test_rotations.
     apart = np.abs(mg.matmul(x, q) - x.astype(np.float64) @ q.dequantize(unrotate=True).astype(np.float64).T)

@@ -303,6 +303,15 @@ def test_a_matrix_turns_back_and_moments_with_it():
     assert np.array_equal(rotation.apply_hessian(h), rotation.apply_hessian(h).T)
 
 
+def test_the_dual_turns_weights_so_that_products_stay():
+    x, w, rotation = matrix(9, 60, 1), matrix(7, 60, 2), mg.Dense(np.random.default_rng(2).standard_normal((12, 12)))
+    turned = rotation.apply(x).astype(np.float64) @ rotation.dual.apply(w).T.astype(np.float64)
+    scale = np.outer(np.linalg.norm(x, axis=1), np.linalg.norm(w, axis=1))
+    assert (np.abs(turned - x.astype(np.float64) @ w.T.astype(np.float64)) <= 100 * 3 * 13 * U32 * scale).all()  # as above
+    assert np.allclose(rotation.dual.dual.matrix, rotation.matrix, rtol=0, atol=100 * U32 * np.abs(rotation.matrix).max())
+    assert mg.Hadamard(4).dual == mg.Hadamard(4) and mg.Identity().dual == mg.Identity()
+
+
 def test_matrices_compare_and_do_not_change():
     block = orthogonal(4)
     a, b, c = mg.Dense(block), mg.Dense(block.astype(np.float64)), mg.Dense(2 * block)

@@ -14,7 +14,7 @@ def matmul(x: ArrayLike, q: QuantizedMatrix, *, dtype: str | None = None, out: N
 
     Parameters
     ----------
-    x : (..., cols) array, dtypes as in :func:`quantize`, finite. It is turned first where ``q`` has a rotation.
+    x : (..., cols) array, dtypes as in :func:`quantize`, finite. Where ``q`` has a rotation x is turned first, by its ``dual``.
     q : (rows, cols).
     dtype : "bfloat16" where ``x`` is bfloat16 bits held as uint16.
     out : float32 array of the result's shape.
@@ -22,7 +22,7 @@ def matmul(x: ArrayLike, q: QuantizedMatrix, *, dtype: str | None = None, out: N
     Returns
     -------
     (..., rows) float32. An element is the sum, in float32 and from left to right, of chains of 128 products, each a chain of fused multiply-adds (multiplied and added on level v2). So a token's answer
-    depends neither on the tokens beside it nor on the number of threads; it is promised for each ISA level. Within gamma_n sum |x| |w|, n = 128 + ceil(cols / 128), of the exact product of x T and
+    depends neither on the tokens beside it nor on the number of threads; it is promised for each ISA level. Within gamma_n sum |x| |w|, n = 128 + ceil(cols / 128), of the exact product of x, turned, and
     ``q.dequantize()``, subnormal numbers included (Higham, Accuracy and Stability, section 3.1).
 
     Raises
@@ -38,7 +38,7 @@ def matmul(x: ArrayLike, q: QuantizedMatrix, *, dtype: str | None = None, out: N
     shape = (*values.shape[:-1], rows)
     out = as_output(np.empty(shape, dtype=np.float32) if out is None else out, shape)
     if q.rotation != Identity():
-        values = q.rotation.apply(values, threads=threads)
+        values = q.rotation.dual.apply(values, threads=threads)
     elif np.may_share_memory(out, values):
         values = values.copy()
     codes, scales = (np.ascontiguousarray(a) for a in (q.codes, q.scales))

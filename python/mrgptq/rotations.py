@@ -30,6 +30,11 @@ class Identity:
         """``matrix`` (cols, cols) itself."""
         return matrix
 
+    @property
+    def dual(self) -> "Identity":
+        """Itself."""
+        return self
+
     def check_columns(self, cols: int, name: str = "x") -> None:
         """Any number of columns will do."""
 
@@ -72,6 +77,11 @@ class Hadamard:
     def matrix(self) -> NDArray[np.float32]:
         """One block, (block_size, block_size) float32, orthogonal and symmetric."""
         return self.apply(np.eye(self.block_size, dtype=np.float32))
+
+    @property
+    def dual(self) -> "Hadamard":
+        """Itself: it is orthogonal."""
+        return self
 
     def check_columns(self, cols: int, name: str = "x") -> None:
         """Raise ValueError unless the block size divides ``cols``."""
@@ -120,7 +130,7 @@ class Hadamard:
 class Dense:
     """A block rotation by any matrix: every k columns are multiplied by the same (k, k) matrix T, k from 1 on.
 
-    For activations: weights that are multiplied by the inverse's transpose, or by T itself where it is orthogonal, then give the products that they gave.
+    For activations: weights that are turned by its :attr:`dual`, which is T itself where that is orthogonal, then give the products that they gave.
 
     Parameters
     ----------
@@ -151,6 +161,11 @@ class Dense:
     def block_size(self) -> int:
         """Columns that are turned together."""
         return len(self.matrix)
+
+    @property
+    def dual(self) -> "Dense":
+        """By the inverse's transpose: (x T) (w T^-T)^T = x w^T. The dual's own is this again, but for float32 rounding."""
+        return Dense(self._inverse.T)
 
     def check_columns(self, cols: int, name: str = "x") -> None:
         """Raise ValueError unless the block size divides ``cols``."""
