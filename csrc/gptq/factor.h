@@ -33,7 +33,7 @@ public:
     // that damping alone reaches, dead_weight(). If the factorisation fails, damping rises tenfold (from 0.01 where it was 0) up to 1; if all fail, usable() is false and the caller rounds
     // plainly.
     //
-    // H is brought to a diagonal near one by powers of two while it is factorised, so that no product leaves float32's range. Where float32 would blur a pivot, the products are float64.
+    // H is brought to a diagonal from one to four by powers of two while it is factorised, so that no product leaves float32's range. Where float32 would blur a pivot, the products are float64.
     Factor(MatrixView<const double> h, Order order, double damping, Index group_size = 1, Precision precision = Precision::float64, int threads = 0);
 
     Index cols() const noexcept { return static_cast<Index>(order_.size()); }

@@ -26,7 +26,7 @@ class LayerReport(Shown):
     damping, damping_asked : λ / mean(live diagonal of H) as used and as asked; they differ where the factorisation failed at first. None where nothing was factorised.
     dead_columns : columns that no input reached (diagonal of H zero); they were rounded plainly. None without a Hessian.
     fallback : why another method than the one asked was used, None where none was.
-    precision : of GPTQ as carried out, and of the products in the errors here, which float32 gives to six digits or more; "float64" where "float32" was asked and could not hold the losses, weight² times the diagonal of H being beyond 1e-20 … 1e30. None for plain rounding.
+    precision : of GPTQ as carried out, and of the products in the errors here, which float32 gives to six digits or more; "float64" where "float32" was asked and could not hold the losses: weight² times the diagonal of H beyond 1e-20 … 1e30 where scales are searched, or a loss that came out as no finite number. None for plain rounding.
     rounded_error : the relative error that plain absmax rounding would have had, to set beside ``relative_error``; None without a Hessian.
     damped_errors : tr(E R E^T) / tr(W R W^T) with R = H + λI, the loss that the solver works on: after the solver, then after each round of refinement. Where a weight was shifted
         to other inputs (``cross``), or rows make up for each other (``output_error``), E is from the shifted one. Empty for plain rounding.
