@@ -34,7 +34,7 @@ def problem(rows, cols, seed=0):
 
 def solve(weight, h, scales, divisor, precision, threads):
     """Codes by the core from W, H and scales."""
-    factor = mg.Factor(h, order="activation", damping=0.01, precision=precision, copy=False, threads=threads)
+    factor = mg.Factor(h, order="activation", damping=0.01, precision=precision, threads=threads)
     if not factor.usable or factor.damping != 0.01:
         raise SystemExit("the benchmark's own Hessian could not be factorised: the measurement is worth nothing")
     return _core.solve(FORMAT, weight, scales.copy(), divisor, factor.core, None, precision, False, "even", 0, threads)[0]
@@ -121,7 +121,7 @@ def _loss(weight, answer, scales, divisor, h, threads):
         answer = answer.dequantize(threads=threads)
     elif answer.dtype == np.uint8:
         answer = _core.dequantize(FORMAT, answer, scales, divisor, threads)
-    return _core.quadratic_form(weight - answer, h, "float64", threads)
+    return _core.quadratic_form(weight - answer, _core.SecondMoment(h), "float64", threads)
 
 
 def measure(threads: int, quick: bool, compare: bool, large: bool = False) -> list[dict]:

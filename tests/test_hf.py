@@ -1,5 +1,6 @@
 """Calibration block by block, against transformers' own models with independent hooks."""
 
+import gc
 import importlib
 from dataclasses import replace
 
@@ -64,18 +65,18 @@ class Captured(dict):
 
 @pytest.fixture
 def noted(monkeypatch):
-    """The Hessians under which calibration quantises, by layer in order; a factor uses its own up, so it is looked at before."""
-    seen, of_group = [], []
+    """The Hessians under which calibration quantises, by layer in order. What a factor was made of is gone by then: a block's Hessians are the most that calibration holds."""
+    seen, of_group, used_up = [], [], []
     calibration = importlib.import_module("mrgptq.hf.calibrate")  # the package has a function of that name
     make_factor, quantize_layer = calibration.make_factor, calibration.quantize_layer
 
     def make(hessian, recipe, **options):
         of_group.append(hessian.matrix)
-        factor = make_factor(hessian, recipe, **options)
-        assert factor.tokens > 0 == hessian.tokens  # its memory became the factor's: a block's Hessians are the most that calibration holds
-        return factor
+        used_up.append(id(hessian))
+        return make_factor(hessian, recipe, **options)
 
     def spy(weight, hessian, recipe, **options):
+        assert hessian is not None or used_up[-1] not in {id(each) for each in gc.get_objects() if type(each) is mg.Hessian}
         seen.append(of_group[-1] if hessian is None else hessian.matrix)
         return quantize_layer(weight, hessian, recipe, **options)
 

@@ -58,7 +58,7 @@ def test_gptq_beats_rounding_on_every_layer_of_leaf(leaf, format, precision):
             # Both forms of the quotient, with float32 products, are off by at most this much of themselves: sums of cols terms that may cancel.
             rotated, turned = q.rotation.apply(w), q.rotation.apply_hessian(h)
             forms = [reference.loss(abs(x), abs(turned)) / reference.loss(x, turned) for x in (rotated, rotated - plain.dequantize())]
-            off = 2 * (len(h) + 4) * 2.0**-24 * sum(forms) if precision == "float32" and recipe != "rtn" else 0
+            off = 2 * (len(h) + 4) * (2.0**-24 if precision == "float32" else 2.0**-53) * sum(forms) if recipe != "rtn" else 0
             assert abs(q.report.rounded_error / plain.report.relative_error - 1) <= off
         assert errors["best"] < errors["gptq"] < errors["rtn"] and errors["mr-gptq"] < errors["rtn"], (name, errors)
 

@@ -25,6 +25,14 @@ H = (H + H.T) / 2
 Q = mg.quantize(W, "nvfp4")
 FACTOR = mg.Factor(H)
 CORE = FACTOR.core
+PACKED = ("nvfp4", Q.codes, Q.scales, Q.tensor_scale)
+
+
+def room_of(hessian):
+    """A factor's memory with H in it."""
+    room = _core.CholeskyFactor.room(len(hessian))
+    room[...] = hessian
+    return room
 
 
 def core_calls():
@@ -49,16 +57,16 @@ def core_calls():
         "rotate_hessian": lambda: (_core.rotate_hessian, (H.copy(), 16, 1)),
         "HessianSum.update": lambda: (sums[0].update, (X, 1)),
         "HessianSum.merge": lambda: (sums[0].merge, (sums[1], 1)),
-        "HessianSum.matrix": lambda: (sums[0].matrix, (1,)),
-        "HessianSum.take_matrix": lambda: (sums[1].take_matrix, (1,)),
+        "HessianSum.matrix": lambda: (sums[0].matrix, (np.empty_like(H), 1)),
         "square_sums": lambda: (_core.square_sums, ("nvfp4", W, Q.codes, Q.scales, Q.tensor_scale, 1)),
-        "CholeskyFactor": lambda: (_core.CholeskyFactor, (H, "activation", 0.01, 1, "float64", 1)),
+        "CholeskyFactor": lambda: (_core.CholeskyFactor, (room_of(H), "activation", 0.01, 1, "float64", 1)),
         "solve": lambda: (_core.solve, ("nvfp4", W, Q.scales.copy(), Q.tensor_scale, CORE, None, "float32", False, "even", 0, 1)),
-        "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, H, W, H, CORE, 0.5, 1)),
+        "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, H, W, CORE, 0.5, 1)),
+        "SecondMoment.matrix": lambda: (CORE.second_moment().matrix, (1,)),
         "make_symmetric": lambda: (_core.make_symmetric, (H, np.empty_like(H), 1)),
-        "quadratic_form": lambda: (_core.quadratic_form, (W, H, "float64", 1)),
-        "quadratic_forms": lambda: (_core.quadratic_forms, (W, [Q.dequantize()], H, "float64", 1)),
-        "coupled_form": lambda: (_core.coupled_form, (W, np.eye(len(W)), H, "float32", 1)),
+        "quadratic_form": lambda: (_core.quadratic_form, (W, CORE.second_moment(), "float64", 1)),
+        "quadratic_forms": lambda: (_core.quadratic_forms, (W, [PACKED], CORE.second_moment(), "float64", 1)),
+        "coupled_form": lambda: (_core.coupled_form, (W, PACKED, _core.SecondMoment(np.eye(len(W))), CORE.second_moment(), "float32", 1)),
     }
 
 
@@ -97,10 +105,10 @@ def test_another_python_thread_runs_while_the_core_works(no_forced_switches, nam
 
 
 def test_no_array_function_is_missing_above():
-    plain = {"build_info", "supported_levels", "group_size", "nvfp4_tensor_scale", "mx_tensor_scale", "HessianSum"}
+    plain = {"build_info", "supported_levels", "group_size", "nvfp4_tensor_scale", "mx_tensor_scale", "HessianSum", "SecondMoment"}
     elements = {f"{way}_{element}" for way in ("encode", "decode") for element in ("e2m1", "e4m3", "e8m0")}  # of single values, for tests and for looking at codes
     offered = {name for name in vars(_core) if not name.startswith("_") and name not in ("importlib", "os", "ModuleType")}
-    methods = {f"HessianSum.{name}" for name in ("update", "merge", "matrix", "take_matrix")}
+    methods = {f"HessianSum.{name}" for name in ("update", "merge", "matrix")} | {"SecondMoment.matrix"}
     assert offered - plain - elements | methods == set(core_calls())
 
 

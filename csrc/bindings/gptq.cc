@@ -1,10 +1,13 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include <pybind11/stl.h>
 
+#include "base/parallel.h"
 #include "bindings/arrays.h"
 #include "gptq/factor.h"
 #include "gptq/forms.h"
@@ -14,6 +17,17 @@
 #include "linalg/symmetric.h"
 
 namespace mrgptq::bindings {
+namespace {
+
+// Format, codes, scales and tensor scale.
+using PackedArrays = std::tuple<std::string, py::array, py::array, float>;
+
+Packed packed(const PackedArrays& from) {
+    const auto& [format, codes, scales, tensor_scale] = from;
+    return {format, view<std::uint8_t>(codes), view<std::uint8_t>(scales), tensor_scale};
+}
+
+}  // namespace
 
 void register_gptq(py::module_& module) {
     fix_eigen_blocking();
@@ -26,27 +40,55 @@ void register_gptq(py::module_& module) {
              })
         .def("merge", [](Hessian& self, const Hessian& other, int threads) { without_gil([&] { self.merge(other, threads); }); })
         .def("matrix",
-             [](const Hessian& self, int threads) {
-                 auto h = matrix<double>(self.cols(), self.cols());
-                 const auto out = writable<double>(h);
-                 without_gil([&] { self.matrix(out, threads); });
-                 return h;
-             })
-        .def("take_matrix",
-             [](Hessian& self, int threads) {
-                 auto taken = std::make_unique<std::vector<double>>(without_gil([&] { return self.take_matrix(threads); }));
-                 double* values = taken->data();
-                 const py::capsule owner(taken.get(), [](void* held) { delete static_cast<std::vector<double>*>(held); });
-                 taken.release();
-                 return py::array_t<double>({self.cols(), self.cols()}, values, owner);
+             [](const Hessian& self, py::array& out, int threads) {
+                 const auto to = writable<double>(out);
+                 without_gil([&] { self.matrix(to, threads); });
              })
         .def_property_readonly("cols", &Hessian::cols)
         .def_property_readonly("tokens", &Hessian::tokens);
+    py::class_<SecondMoment>(module, "SecondMoment")
+        .def(py::init([](const py::array& h) { return SecondMoment(view<double>(h)); }), py::keep_alive<1, 2>())
+        .def("diagonal",
+             [](const SecondMoment& self) {
+                 py::array_t<double> diagonal(static_cast<py::ssize_t>(self.size()));
+                 for (Index i = 0; i < self.size(); ++i) diagonal.mutable_data()[self.column(i)] = self.diagonal(i);
+                 return diagonal;
+             })
+        .def("groups",
+             [](const SecondMoment& self, Index size) {
+                 auto groups = matrix<double>(self.size(), size);
+                 const auto out = writable<double>(groups);
+                 const auto places = self.places();
+                 for (Index c = 0; c < self.size(); ++c)
+                     for (Index j = 0; j < size; ++j) out.row(c)[j] = self.at(places[static_cast<std::size_t>(c)], places[static_cast<std::size_t>(c / size * size + j)]);
+                 return groups;
+             })
+        .def("matrix", [](const SecondMoment& self, int threads) {
+            auto h = matrix<double>(self.size(), self.size());
+            const auto out = writable<double>(h);
+            const auto places = self.places();
+            without_gil([&] {
+                parallel_for(self.size(), threads, [&](Index r) {
+                    for (Index c = 0; c < self.size(); ++c) out.row(r)[c] = self.at(places[static_cast<std::size_t>(r)], places[static_cast<std::size_t>(c)]);
+                });
+            });
+            return h;
+        });
     py::class_<Factor>(module, "CholeskyFactor")
-        .def(py::init([](const py::array& h, const std::string& order, double damping, Index group_size, const std::string& precision, int threads) {
-            const auto in = view<double>(h);
-            return without_gil([&] { return std::make_unique<Factor>(in, order_named(order), damping, group_size, precision_named(precision), threads); });
-        }))
+        .def_static("room",
+                    [](Index cols) {
+                        constexpr auto size = static_cast<py::ssize_t>(sizeof(double));
+                        auto values = std::make_unique<Buffer<double>>(Factor::row_stride(cols) * cols);
+                        double* const data = values->data();
+                        const py::capsule owner(values.get(), [](void* held) { delete static_cast<Buffer<double>*>(held); });
+                        values.release();
+                        return py::array_t<double>({cols, cols}, {Factor::row_stride(cols) * size, size}, data, owner);
+                    })
+        .def(py::init([](py::array& h, const std::string& order, double damping, Index group_size, const std::string& precision, int threads) {
+                 const auto room = writable<double>(h);
+                 return without_gil([&] { return Factor::in_place(room, order_named(order), damping, group_size, precision_named(precision), threads); });
+             }),
+             py::keep_alive<1, 2>())
         .def_property_readonly("order",
                                [](const Factor& self) {
                                    py::array_t<Index> order(static_cast<py::ssize_t>(self.order().size()));
@@ -57,7 +99,8 @@ void register_gptq(py::module_& module) {
         .def_property_readonly("dead_columns", &Factor::dead_columns)
         .def_property_readonly("lambda_", &Factor::lambda)
         .def_property_readonly("dead_weight", &Factor::dead_weight)
-        .def_property_readonly("usable", &Factor::usable);
+        .def_property_readonly("usable", &Factor::usable)
+        .def("second_moment", &Factor::second_moment, py::keep_alive<0, 1>());
     module.def("solve", [](const std::string& format, const py::array& weight, py::array& scales, float tensor_scale, const Factor& factor, const Factor* outputs, const std::string& precision, bool search_scales,
                            const std::string& mx_rule, int rounds, int threads) {
         const auto in = view<float>(weight);
@@ -68,13 +111,13 @@ void register_gptq(py::module_& module) {
         const SolverResult result = without_gil([&] { return solve(format, in, in_out_scales, tensor_scale, factor, outputs, options, out, threads); });
         return py::make_tuple(codes, result.losses);
     });
-    module.def("shift_to_inputs", [](const py::array& weight, const py::array& cross, const std::optional<py::array>& stream, const py::array& h, const Factor& factor, double strength, int threads) {
+    module.def("shift_to_inputs", [](const py::array& weight, const py::array& cross, const std::optional<py::array>& stream, const Factor& factor, double strength, int threads) {
         const auto in = view<float>(weight);
-        const auto in_cross = view<double>(cross), in_h = view<double>(h);
+        const auto in_cross = view<double>(cross);
         const auto in_stream = stream ? view<float>(*stream) : MatrixView<const float>{};
         auto target = matrix<float>(in.rows, in.cols);
         const auto out = writable<float>(target);
-        without_gil([&] { shift_to_inputs(in, in_cross, in_stream, in_h, factor, strength, out, threads); });
+        without_gil([&] { shift_to_inputs(in, in_cross, in_stream, factor, strength, out, threads); });
         return target;
     });
     module.def("make_symmetric", [](const py::array& h, std::optional<py::array>& out, int threads) {
@@ -83,25 +126,23 @@ void register_gptq(py::module_& module) {
         const Symmetry found = without_gil([&] { return make_symmetric(in, to, threads); });
         return py::make_tuple(found.nonfinite, found.largest, found.apart, found.row, found.col);
     });
-    module.def("quadratic_form", [](const py::array& e, const py::array& h, const std::string& precision, int threads) {
+    module.def("quadratic_form", [](const py::array& e, const SecondMoment& h, const std::string& precision, int threads) {
         const auto in = view<float>(e);
-        const auto in_h = view<double>(h);
         const bool single = precision_named(precision) == Precision::float32;
-        return without_gil([&] { return single ? quadratic_form<float>(in, in_h, threads) : quadratic_form<double>(in, in_h, threads); });
+        return without_gil([&] { return single ? quadratic_form<float>(in, h, threads) : quadratic_form<double>(in, h, threads); });
     });
-    module.def("quadratic_forms", [](const py::array& w, const std::vector<py::array>& q, const py::array& h, const std::string& precision, int threads) {
+    module.def("quadratic_forms", [](const py::array& w, const std::vector<PackedArrays>& q, const SecondMoment& h, const std::string& precision, int threads) {
         const auto in = view<float>(w);
-        std::vector<MatrixView<const float>> in_q;
-        for (const auto& less : q) in_q.push_back(view<float>(less));
-        const auto in_h = view<double>(h);
+        std::vector<Packed> in_q;
+        for (const auto& less : q) in_q.push_back(packed(less));
         const bool single = precision_named(precision) == Precision::float32;
-        return without_gil([&] { return single ? quadratic_forms<float>(in, in_q, in_h, threads) : quadratic_forms<double>(in, in_q, in_h, threads); });
+        return without_gil([&] { return single ? quadratic_forms<float>(in, in_q, h, threads) : quadratic_forms<double>(in, in_q, h, threads); });
     });
-    module.def("coupled_form", [](const py::array& e, const py::array& a, const py::array& h, const std::string& precision, int threads) {
-        const auto in = view<float>(e);
-        const auto in_a = view<double>(a), in_h = view<double>(h);
+    module.def("coupled_form", [](const py::array& w, const std::optional<PackedArrays>& q, const SecondMoment& a, const SecondMoment& h, const std::string& precision, int threads) {
+        const auto in = view<float>(w);
+        const std::optional<Packed> in_q = q ? std::optional(packed(*q)) : std::nullopt;
         const bool single = precision_named(precision) == Precision::float32;
-        return without_gil([&] { return single ? coupled_form<float>(in, in_a, in_h, threads) : coupled_form<double>(in, in_a, in_h, threads); });
+        return without_gil([&] { return single ? coupled_form<float>(in, in_q, a, h, threads) : coupled_form<double>(in, in_q, a, h, threads); });
     });
 }
 

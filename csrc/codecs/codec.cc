@@ -228,20 +228,20 @@ Index quantize(std::string_view format, const ScaleRule& rule, MatrixView<const 
 }
 
 void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads) {
-    const bool weighted = needs_hessian(rule);
-    check(!weighted || (hessian.rows == weight.cols && hessian.cols == weight.cols), "the scale rule weighs errors by a hessian of shape (" + std::to_string(weight.cols) + ", " +
-                                                                                         std::to_string(weight.cols) + "); got (" + std::to_string(hessian.rows) + ", " + std::to_string(hessian.cols) + ")");
     with_format(format, [&]<class Format>(Format) {
         check_groups<const float>(weight, scales, Format::group_size, "weight");
-        if (!weighted) {
+        if (!needs_hessian(rule)) {
             quantize_rows<Format>(rule, weight, 0, tensor_scale, threads, [&](Index r) { return Targets{nullptr, scales.row(r), nullptr}; });
             return;
         }
+        constexpr Index size = Format::group_size;
+        check(hessian.rows == weight.cols && hessian.cols == size, "the scale rule weighs errors by what a hessian holds of each group, (" + std::to_string(weight.cols) + ", " + std::to_string(size) +
+                                                                       "); got (" + std::to_string(hessian.rows) + ", " + std::to_string(hessian.cols) + ")");
         parallel_for_ranges(weight.rows, rows_a_piece(weight.cols), threads, [&](Index begin, Index end) {
             for (Index r = begin; r < end; ++r)
                 for (Index g = 0; g < scales.cols; ++g) {
-                    const Index c = g * Format::group_size;
-                    scales.row(r)[g] = group_scale<Format>(weight.row(r) + c, rule, tensor_scale, GroupMoment{hessian.row(c) + c, hessian.row_stride});
+                    const Index c = g * size;
+                    scales.row(r)[g] = group_scale<Format>(weight.row(r) + c, rule, tensor_scale, GroupMoment{hessian.row(c), hessian.row_stride});
                 }
         });
     });

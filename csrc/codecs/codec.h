@@ -19,7 +19,7 @@ float amax(MatrixView<const float> x, int threads, const Rotation& rotation = {}
 Index quantize(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<std::uint8_t> codes, MatrixView<std::uint8_t> scales, int threads,
                const Rotation& rotation = {});
 
-// For finite weights; hessian (cols, cols) where the rule weighs errors by it, without columns otherwise.
+// For finite weights; where the rule weighs errors by a hessian, its entries (cols, group_size) of each column with the columns of its own group, otherwise a matrix without columns.
 void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads);
 
 void encode(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<std::uint8_t> codes, int threads);

@@ -11,6 +11,7 @@
 #include "base/buffer.h"
 #include "base/matrix_view.h"
 #include "gptq/eigen.h"
+#include "gptq/second_moment.h"
 
 namespace mrgptq {
 
@@ -36,6 +37,13 @@ public:
     // H is brought to a diagonal from one to four by powers of two while it is factorised, so that no product leaves float32's range. Where float32 would blur a pivot, the products are float64.
     Factor(MatrixView<const double> h, Order order, double damping, Index group_size = 1, Precision precision = Precision::float64, int threads = 0);
 
+    // The same where H lies: from there on its memory is the factor's, as long as that lives. Nothing else of its size is needed. Rows are best `row_stride` apart.
+    static Factor in_place(MatrixView<double> h, Order order, double damping, Index group_size = 1, Precision precision = Precision::float64, int threads = 0) {
+        return Factor({}, h, order, damping, group_size, precision, threads);
+    }
+    // Columns a power of two apart would share one set of the caches: a cache line lies between them.
+    static constexpr Index row_stride(Index cols) noexcept { return cols + static_cast<Index>(cache_line / sizeof(double)); }
+
     Index cols() const noexcept { return static_cast<Index>(order_.size()); }
     const std::vector<Index>& order() const noexcept { return order_; }   // order()[0] is visited first
     double damping() const noexcept { return damping_; }                  // the one that worked, or the last tried
@@ -46,27 +54,33 @@ public:
     double dead_weight() const noexcept { return dead_weight_; }  // max(damping asked, 0.01) times that mean; 1 where every column is dead
 
     // Column of the weight that stands at a reversed position.
-    Index column(Index position) const noexcept { return order_[static_cast<std::size_t>(cols() - 1 - position)]; }
+    Index column(Index position) const noexcept { return columns_[static_cast<std::size_t>(position)]; }
 
     // By reversed position. Strictly below the diagonal L[k,p] / L[p,p], on it ones, strictly above it R itself, which saves a matrix: whoever wants both has both.
-    Strided<double> unit() const noexcept { return {storage_.data(), cols(), cols(), Eigen::OuterStride<>(cols() + line)}; }
+    Strided<double> unit() const noexcept { return {room_.data, cols(), cols(), Eigen::OuterStride<>(room_.row_stride)}; }
     const Eigen::VectorXd& pivots() const noexcept { return pivots_; }      // L[p,p]²
     const Eigen::VectorXd& diagonal() const noexcept { return diagonal_; }  // R[p,p]
 
-private:
-    template <class Real>
-    bool factorize_columns(MatrixView<const double> h, const std::vector<Index>& dead, double least_pivot, int threads);
+    // H by reversed position, dead columns zero throughout.
+    SecondMoment second_moment() const noexcept { return {room_, undamped_.data(), columns_.data()}; }
 
-    std::vector<Index> order_;
+private:
+    Factor(Buffer<double> own, MatrixView<double> h, Order order, double damping, Index group_size, Precision precision, int threads);
+
+    void set_order(Index group_size);
+    void sort_columns(int threads);
+    template <class Real>
+    bool factorize_columns(double least_pivot, int threads);
+
+    std::vector<Index> order_, columns_;  // the latter by position
     double damping_ = 0;
     Index dead_columns_ = 0;
     bool usable_ = false;
     Order kind_;
     double lambda_ = 0, dead_weight_ = 1;
-    static constexpr Index line = 8;  // doubles; so many lie between a column's end and the next one's start: columns a power of two apart would share one set of the caches
-    Buffer<double> storage_;
-
-    Eigen::VectorXd pivots_, diagonal_;
+    Buffer<double> own_;       // the memory, where it is not another's
+    MatrixView<double> room_;  // its rows are the factor's columns
+    Eigen::VectorXd undamped_, pivots_, diagonal_;
 };
 
 }  // namespace mrgptq

@@ -9,8 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include "base/buffer.h"
 #include "base/check.h"
 #include "base/parallel.h"
+#include "codecs/codec.h"
 #include "codecs/scale_rule.h"
 #include "gptq/rows.h"
 #include "gptq/tile.h"
@@ -27,25 +29,60 @@ double unit_scale(double largest, int most) noexcept {
 
 // Of a second moment, none of whose entries exceeds the largest of its diagonal.
 template <class Real>
-double scale_of(MatrixView<const double> h) noexcept {
+double scale_of(const SecondMoment& h) noexcept {
     double largest = 0;
-    for (Index c = 0; c < h.rows; ++c) largest = std::max(largest, std::fabs(h.row(c)[c]));
+    for (Index i = 0; i < h.size(); ++i) largest = std::max(largest, std::fabs(h.diagonal(i)));
     return unit_scale<Real>(largest, 1000);
 }
 
+// The elements of a block on a second moment's diagonal, like a pointer to the first of them, times a factor.
+struct Corner {
+    const SecondMoment& moment;
+    Index first;
+    double factor;
+    double operator[](Index i) const noexcept { return moment.at(first + i / block, first + i % block) * factor; }
+};
+
+// Rows from k on by columns from `begin` on, both the beginnings of blocks, times a factor.
+template <class Real>
+void pack(Strips<Real>& strips, const SecondMoment& h, Index k, Index begin, double factor) noexcept {
+    const Index depth = std::min(block, h.size() - k), width = std::min(block, h.size() - begin);
+    if (k > begin)
+        strips.pack(Scaled{h.below().row(k) + begin, factor}, h.below().row_stride, 1, depth, width);
+    else if (k < begin)
+        strips.pack(Scaled{h.below().row(begin) + k, factor}, 1, h.below().row_stride, depth, width);
+    else
+        strips.pack(Corner{h, k, factor}, block, 1, depth, width);
+}
+
+// A block of columns of some rows, in the order of a second moment's places, from `begin` on.
+struct Gathered {
+    const float* rows;
+    Index row_stride;
+    const SecondMoment& moment;
+    Index begin;
+    float operator[](Index i) const noexcept { return rows[i / block * row_stride + moment.column(begin + i % block)]; }
+};
+
 // W, or W - Q where there is one, rounded to float32.
 struct Difference {
-    MatrixView<const float> w, q{};
+    MatrixView<const float> w;
+    std::optional<Packed> q;
 
-    // Columns [begin, begin + count) of a row.
-    void copy(Index row, Index begin, Index count, float* to) const noexcept {
+    Difference(MatrixView<const float> from, const std::optional<Packed>& less = {}) : w(from), q(less) {
+        check(!q || (q->codes.rows == w.rows && q->codes.cols * 2 == w.cols), "two matrices that are to be subtracted differ in shape");
+    }
+
+    // Columns [begin, begin + count) of a row; groups are whole.
+    void copy(Index row, Index begin, Index count, float* to) const {
         const float* from = w.row(row) + begin;
-        if (q.data == nullptr) {
+        if (!q) {
             std::copy_n(from, count, to);
-        } else {
-            const float* less = q.row(row) + begin;
-            for (Index c = 0; c < count; ++c) to[c] = from[c] - less[c];
+            return;
         }
+        const Index size = with_format(q->format, [](auto format) { return decltype(format)::group_size; });
+        dequantize(q->format, {q->codes.row(row) + begin / 2, 1, count / 2, 0}, {q->scales.row(row) + begin / size, 1, count / size, 0}, q->tensor_scale, {to, 1, count, 0}, 1);
+        for (Index c = 0; c < count; ++c) to[c] = from[c] - to[c];
     }
 };
 
@@ -65,16 +102,16 @@ double scale_of(const Difference& e, int threads) {
     return unit_scale<Real>(largest.empty() ? 0 : *std::max_element(largest.begin(), largest.end()), 126);
 }
 
-// Rows [first_row, ...) of a matrix as tiles of 32, times a power of two.
-template <class Real>
-std::vector<Tile<Real>> tiles_of(const Difference& e, Index first_tile, Index count, double scale) {
+// A matrix as tiles of 32 rows, times a power of two: its row row_at(r) in place of row r, its column c at places[c].
+template <class Real, class RowAt>
+std::vector<Tile<Real>> tiles_of(const Difference& e, RowAt&& row_at, const std::vector<Index>& places, Index first_tile, Index count, double scale) {
     std::vector<Tile<Real>> tiles(static_cast<std::size_t>(count), Tile<Real>::Zero(lanes, e.w.cols));
-    std::vector<float> values(static_cast<std::size_t>(lanes * e.w.cols));
+    const Buffer<float> values(lanes * e.w.cols);
     for (Index t = 0; t < count; ++t) {
         const Index first = (first_tile + t) * lanes, rows = std::min(lanes, e.w.rows - first);
-        for (Index r = 0; r < rows; ++r) e.copy(first + r, 0, e.w.cols, values.data() + r * e.w.cols);
+        for (Index r = 0; r < rows; ++r) e.copy(row_at(first + r), 0, e.w.cols, values.data() + r * e.w.cols);
         Tile<Real>& tile = tiles[static_cast<std::size_t>(t)];
-        rows_to_lanes(MatrixView<const float>{values.data(), rows, e.w.cols, e.w.cols}, 0, tile.data(), [](Index c) { return c; });
+        rows_to_lanes(MatrixView<const float>{values.data(), rows, e.w.cols, e.w.cols}, 0, tile.data(), [&](Index c) { return places[static_cast<std::size_t>(c)]; });
         tile *= static_cast<Real>(scale);
     }
     return tiles;
@@ -89,35 +126,33 @@ double dot(const Tile<Real>& sums, const Tile<Real>& x, Index begin, Index width
 }
 
 // Sums of sum_of_band(first_tile, count, sums), which fills in one number for each tile, over all tiles of `rows` rows.
-template <class SumOfBand>
+template <class Real, class SumOfBand>
 double sum_of_tiles(Index rows, int threads, SumOfBand&& sum_of_band) {
     const Index tiles = (rows + lanes - 1) / lanes;
     std::vector<double> sums(static_cast<std::size_t>(tiles), 0.0);
-    parallel_for_ranges(tiles, band_size(tiles, threads), threads, [&](Index first, Index last) { sum_of_band(first, last - first, sums.data() + first); });
+    parallel_for_ranges(tiles, band_size<Real>(tiles, threads), threads, [&](Index first, Index last) { sum_of_band(first, last - first, sums.data() + first); });
     return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 }  // namespace
 
 template <class Real>
-std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<MatrixView<const float>>& q, MatrixView<const double> h, int threads) {
-    check(h.rows == w.cols && h.cols == w.cols, "hessian has shape (" + std::to_string(h.rows) + ", " + std::to_string(h.cols) + "); a matrix of " + std::to_string(w.cols) + " columns needs (" +
-                                                    std::to_string(w.cols) + ", " + std::to_string(w.cols) + ")");
+std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<Packed>& q, const SecondMoment& h, int threads) {
+    check(h.square_of(w.cols), "hessian has shape (" + std::to_string(h.below().rows) + ", " + std::to_string(h.below().cols) + "); a matrix of " + std::to_string(w.cols) + " columns needs (" +
+                                   std::to_string(w.cols) + ", " + std::to_string(w.cols) + ")");
     const Index n = w.cols, tiles = (w.rows + lanes - 1) / lanes, forms = static_cast<Index>(q.size()) + 1;
-    std::vector<Difference> of{{w}};
-    for (const auto& less : q) {
-        check(less.rows == w.rows && less.cols == n, "quadratic_forms: two matrices that are to be subtracted differ in shape");
-        of.push_back({w, less});
-    }
+    std::vector<Difference> of{w};
+    for (const Packed& less : q) of.emplace_back(w, less);
     const double of_h = scale_of<Real>(h);
     std::vector<double> of_e;
     for (const Difference& e : of) of_e.push_back(scale_of<Real>(e, threads));
+    const std::vector<Index> places = h.places();
     std::vector<double> sums(static_cast<std::size_t>(forms * tiles), 0.0);  // by form, by tile
-    parallel_for_ranges(tiles, std::max<Index>(band_size(tiles, threads) / forms, 1), threads, [&](Index first_tile, Index last_tile) {
+    parallel_for_ranges(tiles, std::max<Index>(band_size<Real>(tiles, threads) / forms, 1), threads, [&](Index first_tile, Index last_tile) {
         const Index count = last_tile - first_tile;
         std::vector<Tile<Real>> x;
         for (std::size_t f = 0; f < of.size(); ++f)
-            for (auto& tile : tiles_of<Real>(of[f], first_tile, count, of_e[f])) x.push_back(std::move(tile));
+            for (auto& tile : tiles_of<Real>(of[f], [](Index r) { return r; }, places, first_tile, count, of_e[f])) x.push_back(std::move(tile));
         Strips<Real> strips;
         std::vector<Tile<Real>> products(x.size(), Tile<Real>(lanes, block));
         // H is symmetric: what lies below the diagonal square of a block of columns counts twice.
@@ -125,11 +160,10 @@ std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector
             const Index width = std::min(block, n - begin);
             for (auto& product : products) product.setZero();
             for (Index k = begin + width; k < n; k += block) {
-                const Index depth = std::min(block, n - k);
-                strips.pack(Scaled{h.row(k) + begin, of_h}, h.row_stride, 1, depth, width);
+                pack(strips, h, k, begin, of_h);
                 strips.multiply_tiles(x.size(), width, [&](std::size_t t) { return x[t].col(k).data(); }, [&](std::size_t t) { return products[t].data(); });
             }
-            strips.pack(Scaled{h.row(begin) + begin, of_h}, h.row_stride, 1, width, width);
+            pack(strips, h, begin, begin, of_h);
             for (std::size_t t = 0; t < x.size(); ++t) {
                 products[t] *= 2;
                 strips.multiply(x[t].col(begin).data(), 0, width, width, products[t].data());
@@ -147,35 +181,38 @@ std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector
 }
 
 template <class Real>
-double quadratic_form(MatrixView<const float> e, MatrixView<const double> h, int threads) {
+double quadratic_form(MatrixView<const float> e, const SecondMoment& h, int threads) {
     return quadratic_forms<Real>(e, {}, h, threads)[0];
 }
 
 template <class Real>
-double coupled_form(MatrixView<const float> e, MatrixView<const double> a, MatrixView<const double> h, int threads) {
-    const auto square = [](MatrixView<const double> x, Index n) { return x.rows == n && x.cols == n; };
-    check(square(a, e.rows) && square(h, e.cols), "coupled_form: the second moments of outputs and inputs do not have the rows and columns of the errors");
-    const Index rows = e.rows, n = e.cols;
-    const double of_e = scale_of<Real>(Difference{e}, threads), of_a = scale_of<Real>(a), of_h = scale_of<Real>(h);
-    const double sum = sum_of_tiles(rows, threads, [&](Index first_tile, Index count, double* sums) {
-        const std::vector<Tile<Real>> x = tiles_of<Real>(Difference{e}, first_tile, count, of_e);
+double coupled_form(MatrixView<const float> w, const std::optional<Packed>& q, const SecondMoment& a, const SecondMoment& h, int threads) {
+    check(a.square_of(w.rows) && h.square_of(w.cols), "coupled_form: the second moments of outputs and inputs do not have the rows and columns of the errors");
+    const Index rows = w.rows, n = w.cols;
+    const Difference e(w, q);
+    const double of_e = scale_of<Real>(e, threads), of_a = scale_of<Real>(a), of_h = scale_of<Real>(h);
+    const std::vector<Index> places = h.places();
+    const double sum = sum_of_tiles<Real>(rows, threads, [&](Index first_tile, Index count, double* sums) {
+        const std::vector<Tile<Real>> x = tiles_of<Real>(e, [&](Index r) { return a.column(r); }, places, first_tile, count, of_e);
         std::vector<Tile<Real>> mixed(x.size(), Tile<Real>::Zero(lanes, (n + kernel_cols - 1) / kernel_cols * kernel_cols));  // A E
         Strips<Real> strips;
         std::vector<Tile<Real>> weights(x.size(), Tile<Real>(lanes, block));  // of A, symmetric: its rows are its columns
-        std::vector<float> scaled(static_cast<std::size_t>(block * block));
+        const Buffer<float> values(block * n);
         for (Index k = 0; k < rows; k += block) {
             const Index depth = std::min(block, rows - k);
             for (std::size_t t = 0; t < x.size(); ++t) {
                 const Index first_row = (first_tile + static_cast<Index>(t)) * lanes, here = std::min(lanes, rows - first_row);
                 weights[t].setZero();
                 for (Index r = 0; r < depth; ++r)
-                    for (Index i = 0; i < here; ++i) weights[t](i, r) = static_cast<Real>(a.row(k + r)[first_row + i] * of_a);
+                    for (Index i = 0; i < here; ++i) weights[t](i, r) = static_cast<Real>(a.at(k + r, first_row + i) * of_a);
+            }
+            for (Index r = 0; r < depth; ++r) {
+                e.copy(a.column(k + r), 0, n, values.data() + r * n);
+                for (Index c = 0; c < n; ++c) values.data()[r * n + c] *= static_cast<float>(of_e);
             }
             for (Index begin = 0; begin < n; begin += block) {
                 const Index width = std::min(block, n - begin);
-                for (Index r = 0; r < depth; ++r)
-                    for (Index c = 0; c < width; ++c) scaled[static_cast<std::size_t>(r * block + c)] = e.row(k + r)[begin + c] * static_cast<float>(of_e);
-                strips.pack(scaled.data(), block, 1, depth, width);
+                strips.pack(Gathered{values.data(), n, h, begin}, block, 1, depth, width);
                 strips.multiply_tiles(x.size(), width, [&](std::size_t t) { return weights[t].data(); }, [&](std::size_t t) { return mixed[t].col(begin).data(); });
             }
         }
@@ -184,8 +221,7 @@ double coupled_form(MatrixView<const float> e, MatrixView<const double> a, Matri
             const Index width = std::min(block, n - begin);
             for (auto& product : products) product.setZero();
             for (Index k = 0; k < n; k += block) {
-                const Index depth = std::min(block, n - k);
-                strips.pack(Scaled{h.row(k) + begin, of_h}, h.row_stride, 1, depth, width);
+                pack(strips, h, k, begin, of_h);
                 strips.multiply_tiles(x.size(), width, [&](std::size_t t) { return mixed[t].col(k).data(); }, [&](std::size_t t) { return products[t].data(); });
             }
             for (std::size_t t = 0; t < x.size(); ++t) sums[t] += dot(products[t], x[t], begin, width);
@@ -194,11 +230,11 @@ double coupled_form(MatrixView<const float> e, MatrixView<const double> a, Matri
     return sum / of_e / of_e / of_a / of_h;
 }
 
-template std::vector<double> quadratic_forms<float>(MatrixView<const float>, const std::vector<MatrixView<const float>>&, MatrixView<const double>, int);
-template std::vector<double> quadratic_forms<double>(MatrixView<const float>, const std::vector<MatrixView<const float>>&, MatrixView<const double>, int);
-template double quadratic_form<float>(MatrixView<const float>, MatrixView<const double>, int);
-template double quadratic_form<double>(MatrixView<const float>, MatrixView<const double>, int);
-template double coupled_form<float>(MatrixView<const float>, MatrixView<const double>, MatrixView<const double>, int);
-template double coupled_form<double>(MatrixView<const float>, MatrixView<const double>, MatrixView<const double>, int);
+template std::vector<double> quadratic_forms<float>(MatrixView<const float>, const std::vector<Packed>&, const SecondMoment&, int);
+template std::vector<double> quadratic_forms<double>(MatrixView<const float>, const std::vector<Packed>&, const SecondMoment&, int);
+template double quadratic_form<float>(MatrixView<const float>, const SecondMoment&, int);
+template double quadratic_form<double>(MatrixView<const float>, const SecondMoment&, int);
+template double coupled_form<float>(MatrixView<const float>, const std::optional<Packed>&, const SecondMoment&, const SecondMoment&, int);
+template double coupled_form<double>(MatrixView<const float>, const std::optional<Packed>&, const SecondMoment&, const SecondMoment&, int);
 
 }  // namespace mrgptq

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <string>
-#include <utility>
 
 #include "base/buffer.h"
 #include "base/check.h"
@@ -203,18 +202,6 @@ void Hessian::matrix(MatrixView<double> out, int threads) const {
     // The panel under way goes to the copy: there is no third matrix.
     if (panel_tokens_ > 0) add_products(panel_.data(), 1, out, threads);
     mirror_lower(out, divisor, out, threads);
-}
-
-std::vector<double> Hessian::take_matrix(int threads) {
-    const std::lock_guard lock(mutex_);
-    make_room();
-    if (panel_tokens_ > 0) {
-        add_products(panel_.data(), 1, view(), threads);
-        empty_panel();
-    }
-    mirror_lower(view(), static_cast<double>(std::max<Index>(tokens(), 1)), view(), threads);
-    tokens_ = 0;
-    return std::exchange(sum_, {});
 }
 
 }  // namespace mrgptq

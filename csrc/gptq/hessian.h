@@ -28,9 +28,6 @@ public:
     // Writes H, both triangles, (cols, cols). All zero where no token was seen.
     void matrix(MatrixView<double> out, int threads) const;
 
-    // The same without a second matrix: the sum itself becomes H, row-major, and this one has seen no token.
-    std::vector<double> take_matrix(int threads);
-
     Index cols() const noexcept { return cols_; }
     Index tokens() const noexcept { return tokens_; }
 

@@ -259,7 +259,7 @@ template <class Format, class Real, class Weight>
 std::vector<double> solve_rows(const Problem<Real>& problem, MatrixView<const Weight> weight, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes, int threads) {
     const Index tiles = (weight.rows + lanes - 1) / lanes;
     std::vector<std::vector<double>> losses(static_cast<std::size_t>(tiles));
-    parallel_for_ranges(tiles, band_size(tiles, threads), threads, [&](Index first, Index last) {
+    parallel_for_ranges(tiles, band_size<Real>(tiles, threads), threads, [&](Index first, Index last) {
         auto mine = solve_band<Format>(problem, weight, first, last - first, scales, codes);
         std::move(mine.begin(), mine.end(), losses.begin() + first);
     });

@@ -31,12 +31,14 @@ using GroupTile = Eigen::Matrix<T, lanes, Format::group_size, Eigen::ColMajor>;
 template <class T>
 using Lane = Eigen::Array<T, lanes, 1>;
 
-// Tiles that one thread takes through the columns side by side, a band: what is packed for one serves all. As few bands as their size allows, but the same number for each thread. A tile's bytes
-// do not depend on its company.
-inline Index band_size(Index tiles, int threads) noexcept {
-    constexpr Index most_tiles = 32;
-    const Index team = threads > 0 ? threads : default_threads(), rounds = (tiles + most_tiles * team - 1) / (most_tiles * team);
-    return rounds > 0 ? (tiles + rounds * team - 1) / (rounds * team) : 1;
+// Tiles that one thread takes through the columns side by side, a band: what is packed for one serves all. As few bands as their size allows, but the same number for each thread; and where
+// there are rows enough for bands that are worth their packing, so many that no more than a third of the matrix is in hand, in float64 a sixth. A tile's bytes do not depend on its company.
+template <class Real>
+Index band_size(Index tiles, int threads) noexcept {
+    constexpr Index words = sizeof(Real) / sizeof(float), most_tiles = 32 / words, enough_tiles = 8 / words;
+    const Index team = threads > 0 ? threads : default_threads();
+    const Index bands = std::max((tiles + most_tiles * team - 1) / (most_tiles * team), std::clamp<Index>(tiles / (enough_tiles * team), 1, 3 * words));  // of each thread
+    return std::max<Index>((tiles + bands * team - 1) / (bands * team), 1);
 }
 
 template <class Real>

@@ -136,25 +136,41 @@ def as_scale(value: float, name: str) -> float:
     return float(number)
 
 
-def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *, copy: bool = True, threads: int | None = None) -> NDArray[np.float64]:
-    """A fresh float64 copy of a Hessian, exactly symmetric; ``cols`` None takes any size. Without ``copy`` an array that is float64 and exactly symmetric comes back as it is, to be read only.
+def as_square(hessian: ArrayLike, cols: int | None, name: str = "hessian") -> Any:
+    """A Hessian itself, whose matrix is made for whoever asks, anything else as the array that NumPy makes of it; ``cols`` None takes any size. ValueError where it is not (cols, cols), TypeError where it
+    holds no real numbers."""
+    values: Any = hessian
+    shape: tuple[int, ...]
+    if hasattr(values, "as_array"):
+        shape = (values.cols, values.cols)
+    else:
+        try:
+            values = np.asarray(hessian)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} ({type(hessian).__name__}) does not convert to a numpy array: {error}") from error
+        if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":
+            raise TypeError(f"{name} has dtype {values.dtype}; allowed: real numbers")
+        shape = values.shape
+        if values.ndim != 2 or shape[0] != shape[1] or values.size == 0:
+            raise ValueError(f"{name} has shape {shape}; it must be square, (cols, cols)")
+    if cols is not None and shape[0] != cols:
+        raise ValueError(f"{name} has shape {shape}; a weight of {cols} columns needs ({cols}, {cols})")
+    return values
+
+
+def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *, copy: bool = True, out: NDArray[np.float64] | None = None, threads: int | None = None) -> NDArray[np.float64]:
+    """A fresh float64 copy of a Hessian, exactly symmetric, or ``out``, of its shape, filled with one; ``cols`` None takes any size. Without ``copy`` and ``out`` an array that is float64 and exactly
+    symmetric comes back as it is, to be read only.
 
     Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|), has a negative diagonal entry or a zero one beside others that are none.
     """
-    try:
-        as_array = getattr(hessian, "as_array", None)  # a Hessian, whose matrix is made for whoever asks
-        values = np.asarray(hessian) if as_array is None else as_array(threads=threads)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} ({type(hessian).__name__}) does not convert to a numpy array: {error}") from error
-    if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {values.dtype}; allowed: real numbers")
-    if values.ndim != 2 or values.shape[0] != values.shape[1] or values.size == 0:
-        raise ValueError(f"{name} has shape {values.shape}; it must be square, (cols, cols)")
-    if cols is not None and values.shape[0] != cols:
-        raise ValueError(f"{name} has shape {values.shape}; a weight of {cols} columns needs ({cols}, {cols})")
-    own = as_array is None and values.dtype == np.float64 and values.flags.c_contiguous and values.flags.aligned  # the caller's
-    given = values if own else values.astype(np.float64, order="C", copy=as_array is None)
-    matrix = None if own and not copy else np.empty_like(values) if own else given
+    values = as_square(hessian, cols, name)
+    if not isinstance(values, np.ndarray):
+        given = matrix = values = values.as_array(out=out, threads=threads)
+    else:
+        own = values.dtype == np.float64 and values.flags.c_contiguous and values.flags.aligned  # the caller's
+        given = values if own else values.astype(np.float64, order="C")
+        matrix = out if out is not None else given if not own else np.empty_like(given) if copy else None
     nonfinite, largest, apart, row, col = _core.make_symmetric(given, matrix, as_threads(threads))
     if nonfinite >= 0:
         row, col = divmod(nonfinite, len(values))

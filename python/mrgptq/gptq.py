@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_number, as_symmetric, as_threads, choose
-from .rotations import Hadamard, Identity, Rotation, rotate_hessian
+from .arrays import as_float32, as_number, as_square, as_threads, choose
+from .rotations import Hadamard, Identity, Rotation
 
 ORDERS = ("natural", "activation", "group")
 """The columns' visiting order: left to right; by descending diagonal of H; whole groups by the descending sum of their diagonals, inside a group likewise. Nothing is stored: groups and
 scales stay where they are."""
 PRECISIONS = ("float32", "float64")
+PackedMatrix = tuple[str, NDArray[np.uint8], NDArray[np.uint8], float]
+"""Format, codes, scales and tensor scale."""
 OUTPUT_DAMPING = 0.05
 """Of an output Hessian, relative to its mean diagonal; between 0.01 and 0.2 the divergence moves by 1 % (bench/accuracy.md)."""
 OUTPUT_HESSIAN_BYTES = 4 << 30
@@ -61,13 +63,11 @@ class Hessian:
         """H as a fresh (cols, cols) float64 array; all zero where no token was seen."""
         return self.as_array()
 
-    def as_array(self, *, threads: int | None = None) -> NDArray[np.float64]:
-        """:attr:`matrix`, by so many threads."""
-        return self._sum.matrix(as_threads(threads))
-
-    def take(self, *, threads: int | None = None) -> NDArray[np.float64]:
-        """:attr:`matrix` in the sum's own memory: this Hessian has seen no token afterwards."""
-        return self._sum.take_matrix(as_threads(threads))
+    def as_array(self, *, out: NDArray[np.float64] | None = None, threads: int | None = None) -> NDArray[np.float64]:
+        """:attr:`matrix`, by so many threads; in ``out``, a (cols, cols) float64 array whose columns are adjacent, where it is given."""
+        matrix = np.empty((self.cols, self.cols)) if out is None else out
+        self._sum.matrix(matrix, as_threads(threads))
+        return matrix
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -98,18 +98,9 @@ class Hessian:
         return f"Hessian({self.cols} columns, {self.tokens} tokens)"
 
 
-class _Taken:
-    """A Hessian whose matrix is taken when it is asked for."""
-
-    def __init__(self, hessian: Hessian) -> None:
-        self._hessian = hessian
-
-    def as_array(self, *, threads: int | None = None) -> NDArray[np.float64]:
-        return self._hessian.take(threads=threads)
-
-
 class Factor:
-    """A rotated Hessian with its visiting order and Cholesky factor, shared by all layers that read the same inputs.
+    """The Cholesky factor of a rotated Hessian with its visiting order, shared by all layers that read the same inputs. Eight bytes for each pair of columns hold both the factor and the
+    rotated Hessian; the given one is needed no longer.
 
     Parameters
     ----------
@@ -120,18 +111,16 @@ class Factor:
     damping : >= 0; λ relative to the mean of the live diagonal. If the factorisation fails it rises tenfold at a time (from 0.01 where it was 0) up to 1.
     precision : of the products. "float32" takes two thirds of the time from 4096 columns on; the factor is that of a matrix that differs from H by a few float32 roundings of sqrt(H[i, i] H[j, j]), as H does itself when a
         :class:`Hessian` summed it. Where that would blur a pivot, one below 6e-5 of its diagonal, the products are float64 nevertheless.
-    copy : False keeps the caller's own array where it is float64, exactly symmetric and not to be rotated; it must then stay as it is while the factor is in use. A :class:`Hessian` is used
-        up: its memory becomes the factor's, and it has seen no token afterwards.
 
     Attributes
     ----------
-    hessian : (cols, cols) float64, rotated.
+    hessian : (cols, cols) float64, rotated; made anew whenever it is asked for. Columns that no input reached are zero.
     damping : the one used. damping_asked : the one given. dead_columns : int.
     usable : False where even damping 1 did not help; layers are then rounded plainly and say so.
     tokens : int, or None for a plain array. seconds : wall time.
     """
 
-    def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, group_size: int | None = None, precision: str = "float64", copy: bool = True, threads: int | None = None) -> None:
+    def __init__(self, hessian: ArrayLike, *, rotation: Rotation | None = None, order: str = "activation", damping: float = 0.01, group_size: int | None = None, precision: str = "float64", threads: int | None = None) -> None:
         start = time.perf_counter()
         self.rotation = Identity() if rotation is None else rotation
         if not isinstance(self.rotation, (Identity, Hadamard)):
@@ -140,10 +129,13 @@ class Factor:
         self.damping_asked = as_damping(damping)
         self.precision = choose("precision", precision, PRECISIONS)
         self.tokens = hessian.tokens if isinstance(hessian, Hessian) else None
-        given: Any = _Taken(hessian) if isinstance(hessian, Hessian) and not copy else hessian
-        self.hessian = rotate_hessian(self.rotation, given, copy=copy, threads=threads)
+        given = as_square(hessian, None)
+        self.cols: int = given.cols if isinstance(given, Hessian) else len(given)
+        """Number of columns."""
         self.group_size = self._group_size(group_size)
-        self.core = _core.CholeskyFactor(self.hessian, order, self.damping_asked, self.group_size or 1, self.precision, as_threads(threads))
+        room = _core.CholeskyFactor.room(self.cols)
+        self.rotation.apply_hessian(given, out=room, threads=threads)
+        self.core = _core.CholeskyFactor(room, order, self.damping_asked, self.group_size or 1, self.precision, as_threads(threads))
         self.seconds = time.perf_counter() - start
 
     def _group_size(self, group_size: int | None) -> int | None:
@@ -157,9 +149,9 @@ class Factor:
         return int(group_size)
 
     @property
-    def cols(self) -> int:
-        """Number of columns."""
-        return self.hessian.shape[0]
+    def hessian(self) -> NDArray[np.float64]:
+        """(cols, cols) float64, rotated: a fresh array."""
+        return self.core.second_moment().matrix(0)
 
     @property
     def order(self) -> NDArray[np.int64]:
@@ -194,11 +186,11 @@ def as_damping(damping: float) -> float:
 
 
 def output_errors(
-    errors: Sequence[NDArray[np.float32]], weight: NDArray[np.float32], outputs: NDArray[np.float64], hessian: NDArray[np.float64], *, precision: str = "float64", threads: int | None = None
+    weight: NDArray[np.float32], answers: Sequence[PackedMatrix], outputs: _core.SecondMoment, inputs: _core.SecondMoment, *, precision: str = "float64", threads: int | None = None
 ) -> tuple[float | None, ...]:
-    """tr(A E H E^T) / tr(A W H W^T) of each E, products in ``precision``; None where the latter is 0. errors E and weight W (rows, cols) float32, outputs A (rows, rows), hessian H (cols, cols)."""
-    energy = _core.coupled_form(weight, outputs, hessian, precision, as_threads(threads))
-    return tuple(_core.coupled_form(error, outputs, hessian, precision, as_threads(threads)) / energy if energy > 0 else None for error in errors)
+    """tr(A E H E^T) / tr(A W H W^T) of E = W - Q for each answer Q, products in ``precision``; None where the latter is 0. weight W (rows, cols) float32, outputs A (rows, rows), inputs H (cols, cols)."""
+    energy = _core.coupled_form(weight, None, outputs, inputs, precision, as_threads(threads))
+    return tuple(_core.coupled_form(weight, answer, outputs, inputs, precision, as_threads(threads)) / energy if energy > 0 else None for answer in answers)
 
 
 def backward_passes(rows_by_block: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -146,12 +146,13 @@ def make_plan(
 
 def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], shard_bytes: int, tokens: int, sequence: int, *, twice: bool, outputs: bool) -> int:
     """Peak bytes: the shard under way, a layer's working copies, and with calibration the float32 model, the tokens' hidden states, one batch inside a block, and
-    one block's Hessians with what the factor takes; ``twice``: the original's hidden states, block, cross and stream moments beside them; ``outputs``: the output Hessians of the blocks that share a backward pass, the
+    one block's Hessians and a factor; ``twice``: the original's hidden states, block, cross and stream moments beside them, and two working copies of a cross moment; ``outputs``: the output Hessians of the blocks that share a backward pass, the
     widest one's working copies, and what a window's forward pass leaves for the backward one."""
     widest = max(cols for _, cols in shapes.values())
-    layer = max(rows * cols for rows, cols in shapes.values()) * 4 * 4
-    if not tokens:
-        return shard_bytes + layer
+    largest = max(rows * cols for rows, cols in shapes.values()) * 4
+    if not tokens:  # the weight twice, while it is widened or where it is turned; codes, scales and what the report counts
+        return shard_bytes + largest * 9 // 4
+    layer = largest * 4
     parameters = sum(int(np.prod(reader.shape(name))) for name in reader.names) * 4
     hidden_size = reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))
     hidden = tokens * hidden_size * 4
@@ -167,7 +168,7 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
         moments = max(sum(sizes[index] for index in shared) for shared in _backward_passes(shapes)) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
         # A linear layer leaves its input and its output; measured, a softmax over the vocabulary and its gradient hold seven copies of the logits.
         backward = sequence * 4 * (2 * sum(sum(shape) for shape in shapes.values()) + 7 * reader.config.get("vocab_size", 0))
-    return shard_bytes + layer + parameters + hidden + max(batch, backward) + hessians + widest**2 * 8 * 4 + original + moments
+    return shard_bytes + layer + parameters + hidden + max(batch, backward) + hessians + widest**2 * 8 * (3 if twice else 1) + original + moments
 
 
 def _by_block(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:

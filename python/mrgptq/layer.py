@@ -8,19 +8,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_symmetric, as_threads
+from .arrays import as_float32, as_square, as_symmetric, as_threads
 from .codecs import HESSIAN_SEARCHES, absmax_tensor_scale, alternating_tensor_scale, check_groups, clip_mask, scale_offsets, scales_name, tensor_scale_for, weight_error
 from .formats import SCALE_SEARCHES, block_format
-from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_errors
+from .gptq import OUTPUT_DAMPING, Factor, PackedMatrix, output_errors
 from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import rotate_hessian, rotation_of
 
 
-def make_factor(hessian: ArrayLike, recipe: Recipe | str, *, format: str | None = None, copy: bool = True, threads: int | None = None) -> Factor:
-    """The :class:`Factor` that layers with one input share under a recipe: pass it to ``quantize_layer(..., factor=)``. ``copy`` is :class:`Factor`'s."""
+def make_factor(hessian: ArrayLike, recipe: Recipe | str, *, format: str | None = None, threads: int | None = None) -> Factor:
+    """The :class:`Factor` that layers with one input share under a recipe: pass it to ``quantize_layer(..., factor=)``. The hessian is needed no longer, and left as it is."""
     recipe = as_recipe(recipe, format)
-    return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, group_size=_group_size(recipe), precision=recipe.precision, copy=copy, threads=threads)
+    return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, group_size=_group_size(recipe), precision=recipe.precision, threads=threads)
 
 
 def shared_tensor_scale(weights: Sequence[ArrayLike], recipe: Recipe, *, threads: int | None = None) -> float | None:
@@ -116,18 +116,19 @@ def quantize_layer(
     rotation = rotation_of(recipe.rotation)
     rotation.check_columns(cols, "weight")
 
-    second_moment, tokens = None, None
+    second_moment: _core.SecondMoment | None = None
+    tokens = None
     if recipe.solver == "gptq":
         if factor is None:
             if hessian is None:
                 raise ValueError('hessian is None; only a recipe with the solver "rtn" does without')
-            factor = make_factor(_checked_size(hessian, cols), recipe, copy=isinstance(hessian, Hessian), threads=threads)
+            factor = make_factor(as_square(hessian, cols), recipe, threads=threads)
         _check_factor(factor, recipe, cols)
-        second_moment, tokens = factor.hessian, factor.tokens
+        second_moment, tokens = factor.core.second_moment(), factor.tokens
     elif factor is not None:
         raise ValueError(f'factor is given, but the solver "{recipe.solver}" uses none; pass the hessian alone')
     elif hessian is not None:
-        second_moment, tokens = rotate_hessian(rotation, _checked_size(hessian, cols), copy=False, threads=threads), getattr(hessian, "tokens", None)
+        second_moment, tokens = _core.SecondMoment(rotate_hessian(rotation, as_square(hessian, cols), threads=threads)), getattr(hessian, "tokens", None)
 
     rotated = values if recipe.rotation is None else rotation.apply(values, threads=threads)
     outputs = None if output_hessian is None else _output_factor(output_hessian, values.shape[0], recipe, threads)
@@ -145,7 +146,7 @@ def quantize_layer(
         raise ValueError(f'hessian is None; the scales "{search}" weigh errors by it')
     # Where no factor could be had there is no GPTQ to choose scales in; their plain counterpart is mse.
     first = search if search != "gptq" else "absmax" if usable else "mse"
-    weights = _with_dead_columns(second_moment, recipe.damping) if search in HESSIAN_SEARCHES and second_moment is not None else None
+    weights = _group_moments(second_moment, recipe) if search in HESSIAN_SEARCHES and second_moment is not None else None
     losses: list[float] = []
     method, fallback, precision = "rounding", None, None
     coupled = outputs.core if usable and outputs is not None and outputs.usable else None
@@ -159,7 +160,7 @@ def quantize_layer(
             codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
     else:
         method, begin = "gptq", _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
-        asked = recipe.precision if search != "gptq" or _fits_float32(rotated, factor) else "float64"
+        asked = recipe.precision if search != "gptq" or _fits_float32(rotated, factor, threads) else "float64"
         for precision in dict.fromkeys((asked, "float64")):
             scales = begin.copy()
             codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, coupled, precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
@@ -171,8 +172,7 @@ def quantize_layer(
             fallback = f"outputs counted alike: the output Hessian could not be factorised, not even with damping {outputs.damping:g}"
         elif outputs.dead_columns == outputs.cols:
             fallback = "outputs counted alike: the output Hessian is zero, no gradient reached the layer"
-    rounded = _core.dequantize(recipe.format, codes, scales, divisor, as_threads(threads))
-    errors, energy = _errors_by_moments(recipe.format, rotated, rounded, rule, divisor, second_moment, outputs, precision or "float64", threads)
+    errors, energy = _errors_by_moments(rotated, (recipe.format, codes, scales, divisor), rule, second_moment, outputs, precision or "float64", threads)
     report = LayerReport(
         method=method,
         format=recipe.format,
@@ -231,15 +231,15 @@ def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, stream: ArrayLike |
         return rotated
     if missing is not None:
         missing = factor.rotation.apply(missing, threads=threads)
-    target = _core.shift_to_inputs(rotated, factor.rotation.apply_both(matrix, threads=threads), missing, factor.hessian, factor.core, recipe.cross, as_threads(threads))
+    target = _core.shift_to_inputs(rotated, factor.rotation.apply_both(matrix, threads=threads), missing, factor.core, recipe.cross, as_threads(threads))
     if _core.first_nonfinite(target, as_threads(threads)) >= 0:
         raise ValueError("cross moves the target beyond float32; it and stream must be of the size of the hessian")
     return target
 
 
-def _fits_float32(weight: NDArray[np.float32], factor: Factor) -> bool:
+def _fits_float32(weight: NDArray[np.float32], factor: Factor, threads: int | None) -> bool:
     """Whether losses can be compared in float32: the largest must stay clear of overflow, and of what vanishes, with room for smaller groups and for sums."""
-    amax, diagonal = float(np.abs(weight).max()), float(factor.hessian.diagonal().max())
+    amax, diagonal = _core.amax(weight, 0, as_threads(threads)), float(factor.core.second_moment().diagonal().max())
     return not amax or not diagonal or 1e-20 < amax**2 * diagonal < 1e30
 
 
@@ -250,33 +250,32 @@ def _output_factor(output_hessian: ArrayLike, rows: int, recipe: Recipe, threads
     matrix = as_symmetric(output_hessian, None, "output_hessian", copy=False, threads=threads)
     if len(matrix) != rows:
         raise ValueError(f"output_hessian has shape {matrix.shape}; a weight of {rows} rows needs ({rows}, {rows})")
-    return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, precision=recipe.precision, copy=False, threads=threads)
+    return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, precision=recipe.precision, threads=threads)
 
 
-def _with_dead_columns(hessian: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
-    """The weights of errors in the Hessian's scale rules: a column that no input reached counts as the solver counts it, or its group's scale would follow nothing."""
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    if not dead.any():
-        return hessian
-    weights = hessian.copy()
-    weights[dead, dead] = 1.0 if dead.all() else max(damping, 0.01) * diagonal[~dead].mean()
-    return weights
+def _group_moments(second_moment: _core.SecondMoment, recipe: Recipe) -> NDArray[np.float64]:
+    """The weights of errors in the Hessian's scale rules, (cols, group_size): a column that no input reached counts as the solver counts it, or its group's scale would follow nothing."""
+    size = block_format(recipe.format).group_size
+    groups, diagonal = second_moment.groups(size), second_moment.diagonal()
+    dead = np.flatnonzero(diagonal == 0)
+    if len(dead):
+        groups[dead, dead % size] = 1.0 if len(dead) == len(diagonal) else max(recipe.damping, 0.01) * diagonal[diagonal != 0].mean()
+    return groups
 
 
 def _errors_by_moments(
-    format: str, weight: NDArray[np.float32], rounded: NDArray[np.float32], mx_rule: str, divisor: float, hessian: NDArray[np.float64] | None, outputs: Factor | None, precision: str, threads: int | None
+    weight: NDArray[np.float32], answer: PackedMatrix, mx_rule: str, second_moment: _core.SecondMoment | None, outputs: Factor | None, precision: str, threads: int | None
 ) -> tuple[dict[str, Any], float | None]:
     """The report's errors under the second moments at hand, each beside what plain rounding by absmax scales would have had; and tr(W H W^T)."""
-    if hessian is None:
+    if second_moment is None:
         return {}, None
+    format, _, _, divisor = answer
     codes, scales, _ = _core.quantize(format, "absmax", mx_rule, False, weight, 0, divisor, as_threads(threads))
-    answers = [rounded, _core.dequantize(format, codes, scales, divisor, as_threads(threads))]
-    energy, *losses = _core.quadratic_forms(weight, answers, hessian, precision, as_threads(threads))
+    answers = [answer, (format, codes, scales, divisor)]
+    energy, *losses = _core.quadratic_forms(weight, answers, second_moment, precision, as_threads(threads))
     values: dict[str, Any] = dict(zip(("relative_error", "rounded_error"), (loss / energy if energy else None for loss in losses), strict=True))
     if outputs is not None:
-        errors = [weight - answer for answer in answers]
-        values |= zip(("output_error", "rounded_output_error"), output_errors(errors, weight, outputs.hessian, hessian, precision=precision, threads=threads), strict=True)
+        values |= zip(("output_error", "rounded_output_error"), output_errors(weight, answers, outputs.core.second_moment(), second_moment, precision=precision, threads=threads), strict=True)
     return values, energy
 
 
@@ -285,19 +284,8 @@ def _damped_errors(losses: list[float], target: NDArray[np.float32], factor: Fac
     if not losses or factor is None or precision is None:
         return ()
     if undamped is None:
-        undamped = _core.quadratic_form(target, factor.hessian, precision, as_threads(threads))
+        undamped = _core.quadratic_form(target, factor.core.second_moment(), precision, as_threads(threads))
     squares = np.einsum("ij,ij->j", target, target, dtype=np.float64)
-    dead = factor.hessian.diagonal() == 0
+    dead = factor.core.second_moment().diagonal() == 0
     energy = undamped + factor.core.lambda_ * float(squares[~dead].sum()) + factor.core.dead_weight * float(squares[dead].sum())
     return tuple(loss / energy for loss in losses) if energy > 0 else ()
-
-
-def _checked_size(hessian: ArrayLike, cols: int) -> ArrayLike:
-    """Refuse a Hessian of another size before it is copied; what else may be wrong with it is found where it is."""
-    shape = (hessian.cols, hessian.cols) if isinstance(hessian, Hessian) else getattr(hessian, "shape", None)
-    if shape is None:
-        hessian = as_symmetric(hessian, None)  # nested lists
-        shape = hessian.shape
-    if len(shape) == 2 and shape[0] == shape[1] and shape[0] != cols:
-        raise ValueError(f"hessian has shape {tuple(shape)}; a weight of {cols} columns needs ({cols}, {cols})")
-    return hessian

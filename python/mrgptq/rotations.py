@@ -22,9 +22,9 @@ class Identity:
 
     apply_inverse = apply
 
-    def apply_hessian(self, hessian: ArrayLike, *, threads: int | None = None) -> NDArray[np.float64]:
-        """A float64 copy of ``hessian`` (cols, cols)."""
-        return as_symmetric(hessian, None, threads=threads)
+    def apply_hessian(self, hessian: ArrayLike, *, out: NDArray[np.float64] | None = None, threads: int | None = None) -> NDArray[np.float64]:
+        """A float64 copy of ``hessian`` (cols, cols), in ``out`` where it is given."""
+        return as_symmetric(hessian, None, out=out, threads=threads)
 
     def apply_both(self, matrix: NDArray[np.float64], *, threads: int | None = None) -> NDArray[np.float64]:
         """``matrix`` (cols, cols) itself."""
@@ -103,9 +103,9 @@ class Hadamard:
 
     apply_inverse = apply
 
-    def apply_hessian(self, hessian: ArrayLike, *, threads: int | None = None) -> NDArray[np.float64]:
-        """T^T H T, (cols, cols) float64, symmetric: the second moment of the rotated inputs. ``hessian`` is left as it is."""
-        rotated = as_symmetric(hessian, None, threads=threads)
+    def apply_hessian(self, hessian: ArrayLike, *, out: NDArray[np.float64] | None = None, threads: int | None = None) -> NDArray[np.float64]:
+        """T^T H T, (cols, cols) float64, symmetric: the second moment of the rotated inputs, in ``out`` where it is given, whose columns are adjacent. ``hessian`` is left as it is."""
+        rotated = as_symmetric(hessian, None, out=out, threads=threads)
         self.check_columns(rotated.shape[0], "hessian")
         _core.rotate_hessian(rotated, self.block_size, as_threads(threads))
         return rotated
@@ -223,9 +223,9 @@ def _rotate(rotation: Hadamard | Dense, turn: int | NDArray[np.float32], x: Arra
     return out
 
 
-def rotate_hessian(rotation: Rotation, hessian: ArrayLike, *, copy: bool = True, threads: int | None = None) -> NDArray[np.float64]:
-    """``rotation.apply_hessian``, except that without ``copy`` the caller's own float64 array comes back, read-only, where it is exactly symmetric and stays as it is."""
-    return rotation.apply_hessian(hessian, threads=threads) if copy or not isinstance(rotation, Identity) else as_symmetric(hessian, None, copy=False, threads=threads)
+def rotate_hessian(rotation: Rotation, hessian: ArrayLike, *, threads: int | None = None) -> NDArray[np.float64]:
+    """``rotation.apply_hessian``, except that without a rotation the caller's own float64 array comes back, read-only, where it is exactly symmetric and stays as it is."""
+    return as_symmetric(hessian, None, copy=False, threads=threads) if isinstance(rotation, Identity) else rotation.apply_hessian(hessian, threads=threads)
 
 
 def rotation_of(block_size: int | None) -> Rotation:

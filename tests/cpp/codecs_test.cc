@@ -128,29 +128,32 @@ INSTANTIATE_TEST_SUITE_P(Formats, WeightedScales,
                          ::testing::Values(Case{"nvfp4", 16, {ScaleSearch::hessian, MxRule::even, false}, 100.0f}, Case{"nvfp4", 16, {ScaleSearch::hessian_block, MxRule::even, false}, 100.0f},
                                            Case{"mxfp4", 32, {ScaleSearch::hessian, MxRule::floor, false}, 1.0f}, Case{"mxfp4", 32, {ScaleSearch::hessian_block, MxRule::four_thirds, false}, 3.0f}));
 
-TEST_P(WeightedScales, LayoutAndThreadsDoNotReachTheBytesAndOnlyTheGroupsOwnBlocksAreRead) {
+TEST_P(WeightedScales, LayoutAndThreadsDoNotReachTheBytesAndOnlyWhatTheRuleWeighsIsRead) {
     const Case c = GetParam();
     const Matrix<float> weight = random_matrix(rows, cols);
-    const Matrix<double> h = testing::random_second_moment(cols);
+    const Matrix<double> full = testing::random_second_moment(cols);
+    Matrix<double> h(cols, c.group_size);
+    for (Index i = 0; i < cols; ++i)
+        for (Index j = 0; j < c.group_size; ++j) h(i, j) = full(i, i / c.group_size * c.group_size + j);
     Matrix<std::uint8_t> expected(rows, cols / c.group_size), unweighed(rows, cols / c.group_size);
     find_scales(c.format, c.rule, weight.view(), c.tensor_scale, h.view(), expected.view(), 1);
     for (const Layout layout : layouts)
         for (const int threads : thread_counts) {
             const Matrix<float> w(weight, layout, nan);
-            Matrix<double> block_diagonal(h, layout, std::numeric_limits<double>::quiet_NaN());
-            for (Index i = 0; i < cols; ++i)
-                for (Index j = 0; j < cols; ++j)
-                    if (c.rule.search == ScaleSearch::hessian ? i != j : i / c.group_size != j / c.group_size) block_diagonal(i, j) = nan;
+            Matrix<double> groups(h, layout, std::numeric_limits<double>::quiet_NaN());
+            for (Index i = 0; i < cols && c.rule.search == ScaleSearch::hessian; ++i)
+                for (Index j = 0; j < c.group_size; ++j)
+                    if (i % c.group_size != j) groups(i, j) = nan;
             Matrix<std::uint8_t> s(rows, cols / c.group_size, layout, 0xEE);
-            find_scales(c.format, c.rule, w.view(), c.tensor_scale, block_diagonal.view(), s.view(), threads);
+            find_scales(c.format, c.rule, w.view(), c.tensor_scale, groups.view(), s.view(), threads);
             EXPECT_EQ(s, expected);
             EXPECT_TRUE(s.padding_untouched());
         }
     find_scales(c.format, {ScaleSearch::mse, c.rule.mx, false}, weight.view(), c.tensor_scale, no_hessian, unweighed.view(), 1);
     EXPECT_FALSE(unweighed == expected);  // the weights do count
     // Errors weighed alike are mse's: by powers of two, so that no product rounds.
-    Matrix<double> equal(cols, cols);
-    for (Index i = 0; i < cols; ++i) equal(i, i) = 0x1p-7;
+    Matrix<double> equal(cols, c.group_size);
+    for (Index i = 0; i < cols; ++i) equal(i, i % c.group_size) = 0x1p-7;
     find_scales(c.format, c.rule, weight.view(), c.tensor_scale, equal.view(), expected.view(), 3);
     EXPECT_EQ(expected, unweighed);
 }
@@ -159,8 +162,10 @@ TEST_P(WeightedScales, NeedAHessianOfTheirSize) {
     const Case c = GetParam();
     Matrix<float> weight = random_matrix(rows, cols);
     Matrix<std::uint8_t> scales(rows, cols / c.group_size);
-    expect_refused("weighs errors by a hessian of shape (96, 96); got (0, 0)", [&] { find_scales(c.format, c.rule, weight.view(), c.tensor_scale, no_hessian, scales.view(), 1); });
+    const std::string group = std::to_string(c.group_size);
+    expect_refused("weighs errors by what a hessian holds of each group, (96, " + group + "); got (0, 0)", [&] { find_scales(c.format, c.rule, weight.view(), c.tensor_scale, no_hessian, scales.view(), 1); });
     expect_refused("got (96, 95)", [&] { find_scales(c.format, c.rule, weight.view(), c.tensor_scale, Matrix<double>(96, 95).view(), scales.view(), 1); });
+    expect_refused("got (95, " + group + ")", [&] { find_scales(c.format, c.rule, weight.view(), c.tensor_scale, Matrix<double>(95, c.group_size).view(), scales.view(), 1); });
 }
 
 template <class Format>

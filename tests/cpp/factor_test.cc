@@ -157,6 +157,18 @@ TEST(FactorOfH, IsTheCholeskyFactorInReversedOrder) {
             EXPECT_DOUBLE_EQ(factor.diagonal()[i], h(factor.column(i), factor.column(i)) + 0.01 * trace / n);
             for (Index j = i + 1; j < n; ++j) EXPECT_EQ(factor.unit()(i, j), h(factor.column(i), factor.column(j)));  // R itself
         }
+        const SecondMoment kept = factor.second_moment();
+        EXPECT_TRUE(kept.square_of(n));
+        for (Index i = 0; i < n; ++i)
+            for (Index j = 0; j < n; ++j) ASSERT_EQ(kept.at(i, j), h(kept.column(i), kept.column(j)));
+        for (const Layout layout : {contiguous, Layout{8, false}, Layout{7, false}}) {  // where H lies, its rows however far apart
+            Matrix<double> room(h, layout, 7);
+            const Factor there = Factor::in_place(room.view(), order, 0.01, size);
+            EXPECT_EQ(there.unit().data(), room.view().data);
+            EXPECT_EQ(there.unit(), factor.unit());
+            EXPECT_EQ(there.pivots(), factor.pivots());
+            EXPECT_TRUE(room.padding_untouched());
+        }
         for (const Layout layout : layouts) {
             const Factor same(Matrix<double>(h, layout, nan).view(), order, 0.01, size);
             EXPECT_EQ(same.order(), factor.order());
@@ -206,6 +218,7 @@ TEST(FactorOfH, CutsDeadColumnsOut) {
                 EXPECT_EQ(factor.unit()(i, j), 0.0);
             EXPECT_EQ(factor.unit()(j, i), i == 3 && j == 1 ? 1.0 : 0.0);  // R, where the noise is gone too
         }
+    for (const auto& [place, expected] : {std::pair<Index, double>{0, 0}, {1, 2}, {2, 0}, {3, 4}}) EXPECT_EQ(factor.second_moment().diagonal(place), expected);  // neither damped nor weighed
 }
 
 TEST(FactorOfH, ADeadColumnWeighsTheDampingAskedButAHundredthAtLeast) {
@@ -252,6 +265,22 @@ TEST(FactorOfH, RaisesTheDampingTenfoldUpToOne) {
     const Factor failed(off_diagonal(1.5).view(), Order::natural, 0.003);  // 0.003, 0.03, 0.3; the next would be 3
     EXPECT_FALSE(failed.usable());
     EXPECT_DOUBLE_EQ(failed.damping(), 0.3);
+    EXPECT_EQ(failed.second_moment().at(0, 1), 1.5);
+    EXPECT_EQ(failed.second_moment().at(1, 1), 1.0);
+}
+
+TEST(FactorOfH, AnAttemptLeavesNothingToTheNext) {  // the third is that of the damping that works, asked for at once
+    Matrix<double> h = random_second_moment(300);
+    for (Index c = 100; c < 300; ++c) h(c, c) *= 0.8;  // the first columns can be factorised at any damping, the last of these not
+    for (const Precision precision : {Precision::float32, Precision::float64}) {
+        const Factor raised(h.view(), Order::activation, 0.01, 1, precision);
+        ASSERT_TRUE(raised.usable());
+        ASSERT_GT(raised.damping(), 0.05);
+        const Factor at_once(h.view(), Order::activation, raised.damping(), 1, precision);
+        EXPECT_EQ(raised.damping(), at_once.damping());
+        EXPECT_EQ(raised.unit(), at_once.unit());
+        EXPECT_EQ(raised.pivots(), at_once.pivots());
+    }
 }
 
 TEST(FactorOfH, GivesUpBeyondOne) {

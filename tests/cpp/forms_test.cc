@@ -1,6 +1,7 @@
 // The quadratic forms that losses are measured by, against the loops of their definition.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -8,7 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "codecs/codec.h"
 #include "gptq/eigen.h"
+#include "gptq/factor.h"
 #include "gptq/forms.h"
 #include "matrices.h"
 #include "refusal.h"
@@ -20,6 +23,25 @@ using testing::expect_refused, testing::Layout, testing::layouts, testing::Matri
 
 constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 const bool blocking_fixed = (fix_eigen_blocking(), true);  // as the module does when it is loaded
+
+// A matrix rounded, and what its codes and scales stand for.
+struct Rounded {
+    Matrix<std::uint8_t> codes, scales;
+    Matrix<float> values;
+
+    explicit Rounded(const Matrix<float>& w) : codes(w.view().rows, w.view().cols / 2), scales(w.view().rows, w.view().cols / 16), values(w.view().rows, w.view().cols) {
+        quantize("nvfp4", ScaleRule{}, w.view(), 3.0f, codes.view(), scales.view(), 1);
+        dequantize("nvfp4", codes.view(), scales.view(), 3.0f, values.view(), 1);
+    }
+    Packed packed() const { return {"nvfp4", codes.view(), scales.view(), 3.0f}; }
+
+    Matrix<float> taken_from(const Matrix<float>& w) const {
+        Matrix<float> e = w;
+        for (Index r = 0; r < w.view().rows; ++r)
+            for (Index c = 0; c < w.view().cols; ++c) e(r, c) -= values(r, c);
+        return e;
+    }
+};
 
 template <class Real>
 class Forms : public ::testing::Test {};
@@ -37,29 +59,54 @@ TYPED_TEST(Forms, QuadraticIsTheDoubleLoop) {
         for (const Layout layout : layouts)
             for (const int threads : thread_counts) {
                 const Matrix<float> e2(e, layout, static_cast<float>(nan));
-                const Matrix<double> h2(h, layout, nan);
-                EXPECT_EQ(std::bit_cast<std::uint64_t>(quadratic_form<TypeParam>(e2.view(), h2.view(), threads)), std::bit_cast<std::uint64_t>(form));
+                Matrix<double> h2(h, layout, nan);
+                for (Index i = 0; i < cols; ++i) std::fill_n(h2.view().row(i) + i + 1, cols - i - 1, nan);  // half of it is enough
+                EXPECT_EQ(std::bit_cast<std::uint64_t>(quadratic_form<TypeParam>(e2.view(), SecondMoment(h2.view()), threads)), std::bit_cast<std::uint64_t>(form));
             }
     }
-    EXPECT_EQ(quadratic_form<TypeParam>(Matrix<float>(0, 4).view(), Matrix<double>(4, 4).view(), 2), 0.0);
-    expect_refused("hessian has shape (5, 5); a matrix of 4 columns needs (4, 4)", [] { quadratic_form<TypeParam>(Matrix<float>(2, 4).view(), Matrix<double>(5, 5).view(), 1); });
+    EXPECT_EQ(quadratic_form<TypeParam>(Matrix<float>(0, 4).view(), SecondMoment(Matrix<double>(4, 4).view()), 2), 0.0);
+    expect_refused("hessian has shape (5, 5); a matrix of 4 columns needs (4, 4)", [] { quadratic_form<TypeParam>(Matrix<float>(2, 4).view(), SecondMoment(Matrix<double>(5, 5).view()), 1); });
 }
 
 TYPED_TEST(Forms, TogetherAreThoseOfEachDifference) {
-    const Index rows = 230, cols = 300;  // two tiles a band and one thread
-    const Matrix<float> w = random_matrix(rows, cols), q1 = random_matrix(rows, cols, 6), q2(rows, cols), narrow(rows, cols - 1);
+    const Index rows = 230, cols = 304;  // two tiles a band and one thread
+    const Matrix<float> w = random_matrix(rows, cols);
+    const Rounded q1(random_matrix(rows, cols, 6)), zero(Matrix<float>(rows, cols)), narrow(random_matrix(rows, cols - 16));
     const Matrix<double> h = random_second_moment(cols);
-    Matrix<float> e(rows, cols);
-    for (Index r = 0; r < rows; ++r)
-        for (Index c = 0; c < cols; ++c) e(r, c) = w(r, c) - q1(r, c);
     const double of_w = quadratic_form<TypeParam>(w.view(), h.view(), 1);
-    const std::vector<double> expected{of_w, quadratic_form<TypeParam>(e.view(), h.view(), 1), of_w};
+    const std::vector<double> expected{of_w, quadratic_form<TypeParam>(q1.taken_from(w).view(), h.view(), 1), of_w};
     for (const Layout layout : layouts)
         for (const int threads : thread_counts) {
-            const Matrix<float> w2(w, layout, static_cast<float>(nan)), q3(q1, layout, static_cast<float>(nan));
-            EXPECT_EQ(quadratic_forms<TypeParam>(w2.view(), {q3.view(), q2.view()}, h.view(), threads), expected);
+            const Matrix<float> w2(w, layout, static_cast<float>(nan));
+            const Matrix<std::uint8_t> codes(q1.codes, layout, 0xEE), scales(q1.scales, layout, 0xEE);
+            EXPECT_EQ(quadratic_forms<TypeParam>(w2.view(), {{"nvfp4", codes.view(), scales.view(), 3.0f}, zero.packed()}, h.view(), threads), expected);
         }
-    expect_refused("differ in shape", [&] { quadratic_forms<TypeParam>(w.view(), {q2.view(), narrow.view()}, h.view(), 1); });
+    expect_refused("differ in shape", [&] { quadratic_forms<TypeParam>(w.view(), {zero.packed(), narrow.packed()}, h.view(), 1); });
+}
+
+TYPED_TEST(Forms, ReadAFactorsSecondMomentWhereverItsColumnsStand) {
+    constexpr double unit_roundoff = std::numeric_limits<TypeParam>::epsilon() / 2;
+    const Index rows = 70, cols = 304;
+    const Matrix<float> w = random_matrix(rows, cols);
+    const Rounded q(w);
+    const Matrix<float> e = q.taken_from(w);
+    const Matrix<double> h = random_second_moment(cols), a = random_second_moment(rows, 4);
+    const double bound = 2.0 * static_cast<double>(rows * cols + 4) * unit_roundoff * naive_quadratic_form(e, h, rows, cols, true), apart = coupled_form<TypeParam>(w.view(), q.packed(), a.view(), h.view(), 1);
+    double magnitude = 0;  // tr(|A| |E| |H| |E|ᵀ)
+    for (Index r = 0; r < rows; ++r)
+        for (Index i = 0; i < cols; ++i) {
+            double right = 0, left = 0;
+            for (Index j = 0; j < cols; ++j) right += std::fabs(h(i, j) * e(r, j));
+            for (Index s = 0; s < rows; ++s) left += std::fabs(a(r, s) * e(s, i));
+            magnitude += left * right;
+        }
+    for (const Order order : {Order::natural, Order::activation, Order::group}) {
+        const Factor factor(h.view(), order, 0.01, 16), outputs(a.view(), order, 0.01);
+        EXPECT_LE(std::fabs(quadratic_forms<TypeParam>(w.view(), {q.packed()}, factor.second_moment(), 1)[1] - naive_quadratic_form(e, h, rows, cols)), bound);
+        const double permuted = coupled_form<TypeParam>(w.view(), q.packed(), outputs.second_moment(), factor.second_moment(), 3);
+        // The same terms in another order, each sum off as CoupledIsTheDoubleLoop has it.
+        EXPECT_LE(std::fabs(permuted - apart), 4.0 * static_cast<double>(2 * (rows + cols)) * unit_roundoff * magnitude);
+    }
 }
 
 TYPED_TEST(Forms, KnowNoRange) {  // what float32 could not hold, were it not brought to size first
@@ -74,8 +121,8 @@ TYPED_TEST(Forms, KnowNoRange) {  // what float32 could not hold, were it not br
             for (Index c = 0; c < 20; ++c) h2(r, c) = std::ldexp(h(r, c), of_h);
         for (Index r = 0; r < 40; ++r)
             for (Index c = 0; c < 40; ++c) a2(r, c) = std::ldexp(a(r, c), -of_h);
-        EXPECT_EQ(quadratic_form<TypeParam>(e2.view(), h2.view(), 1), std::ldexp(quadratic_form<TypeParam>(e.view(), h.view(), 1), 2 * of_e + of_h));
-        EXPECT_EQ(coupled_form<TypeParam>(e2.view(), a2.view(), h2.view(), 1), std::ldexp(coupled_form<TypeParam>(e.view(), a.view(), h.view(), 1), 2 * of_e));
+        EXPECT_EQ(quadratic_form<TypeParam>(e2.view(), SecondMoment(h2.view()), 1), std::ldexp(quadratic_form<TypeParam>(e.view(), h.view(), 1), 2 * of_e + of_h));
+        EXPECT_EQ(coupled_form<TypeParam>(e2.view(), {}, SecondMoment(a2.view()), SecondMoment(h2.view()), 1), std::ldexp(coupled_form<TypeParam>(e.view(), {}, a.view(), h.view(), 1), 2 * of_e));
     }
 }
 
@@ -86,10 +133,10 @@ TYPED_TEST(Forms, AreFiniteWhereNothingIsNormal) {  // a factor that brought suc
     e(0, 1) = e(1, 0) = 0;
     h(0, 0) = h(1, 1) = a(0, 0) = a(1, 1) = 0x1p-1060;
     h(0, 1) = h(1, 0) = a(0, 1) = a(1, 0) = 0;
-    EXPECT_EQ(quadratic_form<TypeParam>(e.view(), h.view(), 1), 0.0);  // 2^-1358 is less than float64 has
-    EXPECT_EQ(coupled_form<TypeParam>(e.view(), a.view(), h.view(), 1), 0.0);
+    EXPECT_EQ(quadratic_form<TypeParam>(e.view(), SecondMoment(h.view()), 1), 0.0);  // 2^-1358 is less than float64 has
+    EXPECT_EQ(coupled_form<TypeParam>(e.view(), {}, SecondMoment(a.view()), SecondMoment(h.view()), 1), 0.0);
     h(0, 0) = h(1, 1) = a(0, 0) = a(1, 1) = 0x1p600;
-    EXPECT_EQ(quadratic_form<TypeParam>(e.view(), h.view(), 1), 0x1p303);  // twice 2^-298+600
+    EXPECT_EQ(quadratic_form<TypeParam>(e.view(), SecondMoment(h.view()), 1), 0x1p303);  // twice 2^-298+600
 }
 
 TYPED_TEST(Forms, CoupledIsTheDoubleLoop) {
@@ -106,12 +153,12 @@ TYPED_TEST(Forms, CoupledIsTheDoubleLoop) {
                     sum += term;
                     magnitude += std::fabs(term);
                 }
-    const double one = coupled_form<TypeParam>(e.view(), a.view(), h.view(), 1);
+    const double one = coupled_form<TypeParam>(e.view(), {}, a.view(), h.view(), 1);
     // A chain of sums over rows, columns and both again; every term meets at most that many roundings.
     EXPECT_LE(std::fabs(one - static_cast<double>(sum)), 2.0 * static_cast<double>(2 * (rows + cols)) * unit_roundoff * static_cast<double>(magnitude));
     for (const int threads : thread_counts)
-        for (const Layout layout : layouts) EXPECT_EQ(coupled_form<TypeParam>(Matrix<float>(e, layout, static_cast<float>(nan)).view(), Matrix<double>(a, layout).view(), Matrix<double>(h, layout).view(), threads), one);
-    expect_refused("second moments", [&] { coupled_form<TypeParam>(e.view(), h.view(), a.view(), 1); });
+        for (const Layout layout : layouts) EXPECT_EQ(coupled_form<TypeParam>(Matrix<float>(e, layout, static_cast<float>(nan)).view(), {}, SecondMoment(Matrix<double>(a, layout).view()), SecondMoment(Matrix<double>(h, layout).view()), threads), one);
+    expect_refused("second moments", [&] { coupled_form<TypeParam>(e.view(), {}, h.view(), a.view(), 1); });
 }
 
 }  // namespace

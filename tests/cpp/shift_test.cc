@@ -33,7 +33,7 @@ TEST(ShiftToInputs, AnswersTheNormalEquationsInAnyLayout) {
             const Factor factor(h.view(), order, 0.01, order == Order::group ? 10 : 1);
             const Matrix<double> r = damped(h, factor);
             Matrix<float> target(rows, n);
-            shift_to_inputs(w.view(), cross.view(), stream->view(), h.view(), factor, strength, target.view(), 1);
+            shift_to_inputs(w.view(), cross.view(), stream->view(), factor, strength, target.view(), 1);
             double moved = 0;
             for (Index row = 0; row < rows; ++row)
                 for (Index j = 0; j < n; ++j) {
@@ -55,10 +55,10 @@ TEST(ShiftToInputs, AnswersTheNormalEquationsInAnyLayout) {
             for (const Layout layout : layouts)
                 for (const int threads : thread_counts) {
                     const Matrix<float> w2(w, layout, static_cast<float>(nan));
-                    const Matrix<double> h2(h, layout, nan), cross2(cross, layout, nan);
+                    const Matrix<double> cross2(cross, layout, nan);
                     const Matrix<float> stream2(*stream, layout, static_cast<float>(nan));
                     Matrix<float> target2(rows, n, layout, -7.0f);
-                    shift_to_inputs(w2.view(), cross2.view(), stream2.view(), h2.view(), factor, strength, target2.view(), threads);
+                    shift_to_inputs(w2.view(), cross2.view(), stream2.view(), factor, strength, target2.view(), threads);
                     EXPECT_EQ(target2, target);
                     EXPECT_TRUE(target2.padding_untouched());
                 }
@@ -71,14 +71,13 @@ TEST(ShiftToInputs, RefusesShapesThatDoNotFit) {
     const Factor factor(h.view(), Order::group, 0.01, 16), small(narrow.view(), Order::group, 0.01, 16);
     const Matrix<float> w = random_matrix(3, 32);
     Matrix<float> target(3, 32), short_target(2, 32);
-    const auto shift = [&](const Matrix<double>& cross, const Matrix<double>& moment, const Factor& f, Matrix<float>& out, const Matrix<float>& stream = Matrix<float>(0, 0)) {
-        shift_to_inputs(w.view(), cross.view(), stream.view(), moment.view(), f, 1, out.view(), 1);
+    const auto shift = [&](const Matrix<double>& cross, const Factor& f, Matrix<float>& out, const Matrix<float>& stream = Matrix<float>(0, 0)) {
+        shift_to_inputs(w.view(), cross.view(), stream.view(), f, 1, out.view(), 1);
     };
-    for (const auto& call : std::vector<std::function<void()>>{[&] { shift(narrow, h, factor, target); }, [&] { shift(h, narrow, factor, target); }, [&] { shift(h, h, small, target); },
-                                                               [&] { shift(h, h, factor, short_target); }})
-        expect_refused("weight, cross, hessian, factor and target do not have the same columns", call);
-    for (const Matrix<float>& stream : {Matrix<float>(3, 16), Matrix<float>(2, 32)}) expect_refused("stream does not have the shape of weight", [&] { shift(h, h, factor, target, stream); });
-    shift(h, h, factor, target);
+    for (const auto& call : std::vector<std::function<void()>>{[&] { shift(narrow, factor, target); }, [&] { shift(h, small, target); }, [&] { shift(h, factor, short_target); }})
+        expect_refused("weight, cross, factor and target do not have the same columns", call);
+    for (const Matrix<float>& stream : {Matrix<float>(3, 16), Matrix<float>(2, 32)}) expect_refused("stream does not have the shape of weight", [&] { shift(h, factor, target, stream); });
+    shift(h, factor, target);
     EXPECT_EQ(target, w);  // the inputs are the same: nothing to answer
 }
 

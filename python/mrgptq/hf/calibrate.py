@@ -211,7 +211,8 @@ def _quantize_group(
     with located(", ".join(group)):
         tensor_scale = shared_tensor_scale(list(weights.values()), recipe, threads=threads)
     seen = hessian.tokens
-    factor = make_factor(hessian, recipe, copy=False, threads=threads) if recipe.solver == "gptq" else None  # nobody else asks for this Hessian
+    factor, kept = (make_factor(hessian, recipe, threads=threads), None) if recipe.solver == "gptq" else (None, hessian)
+    del hessian  # the factor has all that is needed of it
 
     def mean(total: torch.Tensor | None) -> NDArray[np.float64] | None:
         return None if total is None else total.cpu().numpy() / seen
@@ -220,7 +221,7 @@ def _quantize_group(
     for name, weight in weights.items():
         with located(name):
             stream, outputs = mean(apart.streams.pop(name, None)), output_hessians.pop(name, None)
-            matrix = quantize_layer(weight, hessian if factor is None else None, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, stream=stream, output_hessian=outputs, threads=threads)
+            matrix = quantize_layer(weight, kept, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, stream=stream, output_hessian=outputs, threads=threads)
         matrix = replace(matrix, activations=activations)
         parameter = named[name].weight
         parameter.copy_(torch.from_numpy(matrix.dequantize(unrotate=True, threads=threads)).to(parameter.device))
