@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -15,7 +16,7 @@
 #include "base/parallel.h"
 #include "codecs/chunk.h"
 #include "formats/block_format.h"
-#include "linalg/squares.h"
+#include "matmul/words.h"
 #include "simd/dot.h"
 #include "simd/e4m3.h"
 
@@ -26,7 +27,7 @@ constexpr Index tile_rows = 32;
 constexpr Index tile_tokens = simd::lanes == 16 ? 4 : 2;  // by two vectors of rows: as many sums as leave registers for the rest
 constexpr Index depth_at_once = 512;  // columns: of 32 rows they fill half of the first cache
 constexpr Index most_tokens = 512;    // packed at once
-constexpr Index ahead = 512;          // bytes of a row: what is sent for; memory foresees few of 32 rows that are read side by side
+constexpr Index ahead = 512;          // bytes of a row: what is sent for
 constexpr Index least_power = 60;     // a scale below 2^-60 of its row's largest counts as zero
 constexpr Index codes_a_word = 8;
 constexpr std::uint32_t low_nibbles = 0x0F0F0F0Fu;
@@ -43,27 +44,25 @@ MRGPTQ_INLINE simd::Words relative_scales(simd::Words bytes, simd::Words largest
     return select(bytes == 255u, splat(0x7FC00000u), select(below > static_cast<std::uint32_t>(least_power), Words{}, (127u - below) << 23));
 }
 
-// Words of four bytes of 32 rows, turned in registers so that a vector holds a word of as many rows as it has lanes: take(word, the first of its rows, vector). Behind the last row and behind `bytes`
-// is zero.
+// Words of four bytes of 32 rows: take(word, the first of its rows, a vector of as many rows' words as it has lanes). Behind the last row and behind `bytes` is zero.
 template <class Take>
 MRGPTQ_INLINE void turn_words(MatrixView<const std::uint8_t> from, Index row, Index byte, Index bytes, Take&& take) noexcept {
     constexpr Index w = simd::lanes, side = w * 4;
-    for (Index begin = 0; begin < bytes; begin += side) {
-        const Index here = std::min(side, bytes - begin);
+    for (Index begin = 0; begin < bytes; begin += side)
         for (Index first = 0; first < tile_rows; first += w) {
-            const Index rows = std::clamp<Index>(from.rows - row - first, 0, w);
-            const auto at = [&](Index r) { return from.row(row + first + r) + byte + begin; };
-            std::array<simd::Words, w> square;
-            if (rows == w && here == side) {
-                for (Index r = 0; r < w; ++r) std::memcpy(&square[static_cast<std::size_t>(r)], at(r), sizeof(simd::Words));
-            } else {
-                square.fill(simd::Words{});
-                for (Index r = 0; r < rows; ++r) std::memcpy(&square[static_cast<std::size_t>(r)], at(r), static_cast<std::size_t>(here));
+            const Index rows = std::clamp<Index>(from.rows - row - first, 0, w), here = std::min(side, bytes - begin);
+            const std::uint8_t* corner = from.data + (row + first) * from.row_stride + byte + begin;
+            Index stride = from.row_stride;
+            alignas(cache_line) std::uint8_t part[w * side];
+            if (rows < w || here < side) [[unlikely]] {
+                std::fill(std::begin(part), std::end(part), std::uint8_t{0});
+                for (Index r = 0; r < rows; ++r) std::copy_n(corner + r * stride, here, part + r * side);
+                corner = part;
+                stride = side;
             }
-            square = turned(square);
-            for (Index i = 0; 4 * i < here; ++i) take(begin / 4 + i, first, square[static_cast<std::size_t>(i)]);
+            const WordSquare square = load_turned(corner, stride, ahead);
+            for (Index i = 0; i < w; ++i) take(begin / 4 + i, first, square[static_cast<std::size_t>(i)]);
         }
-    }
 }
 
 // 32 rows of packed weights in lanes: of each four columns a word of lifted codes, of each group a scale.
@@ -74,7 +73,7 @@ public:
     alignas(cache_line) std::uint32_t lifted[depth_at_once / 4 * tile_rows];
     alignas(cache_line) float scales[depth_at_once / Format::group_size * tile_rows];
 
-    WeightTile(const PackedMatrix& weight, Index row) noexcept(false) : weight_(weight), row_(row), scale_words_((weight.scales.cols + 3) / 4 * tile_rows) {
+    WeightTile(const PackedMatrix& weight, Index row) noexcept(false) : weight_(weight), row_(row), scale_words_((weight.scales.cols + 4 * simd::lanes - 1) / (4 * simd::lanes) * simd::lanes * tile_rows) {
         alignas(cache_line) std::uint32_t largest[tile_rows] = {};  // of each of a word's bytes
         turn_words(weight.scales, row, 0, weight.scales.cols, [&](Index word, Index first, simd::Words bytes) {
             simd::store(scale_words_.data() + word * tile_rows + first, bytes);

@@ -1,0 +1,53 @@
+// Squares of words, four bytes each, of as many rows as a vector has lanes, turned as they are read: a vector holds a word of every row.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+
+#include "base/matrix_view.h"
+#include "linalg/squares.h"
+#include "simd/vector.h"
+
+namespace mrgptq {
+
+using WordSquare = std::array<simd::Words, simd::lanes>;
+
+// Rows lie `stride` bytes apart. What lies `ahead` bytes behind each is sent for: memory foresees few of 32 rows that are read side by side.
+MRGPTQ_INLINE WordSquare load_turned(const std::uint8_t* from, Index stride, Index ahead) noexcept {
+    WordSquare square;
+#if defined(MRGPTQ_AVX512)
+    // Quarters of four rows go where they belong as they are read, which is left to the loads; four words by four rows remain to be turned inside each quarter.
+    Index four = 4 * stride, twelve = 12 * stride;
+    const std::uint8_t* row[4] = {from, from + stride, from + 2 * stride, from + 3 * stride};
+    asm("" : "+r"(four), "+r"(twelve), "+r"(row[0]), "+r"(row[1]), "+r"(row[2]), "+r"(row[3]));  // sixteen addresses of their own would be more than there are registers
+    for (const std::uint8_t* of_four : row)
+        for (const Index offset : {Index{0}, four, 2 * four, twelve}) __builtin_prefetch(of_four + offset + ahead, 0, 2);
+    for (std::size_t quarter = 0; quarter < 4; ++quarter) {
+        __m512i rows[4];
+        for (std::size_t j = 0; j < 4; ++j) {
+            const auto read = [&](Index offset) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[j] + offset + 16 * quarter)); };
+            rows[j] = _mm512_castsi128_si512(read(0));
+            rows[j] = _mm512_mask_broadcast_i32x4(rows[j], 0x00F0, read(four));
+            rows[j] = _mm512_mask_broadcast_i32x4(rows[j], 0x0F00, read(2 * four));
+            rows[j] = _mm512_mask_broadcast_i32x4(rows[j], 0xF000, read(twelve));
+        }
+        const __m512i low[2] = {_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpacklo_epi32(rows[2], rows[3])};
+        const __m512i high[2] = {_mm512_unpackhi_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[2], rows[3])};
+        square[4 * quarter] = (simd::Words)_mm512_unpacklo_epi64(low[0], low[1]);
+        square[4 * quarter + 1] = (simd::Words)_mm512_unpackhi_epi64(low[0], low[1]);
+        square[4 * quarter + 2] = (simd::Words)_mm512_unpacklo_epi64(high[0], high[1]);
+        square[4 * quarter + 3] = (simd::Words)_mm512_unpackhi_epi64(high[0], high[1]);
+    }
+    return square;
+#else
+    for (std::size_t r = 0; r < square.size(); ++r) {
+        const std::uint8_t* const row = from + static_cast<Index>(r) * stride;
+        __builtin_prefetch(row + ahead);
+        std::memcpy(&square[r], row, sizeof square[r]);
+    }
+    return turned(square);
+#endif
+}
+
+}  // namespace mrgptq
