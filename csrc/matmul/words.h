@@ -11,9 +11,12 @@
 
 namespace mrgptq {
 
+// Asks for the cache line `offset` bytes from an address.
+MRGPTQ_INLINE void send_for(const std::uint8_t* from, Index offset) noexcept { __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset)), 0, 2); }
+
 using WordSquare = std::array<simd::Words, simd::lanes>;
 
-// Rows lie `stride` bytes apart. What lies `ahead` bytes behind each is sent for: memory foresees few of 32 rows that are read side by side.
+// Rows lie `stride` bytes apart. What lies `ahead` bytes from each is sent for, which may be where nothing is: memory foresees few of 32 rows that are read side by side.
 MRGPTQ_INLINE WordSquare load_turned(const std::uint8_t* from, Index stride, Index ahead) noexcept {
     WordSquare square;
 #if defined(MRGPTQ_AVX512)
@@ -22,7 +25,7 @@ MRGPTQ_INLINE WordSquare load_turned(const std::uint8_t* from, Index stride, Ind
     const std::uint8_t* row[4] = {from, from + stride, from + 2 * stride, from + 3 * stride};
     asm("" : "+r"(four), "+r"(twelve), "+r"(row[0]), "+r"(row[1]), "+r"(row[2]), "+r"(row[3]));  // sixteen addresses of their own would be more than there are registers
     for (const std::uint8_t* of_four : row)
-        for (const Index offset : {Index{0}, four, 2 * four, twelve}) __builtin_prefetch(of_four + offset + ahead, 0, 2);
+        for (const Index offset : {Index{0}, four, 2 * four, twelve}) send_for(of_four, offset + ahead);
     for (std::size_t quarter = 0; quarter < 4; ++quarter) {
         __m512i rows[4];
         for (std::size_t j = 0; j < 4; ++j) {
@@ -43,7 +46,7 @@ MRGPTQ_INLINE WordSquare load_turned(const std::uint8_t* from, Index stride, Ind
 #else
     for (std::size_t r = 0; r < square.size(); ++r) {
         const std::uint8_t* const row = from + static_cast<Index>(r) * stride;
-        __builtin_prefetch(row + ahead);
+        send_for(row, ahead);
         std::memcpy(&square[r], row, sizeof square[r]);
     }
     return turned(square);

@@ -35,6 +35,22 @@ def square_sums(format: str, weight: NDArray[np.float32], codes: NDArray[np.uint
 def matmul(
     format: str, x: NDArray[np.float32], codes: NDArray[np.uint8], scales: NDArray[np.uint8], tensor_scale: float, out: NDArray[np.float32], threads: int, /
 ) -> None: ...
+def matmul_packed(
+    x_format: str,
+    x_codes: NDArray[np.uint8],
+    x_scales: NDArray[np.uint8],
+    x_tensor_scale: float,
+    format: str,
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.uint8],
+    tensor_scale: float,
+    out: NDArray[np.float32],
+    threads: int,
+    /,
+) -> None: ...
+def matmul_int8(
+    x: NDArray[np.float32], format: str, codes: NDArray[np.uint8], scales: NDArray[np.uint8], tensor_scale: float, out: NDArray[np.float32], threads: int, /
+) -> None: ...
 def pack(codes: NDArray[np.uint8], threads: int, /) -> NDArray[np.uint8]: ...
 def unpack(packed: NDArray[np.uint8], threads: int, /) -> NDArray[np.uint8]: ...
 def rotate_columns(x: NDArray[np.float32], turn: int | NDArray[np.float32], out: NDArray[np.float32], threads: int, /) -> int: ...

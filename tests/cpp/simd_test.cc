@@ -15,6 +15,7 @@
 #include "matrices.h"
 #include "refusal.h"
 #include "simd/butterflies.h"
+#include "simd/dot.h"
 #include "simd/e2m1.h"
 #include "simd/e4m3.h"
 #include "simd/nibbles.h"
@@ -61,6 +62,45 @@ TEST(SimdE2m1, DecodesByTheLowFourBits) {
     for (std::uint32_t code = 0; code < 256; ++code) {
         const Words values = bits(decode_e2m1(splat(code * 0x01010101u)));
         for (int i = 0; i < lanes; ++i) EXPECT_EQ(values[i], std::bit_cast<std::uint32_t>(e2m1::decode(static_cast<std::uint8_t>(code))));
+    }
+}
+
+TEST(SimdDot, LiftsAndDoublesEveryCodeInEveryByte) {
+    for (std::uint32_t code = 0; code < 16; ++code)
+        for (std::uint32_t other = 0; other < 16; ++other) {
+            const Words codes = splat(code | other << 8 | other << 16 | code << 24), up = lifted(codes), twice = doubled(codes);
+            const auto value = [](std::uint32_t c) { return static_cast<int>(2 * e2m1::decode(static_cast<std::uint8_t>(c))); };
+            for (int i = 0; i < lanes; ++i)
+                for (int byte = 0; byte < 4; ++byte) {
+                    const int expected = value(byte == 0 || byte == 3 ? code : other);
+                    EXPECT_EQ(static_cast<int>(up[i] >> (8 * byte) & 0xFF), expected + lift);
+                    EXPECT_EQ(static_cast<std::int8_t>(twice[i] >> (8 * byte)), expected);
+                }
+        }
+}
+
+// Eight words, 32 columns, of random numbers and of the largest of both signs: the sums are whole and exact.
+TEST(SimdDot, SumsOf32ProductsAreExact) {
+    std::mt19937 generator(3);
+    for (int round = 0; round < 200; ++round) {
+        const auto number = [&](int largest) { return round < 100 ? static_cast<int>(generator() % static_cast<unsigned>(2 * largest + 1)) - largest : largest * (round % 3 == 0 ? 1 : round % 3 == 1 ? -1 : generator() % 2 ? 1 : -1); };
+        int expected[lanes] = {}, first = 0, last = 0;
+        Words codes[8] = {}, others[8] = {};
+        for (int word = 0; word < 8; ++word)
+            for (int byte = 0; byte < 4; ++byte) {
+                const int other = number(127);
+                (byte < 2 ? first : last) += other;
+                others[word] |= splat(static_cast<std::uint32_t>(other & 0xFF) << (8 * byte));
+                for (int i = 0; i < lanes; ++i) {
+                    const int doubled = number(12);
+                    expected[i] += doubled * other;
+                    codes[word][i] |= static_cast<std::uint32_t>(doubled + lift) << (8 * byte);
+                }
+            }
+        Words sums = splat(beginning_of_sums(first, last));
+        for (int word = 0; word < 8; ++word) sums = add_products(sums, codes[word], others[word]);
+        const Floats whole = finished_sums(sums);
+        for (int i = 0; i < lanes; ++i) ASSERT_EQ(whole[i], static_cast<float>(expected[i])) << "round " << round;
     }
 }
 
