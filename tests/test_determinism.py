@@ -1,4 +1,4 @@
-"""The same bytes for any number of threads, and for codecs and rotations from every ISA module as well; a level that cannot be had is refused, never replaced."""
+"""The same bytes for any number of threads, and for codecs, rotations and products with rounded inputs from every ISA module as well; a level that cannot be had is refused, never replaced."""
 
 import json
 import os
@@ -36,6 +36,8 @@ for format in ("nvfp4", "mxfp4"):
         q = mg.quantize(w, format, scales=scales, threads=threads)
         note(f"codec {format} {scales}", q.codes, q.scales, np.float64(q.tensor_scale), q.dequantize(threads=threads))
     note(f"codec activations {format}", mg.round_activations(x, format, threads=threads))
+    for activations in ("nvfp4", "mxfp4", "int8"):
+        note(f"product {format} {activations}", mg.matmul(x[:77], mg.quantize(w, format), activations=activations, threads=threads))
 note("codec alternating", np.float64(mg.alternating_tensor_scale([w, w[:70] * 2], threads=threads)))
 for k in (2, 16, 32):
     note(f"rotation {k}", mg.Hadamard(k).apply(x, threads=threads), mg.Hadamard(k).apply_hessian(exact.T @ exact, threads=threads))
@@ -90,8 +92,8 @@ def one_thread():
 
 
 def test_the_script_covers_every_room(one_thread):
-    assert len(one_thread["hashes"]) == 11 + 2 + 1 + 4 + 1 + 8 + 16 + 32 + 4
-    assert len(set(one_thread["hashes"].values())) >= 79 - 8 - 16  # different questions have different answers, but the two precisions may agree
+    assert len(one_thread["hashes"]) == 11 + 2 + 6 + 1 + 4 + 1 + 8 + 16 + 32 + 4
+    assert len(set(one_thread["hashes"].values())) >= 85 - 8 - 16  # different questions have different answers, but the two precisions may agree
     assert one_thread["threads"] == 1
 
 
@@ -116,7 +118,7 @@ def built_levels():
     return [level for level in LEVELS if any(f"_core_{level}{suffix}" in files for suffix in EXTENSION_SUFFIXES)]
 
 
-def test_codecs_and_rotations_give_the_same_bytes_on_every_level_built(one_thread):
+def test_codecs_rotations_and_rounded_products_give_the_same_bytes_on_every_level_built(one_thread):
     """Every level whose module lies on disk and that this machine runs must run. With a single one, a developer's native build, the comparison is with the module in use."""
     built, supported = built_levels(), mg.build_info()["isa_supported"]
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -126,7 +128,7 @@ def test_codecs_and_rotations_give_the_same_bytes_on_every_level_built(one_threa
         result = outputs(isa=level, openmp_threads=2)
         assert result["isa"] == level
         ran[level] = {name: value for name, value in result["hashes"].items() if not name.startswith("solver")}
-        assert len(ran[level]) == 11 + 2 + 1 + 4
+        assert len(ran[level]) == 11 + 2 + 6 + 1 + 4
     assert set(ran) == set(built) & set(supported)
     assert len(ran) >= 2 or len(built) == 1 or supported == ["v2"]  # nothing was compared: legal only where there is but one to run
     for level, hashes in ran.items():

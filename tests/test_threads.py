@@ -50,6 +50,8 @@ def core_calls():
         "dequantize_into": lambda: (_core.dequantize_into, ("nvfp4", Q.codes, Q.scales, Q.tensor_scale, np.empty_like(W), 1)),
         "round_to_grid": lambda: (_core.round_to_grid, ("nvfp4", "absmax", "even", False, X, 16, 1.0, np.empty_like(X), 1)),
         "matmul": lambda: (_core.matmul, ("nvfp4", X[:300], Q.codes, Q.scales, Q.tensor_scale, np.empty((300, len(W)), np.float32), 1)),
+        "matmul_packed": lambda: (_core.matmul_packed, ("nvfp4", Q.codes, Q.scales, 1.0, "nvfp4", Q.codes, Q.scales, Q.tensor_scale, np.empty((len(W), len(W)), np.float32), 1)),
+        "matmul_int8": lambda: (_core.matmul_int8, (X[:300], "nvfp4", Q.codes, Q.scales, Q.tensor_scale, np.empty((300, len(W)), np.float32), 1)),
         "pack": lambda: (_core.pack, (np.zeros((2048, 512), np.uint8), 1)),
         "unpack": lambda: (_core.unpack, (np.zeros((2048, 512), np.uint8), 1)),
         "rotate_columns": lambda: (_core.rotate_columns, (X, 16, np.empty_like(X), 1)),

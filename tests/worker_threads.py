@@ -35,6 +35,8 @@ def count_in_worker(threads):
     mg.Dense(np.eye(16)[::-1]).apply(weight, threads=threads)
     mg.round_activations(x, "mxfp4", threads=threads)
     mg.matmul(x, mg.quantize_activations(weight, "mxfp4", threads=threads), threads=threads)
+    for activations in ("nvfp4", "int8"):
+        mg.matmul(x, mg.quantize_activations(weight, "mxfp4", threads=threads), activations=activations, threads=threads)
     mg.alternating_tensor_scale([weight], iterations=1, threads=threads)
     q = mg.quantize(weight, "nvfp4", threads=threads)
     mg.unpack(q.codes, threads=threads)
