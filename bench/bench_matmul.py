@@ -1,7 +1,7 @@
 """Products with packed weights, DRAM-cold, for 1 to 512 tokens, against NumPy's and torch's with the same weight unpacked; run by run.py.
 
 Rates count 2 tokens rows cols operations. The packed weight and the peers' dense ones are each read from copies that together are four times the last-level cache. "bound: read" is what reading
-the packed weight once would take, "bound: FMA" the machine's fused multiply-adds in float32.
+the packed weight once would take, "bound: FMA" the machine's fused multiply-adds in float32. W4A4 and int8 are given float32 tokens too, and their time has the rounding in it.
 """
 
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ ROOM = "matmul"
 TOKENS = (1, 2, 4, 16, 64, 256, 512)
 NUMPY, TORCH = "NumPy x @ W.T", "torch, float32"
 TORCH_BF16 = "torch, bfloat16"
+OURS = ("W4A16", "W4A4", "int8")
 
 
 def copies(make, nbytes, quick):
@@ -34,6 +35,19 @@ def check():
         wide, values = x.astype(np.float64), q.dequantize().astype(np.float64)
         if not (np.abs(mg.matmul(x, q) - wide @ values.T) <= 132 * 2.0**-24 * (np.abs(wide) @ np.abs(values).T)).all():
             raise SystemExit(f"the product with {format} is not that of its values: the measurement is worth nothing")
+        packed = mg.quantize_activations(x, format)
+        wide = packed.dequantize().astype(np.float64)
+        if not (np.abs(mg.matmul(packed, q) - wide @ values.T) <= 25 * 2.0**-24 * (np.abs(wide) @ np.abs(values).T)).all():
+            raise SystemExit(f"the product of {format} with itself is not that of its values: the measurement is worth nothing")
+
+
+def rounded(kind, format, x, q, weight, out, threads):
+    """The product of float32 tokens that are rounded first, as ``mg.matmul`` composes it, with a copy of q's codes and scales."""
+    if kind == "int8":
+        return _core.matmul_int8(x, format, *weight, q.tensor_scale, out, threads)
+    divisor = _core.nvfp4_tensor_scale(_core.amax(x, 0, threads)) if format == "nvfp4" else 1.0
+    codes, scales, _ = _core.quantize(format, "absmax", "even", False, x, 0, divisor, threads)
+    return _core.matmul_packed(format, codes, scales, divisor, format, *weight, q.tensor_scale, out, threads)
 
 
 def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
@@ -56,8 +70,11 @@ def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
     peak, reading = bounds.bound("FMA float32", threads, quick), bounds.bound("read", threads, quick)
     for tokens in (1, 9) if quick else TOKENS:
         x, amount = rng.standard_normal((tokens, cols), dtype=np.float32), 2 * tokens * rows * cols / 1e9
-        outs = {format: np.empty((tokens, rows), np.float32) for format in packed}
-        calls = {f"W4A16 {format}": lambda format=format, q=q: _core.matmul(format, x, *turns[format](), q.tensor_scale, outs[format], threads) for format, q in packed.items()}
+        outs = {(kind, format): np.empty((tokens, rows), np.float32) for kind in OURS for format in packed}
+        calls = {f"W4A16 {format}": lambda format=format, q=q: _core.matmul(format, x, *turns[format](), q.tensor_scale, outs["W4A16", format], threads) for format, q in packed.items()}
+        calls |= {
+            f"{kind} {format}": lambda kind=kind, format=format, q=q: rounded(kind, format, x, q, turns[format](), outs[kind, format], threads) for kind in OURS[1:] for format, q in packed.items()
+        }
         answers = {}
         if compare:
             calls[NUMPY] = lambda: answers.update(numpy=x @ numpy_turn().T)
@@ -66,11 +83,15 @@ def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
             calls[name] = lambda tensor=tensor, turn=turn: tensor @ turn().T
         work, shape, unit = f"{tokens} token{'s' * (tokens > 1)}", f"{rows} × {cols}", "GFLOP/s"
         timings = interleaved(calls, budget=0.01 if quick else 1.5, warm_up=True)
+        for format in packed:  # energies: rounding adds one or two hundredths at four bits and less than a ten-thousandth at eight, and chance more in a few rows
+            for kind, tolerance in (("W4A4", 0.2), ("int8", 0.02)):
+                agree(f"the product {kind} {format}", float(np.square(outs[kind, format]).sum()), float(np.square(outs["W4A16", format]).sum()), tolerance)
         if compare:
-            agree("the product", float(np.square(outs["nvfp4"]).sum()), float(np.square(answers["numpy"]).sum()), 1e-4)
-        found += records(ROOM, work, shape, unit, threads, timings, amount=amount, against={name: (NUMPY, TORCH, TORCH_BF16) for name in calls if name.startswith("W4A16")}, bound=("bound: FMA", peak))
+            agree("the product", float(np.square(outs["W4A16", "nvfp4"]).sum()), float(np.square(answers["numpy"]).sum()), 1e-4)
+        against = {f"{kind} {format}": (NUMPY, TORCH, TORCH_BF16, *([f"W4A16 {format}"] if kind != "W4A16" else [])) for kind in OURS for format in packed}
+        found += records(ROOM, work, shape, unit, threads, timings, amount=amount, against=against, bound=("bound: FMA", peak))
         for row in found[-len(calls) :]:
-            if row["contender"].startswith("W4A16"):
+            if row["contender"] in against:
                 row["ratios"]["bound: read"] = row["median"] / (amount * reading / (packed[row["contender"].split()[1]].nbytes / 1e9))
         if compare and not torch_turns:
             found.append(absent(ROOM, work, TORCH, shape, unit, threads, "torch is not installed"))
