@@ -35,7 +35,8 @@ struct PackedInputs {
     std::array<std::uint8_t, most_tokens> largest = {};
 
     PackedInputs(MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales) noexcept : codes(codes), scales(scales) {
-        for (Index token = 0; token < scales.rows && relative; ++token) largest[static_cast<std::size_t>(token)] = *std::max_element(scales.row(token), scales.row(token) + scales.cols);
+        for (Index token = 0; token < scales.rows && relative; ++token)
+            for (Index g = 0; g < scales.cols; ++g) largest[static_cast<std::size_t>(token)] = std::max(largest[static_cast<std::size_t>(token)], scales.row(token)[g]);
     }
 
     double power(Index token) const noexcept { return relative ? power_of_row(largest[static_cast<std::size_t>(token)] - e8m0::bias) : 1.0; }
@@ -85,7 +86,8 @@ struct RoundedInputs {
                     simd::store(found, simd::floats(group_maxima<Format>(from)) / 127.0f);
                     std::copy_n(found, here, to + g);
                 }
-                const float largest = *std::max_element(to, to + groups);
+                float largest = 0;
+                for (Index g = 0; g < groups; ++g) largest = std::max(largest, to[g]);
                 powers[static_cast<std::size_t>(token)] = power_of_row(largest > 0 ? std::ilogb(largest) : 0);
             }
         });
