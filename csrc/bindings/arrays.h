@@ -3,12 +3,15 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "base/check.h"
 #include "base/matrix_view.h"
+#include "codecs/codec.h"
 #include "rotations/rotation.h"
 
 namespace mrgptq::bindings {
@@ -39,6 +42,14 @@ py::array_t<T> matrix(Index rows, Index cols) {
 
 // A rotation as Python hands it over: the block size of a Hadamard rotation, 0 for none, or the matrix of another.
 inline Rotation rotation_of(const py::object& given) { return py::isinstance<py::array>(given) ? Rotation(view<float>(py::reinterpret_borrow<py::array>(given))) : Rotation(given.cast<Index>()); }
+
+// A packed matrix as Python hands it over: format, codes, scales and tensor scale.
+using PackedArrays = std::tuple<std::string, py::array, py::array, float>;
+
+inline PackedMatrix packed(const PackedArrays& from) {
+    const auto& [format, codes, scales, tensor_scale] = from;
+    return {format, view<std::uint8_t>(codes), view<std::uint8_t>(scales), tensor_scale};
+}
 
 template <class Work>
 decltype(auto) without_gil(Work&& work) {

@@ -2,10 +2,7 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
-
-#include <pybind11/stl.h>
 
 #include "base/parallel.h"
 #include "bindings/arrays.h"
@@ -17,17 +14,6 @@
 #include "linalg/symmetric.h"
 
 namespace mrgptq::bindings {
-namespace {
-
-// Format, codes, scales and tensor scale.
-using PackedArrays = std::tuple<std::string, py::array, py::array, float>;
-
-Packed packed(const PackedArrays& from) {
-    const auto& [format, codes, scales, tensor_scale] = from;
-    return {format, view<std::uint8_t>(codes), view<std::uint8_t>(scales), tensor_scale};
-}
-
-}  // namespace
 
 void register_gptq(py::module_& module) {
     fix_eigen_blocking();
@@ -133,14 +119,14 @@ void register_gptq(py::module_& module) {
     });
     module.def("quadratic_forms", [](const py::array& w, const std::vector<PackedArrays>& q, const SecondMoment& h, const std::string& precision, int threads) {
         const auto in = view<float>(w);
-        std::vector<Packed> in_q;
+        std::vector<PackedMatrix> in_q;
         for (const auto& less : q) in_q.push_back(packed(less));
         const bool single = precision_named(precision) == Precision::float32;
         return without_gil([&] { return single ? quadratic_forms<float>(in, in_q, h, threads) : quadratic_forms<double>(in, in_q, h, threads); });
     });
     module.def("coupled_form", [](const py::array& w, const std::optional<PackedArrays>& q, const SecondMoment& a, const SecondMoment& h, const std::string& precision, int threads) {
         const auto in = view<float>(w);
-        const std::optional<Packed> in_q = q ? std::optional(packed(*q)) : std::nullopt;
+        const std::optional<PackedMatrix> in_q = q ? std::optional(packed(*q)) : std::nullopt;
         const bool single = precision_named(precision) == Precision::float32;
         return without_gil([&] { return single ? coupled_form<float>(in, in_q, a, h, threads) : coupled_form<double>(in, in_q, a, h, threads); });
     });

@@ -12,6 +12,13 @@
 
 namespace mrgptq {
 
+// A matrix in codes and scales.
+struct PackedMatrix {
+    std::string_view format;
+    MatrixView<const std::uint8_t> codes, scales;
+    float tensor_scale = 1;
+};
+
 // The largest magnitude; 0 for an empty matrix, NaN where a value is not finite. Throws where the rotation overflows.
 float amax(MatrixView<const float> x, int threads, const Rotation& rotation = {});
 

@@ -12,7 +12,6 @@
 #include "base/buffer.h"
 #include "base/check.h"
 #include "base/parallel.h"
-#include "codecs/codec.h"
 #include "codecs/scale_rule.h"
 #include "gptq/rows.h"
 #include "gptq/tile.h"
@@ -67,9 +66,9 @@ struct Gathered {
 // W, or W - Q where there is one, rounded to float32.
 struct Difference {
     MatrixView<const float> w;
-    std::optional<Packed> q;
+    std::optional<PackedMatrix> q;
 
-    Difference(MatrixView<const float> from, const std::optional<Packed>& less = {}) : w(from), q(less) {
+    Difference(MatrixView<const float> from, const std::optional<PackedMatrix>& less = {}) : w(from), q(less) {
         check(!q || (q->codes.rows == w.rows && q->codes.cols * 2 == w.cols), "two matrices that are to be subtracted differ in shape");
     }
 
@@ -137,12 +136,12 @@ double sum_of_tiles(Index rows, int threads, SumOfBand&& sum_of_band) {
 }  // namespace
 
 template <class Real>
-std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<Packed>& q, const SecondMoment& h, int threads) {
+std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<PackedMatrix>& q, const SecondMoment& h, int threads) {
     check(h.square_of(w.cols), "hessian has shape (" + std::to_string(h.below().rows) + ", " + std::to_string(h.below().cols) + "); a matrix of " + std::to_string(w.cols) + " columns needs (" +
                                    std::to_string(w.cols) + ", " + std::to_string(w.cols) + ")");
     const Index n = w.cols, tiles = (w.rows + lanes - 1) / lanes, forms = static_cast<Index>(q.size()) + 1;
     std::vector<Difference> of{w};
-    for (const Packed& less : q) of.emplace_back(w, less);
+    for (const PackedMatrix& less : q) of.emplace_back(w, less);
     const double of_h = scale_of<Real>(h);
     std::vector<double> of_e;
     for (const Difference& e : of) of_e.push_back(scale_of<Real>(e, threads));
@@ -186,7 +185,7 @@ double quadratic_form(MatrixView<const float> e, const SecondMoment& h, int thre
 }
 
 template <class Real>
-double coupled_form(MatrixView<const float> w, const std::optional<Packed>& q, const SecondMoment& a, const SecondMoment& h, int threads) {
+double coupled_form(MatrixView<const float> w, const std::optional<PackedMatrix>& q, const SecondMoment& a, const SecondMoment& h, int threads) {
     check(a.square_of(w.rows) && h.square_of(w.cols), "coupled_form: the second moments of outputs and inputs do not have the rows and columns of the errors");
     const Index rows = w.rows, n = w.cols;
     const Difference e(w, q);
@@ -230,11 +229,11 @@ double coupled_form(MatrixView<const float> w, const std::optional<Packed>& q, c
     return sum / of_e / of_e / of_a / of_h;
 }
 
-template std::vector<double> quadratic_forms<float>(MatrixView<const float>, const std::vector<Packed>&, const SecondMoment&, int);
-template std::vector<double> quadratic_forms<double>(MatrixView<const float>, const std::vector<Packed>&, const SecondMoment&, int);
+template std::vector<double> quadratic_forms<float>(MatrixView<const float>, const std::vector<PackedMatrix>&, const SecondMoment&, int);
+template std::vector<double> quadratic_forms<double>(MatrixView<const float>, const std::vector<PackedMatrix>&, const SecondMoment&, int);
 template double quadratic_form<float>(MatrixView<const float>, const SecondMoment&, int);
 template double quadratic_form<double>(MatrixView<const float>, const SecondMoment&, int);
-template double coupled_form<float>(MatrixView<const float>, const std::optional<Packed>&, const SecondMoment&, const SecondMoment&, int);
-template double coupled_form<double>(MatrixView<const float>, const std::optional<Packed>&, const SecondMoment&, const SecondMoment&, int);
+template double coupled_form<float>(MatrixView<const float>, const std::optional<PackedMatrix>&, const SecondMoment&, const SecondMoment&, int);
+template double coupled_form<double>(MatrixView<const float>, const std::optional<PackedMatrix>&, const SecondMoment&, const SecondMoment&, int);
 
 }  // namespace mrgptq

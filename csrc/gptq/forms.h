@@ -3,21 +3,13 @@
 // Products are in Real, what they add up to in float64. For float32 everything is brought to the size of 1 by powers of two first, so it loses digits but no range.
 #pragma once
 
-#include <cstdint>
 #include <optional>
-#include <string_view>
 #include <vector>
 
+#include "codecs/codec.h"
 #include "gptq/second_moment.h"
 
 namespace mrgptq {
-
-// A matrix in codes and scales.
-struct Packed {
-    std::string_view format;
-    MatrixView<const std::uint8_t> codes, scales;
-    float tensor_scale;
-};
 
 // tr(E H Eᵀ) for E (rows, cols) float32 and H (cols, cols).
 template <class Real>
@@ -25,10 +17,10 @@ double quadratic_form(MatrixView<const float> e, const SecondMoment& h, int thre
 
 // tr(W H Wᵀ), and behind it tr(E H Eᵀ) of E = W - Q, rounded to float32, for each Q: with what is packed of H for all of them.
 template <class Real>
-std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<Packed>& q, const SecondMoment& h, int threads);
+std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<PackedMatrix>& q, const SecondMoment& h, int threads);
 
 // tr(A E H Eᵀ), E = W - Q where there is a Q and W otherwise, A (rows, rows).
 template <class Real>
-double coupled_form(MatrixView<const float> w, const std::optional<Packed>& q, const SecondMoment& a, const SecondMoment& h, int threads);
+double coupled_form(MatrixView<const float> w, const std::optional<PackedMatrix>& q, const SecondMoment& a, const SecondMoment& h, int threads);
 
 }  // namespace mrgptq

@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "base/buffer.h"
-#include "base/check.h"
 #include "base/parallel.h"
 #include "formats/block_format.h"
 #include "matmul/relative_scales.h"
+#include "matmul/shapes.h"
 #include "matmul/tokens.h"
 #include "matmul/words.h"
 #include "simd/dot.h"
@@ -192,17 +192,6 @@ void for_most_tokens(Index tokens, F&& f) {
 template <class T>
 MatrixView<T> rows_of(MatrixView<T> matrix, Index first, Index count) noexcept {
     return {matrix.row(first), count, matrix.cols, matrix.row_stride};
-}
-
-void check_scales(const PackedMatrix& matrix, Index group_size, const char* name) {
-    check(matrix.codes.cols * 2 % group_size == 0 && matrix.scales.rows == matrix.codes.rows && matrix.scales.cols * group_size == matrix.codes.cols * 2,
-          "scales do not have one entry for each group of " + std::string(name));
-}
-
-void check_shapes(Index tokens, Index cols, const PackedMatrix& weight, MatrixView<float> out) {
-    check(weight.codes.cols * 2 == cols, "x has " + std::to_string(cols) + " columns; the weight has " + std::to_string(weight.codes.cols * 2));
-    check(out.rows == tokens && out.cols == weight.codes.rows, "out has shape (" + std::to_string(out.rows) + ", " + std::to_string(out.cols) + "); the product has (" + std::to_string(tokens) + ", " +
-                                                                   std::to_string(weight.codes.rows) + ")");
 }
 
 }  // namespace

@@ -15,19 +15,9 @@
 // ISA level.
 #pragma once
 
-#include <cstdint>
-#include <string_view>
-
-#include "base/matrix_view.h"
+#include "codecs/codec.h"
 
 namespace mrgptq {
-
-// codes (rows, cols / 2), scales (rows, cols / group_size).
-struct PackedMatrix {
-    std::string_view format;
-    MatrixView<const std::uint8_t> codes, scales;
-    float tensor_scale = 1;
-};
 
 // x (tokens, cols), weight (rows, cols), out (tokens, rows).
 void matmul_packed(const PackedMatrix& x, const PackedMatrix& weight, MatrixView<float> out, int threads);

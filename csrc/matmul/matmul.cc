@@ -3,15 +3,14 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <string>
 
 #include "base/buffer.h"
-#include "base/check.h"
 #include "base/parallel.h"
 #include "codecs/scale_rule.h"
 #include "formats/block_format.h"
 #include "linalg/lanes.h"
 #include "linalg/squares.h"
+#include "matmul/shapes.h"
 #include "simd/e2m1.h"
 
 namespace mrgptq {
@@ -92,14 +91,12 @@ void multiply(const Weights& weights, MatrixView<const float> x, MatrixView<floa
 
 }  // namespace
 
-void matmul(std::string_view format, MatrixView<const float> x, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<float> out, int threads) {
-    check(codes.cols * 2 == x.cols, "x has " + std::to_string(x.cols) + " columns; the weight has " + std::to_string(codes.cols * 2));
-    check(out.rows == x.rows && out.cols == codes.rows, "out has shape (" + std::to_string(out.rows) + ", " + std::to_string(out.cols) + "); the product has (" + std::to_string(x.rows) + ", " +
-                                                            std::to_string(codes.rows) + ")");
-    with_format(format, [&]<class Format>(Format) {
-        check(x.cols % Format::group_size == 0 && scales.rows == codes.rows && scales.cols * Format::group_size == x.cols, "scales do not have one entry for each group of the weight");
-        Weights weights{codes, scales, {}};
-        for (std::size_t byte = 0; byte < weights.steps.size(); ++byte) weights.steps[byte] = group_step<Format>(static_cast<std::uint8_t>(byte), tensor_scale);
+void matmul(MatrixView<const float> x, const PackedMatrix& weight, MatrixView<float> out, int threads) {
+    check_shapes(x.rows, x.cols, weight, out);
+    with_format(weight.format, [&]<class Format>(Format) {
+        check_scales(weight, Format::group_size, "the weight");
+        Weights weights{weight.codes, weight.scales, {}};
+        for (std::size_t byte = 0; byte < weights.steps.size(); ++byte) weights.steps[byte] = group_step<Format>(static_cast<std::uint8_t>(byte), weight.tensor_scale);
         for (Index token = 0; token < x.rows; token += most_tokens) {
             const Index tokens = std::min(most_tokens, x.rows - token);
             multiply<Format>(weights, {x.row(token), tokens, x.cols, x.row_stride}, {out.row(token), tokens, out.cols, out.row_stride}, threads);

@@ -12,6 +12,8 @@ from .formats import MX_RULES, SCALE_SEARCHES, block_format, decode_e4m3, decode
 from .result import LayerReport, QuantizedMatrix
 from .rotations import Dense, Identity, Rotation
 
+PackedMatrix = tuple[str, NDArray[np.uint8], NDArray[np.uint8], float]
+"""Format, codes, scales and tensor scale, as the core takes a packed matrix."""
 HESSIAN_SEARCHES = ("hessian", "hessian_block")
 """As "mse", the errors weighed by the diagonal of H or by the group's block of it."""
 

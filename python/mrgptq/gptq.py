@@ -9,14 +9,13 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_number, as_square, as_threads, choose
+from .codecs import PackedMatrix
 from .rotations import Hadamard, Identity, Rotation
 
 ORDERS = ("natural", "activation", "group")
 """The columns' visiting order: left to right; by descending diagonal of H; whole groups by the descending sum of their diagonals, inside a group likewise. Nothing is stored: groups and
 scales stay where they are."""
 PRECISIONS = ("float32", "float64")
-PackedMatrix = tuple[str, NDArray[np.uint8], NDArray[np.uint8], float]
-"""Format, codes, scales and tensor scale."""
 OUTPUT_DAMPING = 0.05
 """Of an output Hessian, relative to its mean diagonal; between 0.01 and 0.2 the divergence moves by 1 % (bench/accuracy.md)."""
 OUTPUT_HESSIAN_BYTES = 4 << 30

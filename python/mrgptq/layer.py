@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_square, as_symmetric, as_threads
-from .codecs import HESSIAN_SEARCHES, absmax_tensor_scale, alternating_tensor_scale, check_groups, clip_mask, scale_offsets, scales_name, tensor_scale_for, weight_error
+from .codecs import HESSIAN_SEARCHES, PackedMatrix, absmax_tensor_scale, alternating_tensor_scale, check_groups, clip_mask, scale_offsets, scales_name, tensor_scale_for, weight_error
 from .formats import SCALE_SEARCHES, block_format
-from .gptq import OUTPUT_DAMPING, Factor, PackedMatrix, output_errors
+from .gptq import OUTPUT_DAMPING, Factor, output_errors
 from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import rotate_hessian, rotation_of

@@ -6,6 +6,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from .activations import quantize_activations
 from .arrays import as_float32, as_output, as_threads, choose
+from .codecs import PackedMatrix
 from .formats import FORMATS
 from .result import Activations, QuantizedMatrix
 from .rotations import Identity
@@ -74,22 +75,21 @@ def matmul(
     if given != cols:
         raise ValueError(f"x has {given} columns; the weight has {cols}")
     out = as_output(np.empty((*lead, rows), dtype=np.float32) if out is None else out, (*lead, rows))
-    codes, scales = (np.ascontiguousarray(a) for a in (q.codes, q.scales))
-    weight = (q.format, codes, scales, q.tensor_scale)
     to, team = out.reshape(-1, rows), as_threads(threads)
     if packed is not None:
-        _core.matmul_packed(packed.format, np.ascontiguousarray(packed.codes), np.ascontiguousarray(packed.scales), packed.tensor_scale, *weight, to, team)
+        _core.matmul_packed(_parts(packed), _parts(q), to, team)
         return out
     if q.rotation != Identity():
         values = turn.apply(values, threads=threads)
     elif np.may_share_memory(out, values):
         values = values.copy()
-    tokens = values.reshape(-1, cols)
-    if activations is None:
-        _core.matmul(q.format, tokens, *weight[1:], to, team)
-    else:
-        _core.matmul_int8(tokens, *weight, to, team)
+    multiply = _core.matmul if activations is None else _core.matmul_int8
+    multiply(values.reshape(-1, cols), _parts(q), to, team)
     return out
+
+
+def _parts(q: QuantizedMatrix) -> PackedMatrix:
+    return q.format, np.ascontiguousarray(q.codes), np.ascontiguousarray(q.scales), q.tensor_scale
 
 
 def _as_activations(activations: str | Activations | None) -> Activations | None:

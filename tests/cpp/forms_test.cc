@@ -33,7 +33,7 @@ struct Rounded {
         quantize("nvfp4", ScaleRule{}, w.view(), 3.0f, codes.view(), scales.view(), 1);
         dequantize("nvfp4", codes.view(), scales.view(), 3.0f, values.view(), 1);
     }
-    Packed packed() const { return {"nvfp4", codes.view(), scales.view(), 3.0f}; }
+    PackedMatrix packed() const { return {"nvfp4", codes.view(), scales.view(), 3.0f}; }
 
     Matrix<float> taken_from(const Matrix<float>& w) const {
         Matrix<float> e = w;

@@ -21,18 +21,19 @@ using testing::chained, testing::expect_refused, testing::Layout, testing::layou
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-struct Packed {
+struct Weight {
     std::string_view format;
     Matrix<std::uint8_t> codes, scales;
     float tensor_scale = 3;
 
-    Packed(std::string_view format, Index rows, Index cols, Index group_size) : format(format), codes(rows, cols / 2), scales(rows, cols / group_size) {
+    Weight(std::string_view format, Index rows, Index cols, Index group_size) : format(format), codes(rows, cols / 2), scales(rows, cols / group_size) {
         std::mt19937 generator(7);
         for (Index r = 0; r < rows; ++r) {
             for (Index c = 0; c < codes.view().cols; ++c) codes(r, c) = static_cast<std::uint8_t>(generator());
             for (Index c = 0; c < scales.view().cols; ++c) scales(r, c) = static_cast<std::uint8_t>((group_size == 16 ? 40 : 120) + generator() % 16);
         }
     }
+    PackedMatrix view() const { return {format, codes.view(), scales.view(), tensor_scale}; }
 };
 
 constexpr std::pair<std::string_view, Index> formats[] = {{"nvfp4", 16}, {"mxfp4", 32}};
@@ -42,7 +43,7 @@ TEST(Products, AreChainsOf128) {
         for (const Index cols : {32, 128, 160, 288})
             for (const Index rows : {1, 31, 40})
                 for (const Index tokens : {1, 8, 13}) {
-                    const Packed w(format, rows, cols, group_size);
+                    const Weight w(format, rows, cols, group_size);
                     const Matrix<float> x = random_matrix(tokens, cols);
                     Matrix<float> values(rows, cols), expected(tokens, rows), out(tokens, rows, layouts[0], nan);
                     dequantize(format, w.codes.view(), w.scales.view(), w.tensor_scale, values.view(), 1);
@@ -53,7 +54,7 @@ TEST(Products, AreChainsOf128) {
                                 for (Index c = begin; c < std::min<Index>(begin + 128, cols); ++c) chain = chained(values(r, c), x(t, c), chain);
                                 expected(t, r) += chain;
                             }
-                    matmul(format, x.view(), w.codes.view(), w.scales.view(), w.tensor_scale, out.view(), 1);
+                    matmul(x.view(), w.view(), out.view(), 1);
                     ASSERT_EQ(out, expected) << format << " " << rows << " x " << cols << ", " << tokens << " tokens";
                 }
 }
@@ -61,16 +62,16 @@ TEST(Products, AreChainsOf128) {
 TEST(Products, DoNotDependOnLayoutAndNumberOfThreads) {
     const Index rows = 71, cols = 288, tokens = 13;
     for (const auto& [format, group_size] : formats) {
-        const Packed w(format, rows, cols, group_size);
+        const Weight w(format, rows, cols, group_size);
         const Matrix<float> x = random_matrix(tokens, cols);
         Matrix<float> expected(tokens, rows);
-        matmul(format, x.view(), w.codes.view(), w.scales.view(), w.tensor_scale, expected.view(), 1);
+        matmul(x.view(), w.view(), expected.view(), 1);
         for (const Layout layout : layouts)
             for (const int threads : thread_counts) {
                 const Matrix<float> in(x, layout, nan);
                 const Matrix<std::uint8_t> codes(w.codes, layout, 0x77), scales(w.scales, layout, 0x77);
                 Matrix<float> out(tokens, rows, layout, nan);
-                matmul(format, in.view(), codes.view(), scales.view(), w.tensor_scale, out.view(), threads);
+                matmul(in.view(), {format, codes.view(), scales.view(), w.tensor_scale}, out.view(), threads);
                 EXPECT_EQ(out, expected);
                 EXPECT_TRUE(out.padding_untouched());
             }
@@ -78,18 +79,18 @@ TEST(Products, DoNotDependOnLayoutAndNumberOfThreads) {
 }
 
 TEST(Products, OfNothing) {
-    const Packed w("nvfp4", 5, 32, 16);
+    const Weight w("nvfp4", 5, 32, 16);
     Matrix<float> out(0, 5);
-    matmul("nvfp4", Matrix<float>(0, 32).view(), w.codes.view(), w.scales.view(), 1, out.view(), 2);
+    matmul(Matrix<float>(0, 32).view(), w.view(), out.view(), 2);
 }
 
 TEST(Products, Refuse) {
-    const Packed w("nvfp4", 5, 32, 16);
+    const Weight w("nvfp4", 5, 32, 16);
     Matrix<float> out(2, 5), narrow(2, 4);
-    expect_refused("x has 48 columns; the weight has 32", [&] { matmul("nvfp4", Matrix<float>(2, 48).view(), w.codes.view(), w.scales.view(), 1, out.view(), 1); });
-    expect_refused("out has shape (2, 4); the product has (2, 5)", [&] { matmul("nvfp4", Matrix<float>(2, 32).view(), w.codes.view(), w.scales.view(), 1, narrow.view(), 1); });
-    expect_refused("scales do not have one entry for each group", [&] { matmul("mxfp4", Matrix<float>(2, 32).view(), w.codes.view(), w.scales.view(), 1, out.view(), 1); });
-    expect_refused("unknown format \"fp8\"", [&] { matmul("fp8", Matrix<float>(2, 32).view(), w.codes.view(), w.scales.view(), 1, out.view(), 1); });
+    expect_refused("x has 48 columns; the weight has 32", [&] { matmul(Matrix<float>(2, 48).view(), w.view(), out.view(), 1); });
+    expect_refused("out has shape (2, 4); the product has (2, 5)", [&] { matmul(Matrix<float>(2, 32).view(), w.view(), narrow.view(), 1); });
+    expect_refused("scales do not have one entry for each group", [&] { matmul(Matrix<float>(2, 32).view(), {"mxfp4", w.codes.view(), w.scales.view()}, out.view(), 1); });
+    expect_refused("unknown format \"fp8\"", [&] { matmul(Matrix<float>(2, 32).view(), {"fp8", w.codes.view(), w.scales.view()}, out.view(), 1); });
 }
 
 }  // namespace
