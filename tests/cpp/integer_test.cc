@@ -133,6 +133,32 @@ TEST(IntegerProducts, OfEightBitInputsAreAsDefined) {
                 }
 }
 
+TEST(IntegerProducts, HoldEightBitsWithin127AndLoseStepsBelowAll) {
+    for (const auto& [format, size] : formats) {
+        Blocks w(format, size, 40, 2 * size, format == "nvfp4" ? 0x38 : 127, 1, 1);
+        for (Index r = 0; r < 40; ++r)
+            for (Index c = 0; c < size / 2; ++c) w.codes(r, c) = 0;  // the second group alone counts
+        Matrix<float> x(3, 2 * size), out(3, 40);
+        for (Index c = 0; c < 2 * size; ++c) {
+            x(0, c) = (c % 3 == 0 ? -130 : 130) * std::numeric_limits<float>::denorm_min();  // whose step is one of these, not 130 / 127
+            x(1, c) = c < size ? 1 : -0x1p-112f;
+            x(2, c) = c < size ? 1 : -0x1p-107f;
+        }
+        matmul_int8(x.view(), w.view(), out.view(), 1);
+        EXPECT_EQ(out, product(operand_of(x, size), operand_of(w), 0.5));
+        for (Index r = 0; r < 40; ++r) {
+            int sum = 0, of_signs = 0;
+            for (Index c = size; c < 2 * size; ++c) {
+                sum += w.doubled(r, c);
+                of_signs += c % 3 == 0 ? -w.doubled(r, c) : w.doubled(r, c);
+            }
+            EXPECT_EQ(out(0, r), static_cast<float>(127 * of_signs) / 2 * std::numeric_limits<float>::denorm_min());
+            EXPECT_EQ(out(1, r), 0);
+            EXPECT_EQ(out(2, r) == 0, sum == 0);
+        }
+    }
+}
+
 // Codes of the largest magnitude by bytes of the largest, all of one sign and of both: what is summed in sixteen bits must come back from what overflows there.
 TEST(IntegerProducts, OfTheLargestNumbersAreExact) {
     for (const auto& [format, size] : formats)
