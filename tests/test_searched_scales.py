@@ -226,6 +226,17 @@ def test_every_rule_stores_what_decodes_and_gives_the_bytes_of_the_reference(for
     assert np.array_equal(mg.unpack(q.codes), codes)
 
 
+@pytest.mark.parametrize(("format", "search", "rule"), [r for r in RULES if r[1] in ("hessian", "hessian_block")])
+def test_a_dead_column_weighs_in_its_groups_scale_what_the_solver_gives_it(format, search, rule):
+    """Every other column and all of the last group; and all there are."""
+    w, h = np.random.default_rng(36).standard_normal((40, 96), dtype=np.float32), moment(96)
+    for dead in ([*range(1, 64, 2), *range(64, 96)], list(range(96))):
+        partly = h.copy()
+        partly[dead], partly[:, dead] = 0, 0
+        q = quantized(w, format, search, rule, partly)
+        assert np.array_equal(q.scales, reference.find_scales(w, format, search, rule, q.tensor_scale, reference.with_dead_columns(partly, 0.01)))
+
+
 @pytest.mark.parametrize(("format", "search", "rule"), [r for r in RULES if r[1] != "fpquant_mse" or r[2] == "even"])  # its hundred steps a group are slow in the reference
 def test_every_rule_gives_the_bytes_of_the_reference_on_leaf(format, search, rule, leaf):
     for name, w in leaf.weights.items():
