@@ -54,7 +54,9 @@ def test_leaf_equals_the_reference_code_for_code(leaf, fisher, format, block):
         whole = block == 0 and "up_proj" in name
         rows, rounds = (slice(None), BEST_ROUNDS) if whole else (slice(0, 100), 1)
         w, h, a = leaf.weights[name][rows], leaf.hessians[name], fisher[name][rows, rows]
-        for recipe in (best(format, rounds=rounds), best(format, rotation=32, scales="mse", order="activation", rounds=0))[: 1 + (i % 3 == block % 3)]:
+        # In float64: float32 parts from it near a tie, and which values are that near depends on the machine that ran the model.
+        exact = {"precision": "float64", "rounds": rounds}
+        for recipe in (best(format, **exact), best(format, **exact | {"rotation": 32, "scales": "mse", "order": "activation", "rounds": 0}))[: 1 + (i % 3 == block % 3)]:
             q = mg.quantize_layer(w, h, recipe, output_hessian=a)
             codes, scales, g, error, _ = reference.quantize_layer(w, h, format, recipe.rotation, recipe.scales, "even", recipe.order, recipe.damping, rounds=recipe.rounds, a=a)
             assert q.tensor_scale == g and np.array_equal(q.scales, scales) and np.array_equal(mg.unpack(q.codes), codes), (name, recipe)
