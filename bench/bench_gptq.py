@@ -37,7 +37,7 @@ def solve(weight, h, scales, divisor, precision, threads):
     factor = mg.Factor(h, order="activation", damping=0.01, precision=precision, threads=threads)
     if not factor.usable or factor.damping != 0.01:
         raise SystemExit("the benchmark's own Hessian could not be factorised: the measurement is worth nothing")
-    return _core.solve(FORMAT, weight, scales.copy(), divisor, factor.core, None, precision, False, "even", 0, threads)[0]
+    return _core.solve(FORMAT, weight, 0, scales.copy(), divisor, factor.core, None, precision, False, "even", 0, threads)[0]
 
 
 def check_answers(threads):
@@ -121,7 +121,7 @@ def _loss(weight, answer, scales, divisor, h, threads):
         answer = answer.dequantize(threads=threads)
     elif answer.dtype == np.uint8:
         answer = _core.dequantize(FORMAT, answer, scales, divisor, threads)
-    return _core.quadratic_form(weight - answer, _core.SecondMoment(h), "float64", threads)
+    return _core.quadratic_forms(weight - answer, 0, [], _core.SecondMoment(h), "float64", threads)[0]
 
 
 def measure(threads: int, quick: bool, compare: bool, large: bool = False) -> list[dict]:

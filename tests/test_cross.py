@@ -29,7 +29,7 @@ def shifted(w, h, cross, strength, damping=0.01, rotation=None, stream=None):
     """What quantize_layer hands to the solver."""
     factor = mg.Factor(h, rotation=None if rotation is None else mg.Hadamard(rotation), damping=damping)
     turned, moment = (w, cross) if rotation is None else (factor.rotation.apply(w), factor.rotation.apply_both(cross))
-    return mg._core.shift_to_inputs(turned, moment, stream, factor.core, strength, 0)
+    return mg._core.shift_to_inputs(turned, 0, moment, stream, factor.core, strength, 0)
 
 
 def shift_slack(w, h, cross, damping, strength, stream=0.0):

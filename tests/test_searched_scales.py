@@ -310,10 +310,10 @@ def test_a_search_in_which_every_candidate_overflows_takes_its_first(format):
         junk = [np.full(10_000 + round, float(round)) for _ in range(round)]  # memory that the next call may be given
         del junk
         scales = np.zeros((37, w.shape[1] // mg.FORMATS[format].group_size), np.uint8)
-        codes, losses = _core.solve(format, w, scales, divisor, factor.core, None, "float32", True, "even", 0, 1)
+        codes, losses = _core.solve(format, w, 0, scales, divisor, factor.core, None, "float32", True, "even", 0, 1)
         assert not np.isfinite(losses).any()
         answers.add(codes.tobytes() + scales.tobytes())
     assert len(answers) == 1
     first_group = factor.order[0] // mg.FORMATS[format].group_size  # nothing has been fed back to it yet
-    absmax = _core.find_scales(format, "absmax", "even", w, divisor, None, 1)[:, first_group].astype(int)
+    absmax = _core.find_scales(format, "absmax", "even", w, 0, divisor, None, 1)[:, first_group].astype(int)
     assert np.array_equal(scales[:, first_group], np.maximum(absmax - (8 if format == "nvfp4" else 2), 1))

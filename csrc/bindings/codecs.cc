@@ -34,20 +34,22 @@ void register_codecs(py::module_& module) {
         const Index position = without_gil([&] { return quantize(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to_codes, to_scales, threads, rotation); });
         return py::make_tuple(codes, scales, position);
     });
-    module.def("find_scales", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, float tensor_scale, const py::object& hessian, int threads) {
+    module.def("find_scales", [](const std::string& format, const std::string& search, const std::string& mx_rule, const py::array& weight, const py::object& turn, float tensor_scale, const py::object& hessian, int threads) {
         const auto in = view<float>(weight);
         const auto moment = hessian.is_none() ? MatrixView<const double>{nullptr, 0, 0, 0} : view<double>(py::reinterpret_borrow<py::array>(hessian));
         auto scales = matrix<std::uint8_t>(in.rows, with_format(format, [&](auto f) { return in.cols / decltype(f)::group_size; }));
         const auto out = writable<std::uint8_t>(scales);
-        without_gil([&] { find_scales(format, rule_named(search, mx_rule), in, tensor_scale, moment, out, threads); });
+        const Rotation rotation = rotation_of(turn);
+        without_gil([&] { find_scales(format, rule_named(search, mx_rule), in, tensor_scale, moment, out, threads, rotation); });
         return scales;
     });
-    module.def("encode", [](const std::string& format, const py::array& weight, const py::array& scales, float tensor_scale, int threads) {
+    module.def("encode", [](const std::string& format, const py::array& weight, const py::object& turn, const py::array& scales, float tensor_scale, int threads) {
         const auto in = view<float>(weight);
         const auto in_scales = view<std::uint8_t>(scales);
         auto codes = matrix<std::uint8_t>(in.rows, in.cols / 2);
         const auto out = writable<std::uint8_t>(codes);
-        without_gil([&] { encode(format, in, in_scales, tensor_scale, out, threads); });
+        const Rotation rotation = rotation_of(turn);
+        without_gil([&] { encode(format, in, in_scales, tensor_scale, out, threads, rotation); });
         return codes;
     });
     module.def("dequantize", [](const std::string& format, const py::array& codes, const py::array& scales, float tensor_scale, int threads) {
@@ -71,11 +73,12 @@ void register_codecs(py::module_& module) {
                    const Rotation rotation = rotation_of(turn);
                    return without_gil([&] { return round_to_grid(format, rule_named(search, mx_rule, bfloat16_sixth), in, tensor_scale, to, threads, rotation); });
                });
-    module.def("square_sums", [](const std::string& format, const py::array& weight, const py::array& codes, const py::array& scales, float tensor_scale, int threads) {
+    module.def("square_sums", [](const std::string& format, const py::array& weight, const py::object& turn, const py::array& codes, const py::array& scales, float tensor_scale, int threads) {
         const auto in = view<float>(weight);
         const auto in_codes = view<std::uint8_t>(codes), in_scales = view<std::uint8_t>(scales);
-        const SquareSums sums = without_gil([&] { return square_sums(format, in, in_codes, in_scales, tensor_scale, threads); });
-        return py::make_tuple(sums.error, sums.energy);
+        const Rotation rotation = rotation_of(turn);
+        const SquareSums sums = without_gil([&] { return square_sums(format, in, in_codes, in_scales, tensor_scale, threads, rotation); });
+        return py::make_tuple(sums.error, sums.energy, sums.dot, sums.square);
     });
     module.def("pack", [](const py::array& codes, int threads) {
         const auto in = view<std::uint8_t>(codes);

@@ -87,23 +87,25 @@ void register_gptq(py::module_& module) {
         .def_property_readonly("dead_weight", &Factor::dead_weight)
         .def_property_readonly("usable", &Factor::usable)
         .def("second_moment", &Factor::second_moment, py::keep_alive<0, 1>());
-    module.def("solve", [](const std::string& format, const py::array& weight, py::array& scales, float tensor_scale, const Factor& factor, const Factor* outputs, const std::string& precision, bool search_scales,
+    module.def("solve", [](const std::string& format, const py::array& weight, const py::object& turn, py::array& scales, float tensor_scale, const Factor& factor, const Factor* outputs, const std::string& precision, bool search_scales,
                            const std::string& mx_rule, int rounds, int threads) {
         const auto in = view<float>(weight);
         const auto in_out_scales = writable<std::uint8_t>(scales);
         auto codes = matrix<std::uint8_t>(in.rows, in.cols / 2);
         const auto out = writable<std::uint8_t>(codes);
         const SolverOptions options{precision_named(precision), search_scales, mx_rule_named(mx_rule), rounds};
-        const SolverResult result = without_gil([&] { return solve(format, in, in_out_scales, tensor_scale, factor, outputs, options, out, threads); });
+        const Rotation rotation = rotation_of(turn);
+        const SolverResult result = without_gil([&] { return solve(format, in, in_out_scales, tensor_scale, factor, outputs, options, out, threads, rotation); });
         return py::make_tuple(codes, result.losses);
     });
-    module.def("shift_to_inputs", [](const py::array& weight, const py::array& cross, const std::optional<py::array>& stream, const Factor& factor, double strength, int threads) {
+    module.def("shift_to_inputs", [](const py::array& weight, const py::object& turn, const py::array& cross, const std::optional<py::array>& stream, const Factor& factor, double strength, int threads) {
         const auto in = view<float>(weight);
         const auto in_cross = view<double>(cross);
         const auto in_stream = stream ? view<float>(*stream) : MatrixView<const float>{};
         auto target = matrix<float>(in.rows, in.cols);
         const auto out = writable<float>(target);
-        without_gil([&] { shift_to_inputs(in, in_cross, in_stream, factor, strength, out, threads); });
+        const Rotation rotation = rotation_of(turn);
+        without_gil([&] { shift_to_inputs(in, in_cross, in_stream, factor, strength, out, threads, rotation); });
         return target;
     });
     module.def("make_symmetric", [](const py::array& h, std::optional<py::array>& out, int threads) {
@@ -112,23 +114,26 @@ void register_gptq(py::module_& module) {
         const Symmetry found = without_gil([&] { return make_symmetric(in, to, threads); });
         return py::make_tuple(found.nonfinite, found.largest, found.apart, found.row, found.col);
     });
-    module.def("quadratic_form", [](const py::array& e, const SecondMoment& h, const std::string& precision, int threads) {
-        const auto in = view<float>(e);
-        const bool single = precision_named(precision) == Precision::float32;
-        return without_gil([&] { return single ? quadratic_form<float>(in, h, threads) : quadratic_form<double>(in, h, threads); });
-    });
-    module.def("quadratic_forms", [](const py::array& w, const std::vector<PackedArrays>& q, const SecondMoment& h, const std::string& precision, int threads) {
+    module.def("quadratic_forms", [](const py::array& w, const py::object& turn, const std::vector<PackedArrays>& q, const SecondMoment& h, const std::string& precision, int threads) {
         const auto in = view<float>(w);
         std::vector<PackedMatrix> in_q;
         for (const auto& less : q) in_q.push_back(packed(less));
         const bool single = precision_named(precision) == Precision::float32;
-        return without_gil([&] { return single ? quadratic_forms<float>(in, in_q, h, threads) : quadratic_forms<double>(in, in_q, h, threads); });
+        const Rotation rotation = rotation_of(turn);
+        return without_gil([&] { return single ? quadratic_forms<float>(in, in_q, h, threads, rotation) : quadratic_forms<double>(in, in_q, h, threads, rotation); });
     });
-    module.def("coupled_form", [](const py::array& w, const std::optional<PackedArrays>& q, const SecondMoment& a, const SecondMoment& h, const std::string& precision, int threads) {
+    module.def("coupled_form", [](const py::array& w, const py::object& turn, const std::optional<PackedArrays>& q, const SecondMoment& a, const SecondMoment& h, const std::string& precision, int threads) {
         const auto in = view<float>(w);
         const std::optional<PackedMatrix> in_q = q ? std::optional(packed(*q)) : std::nullopt;
         const bool single = precision_named(precision) == Precision::float32;
-        return without_gil([&] { return single ? coupled_form<float>(in, in_q, a, h, threads) : coupled_form<double>(in, in_q, a, h, threads); });
+        const Rotation rotation = rotation_of(turn);
+        return without_gil([&] { return single ? coupled_form<float>(in, in_q, a, h, threads, rotation) : coupled_form<double>(in, in_q, a, h, threads, rotation); });
+    });
+    module.def("diagonal_form", [](const py::array& w, const py::object& turn, const py::array& d, int threads) {
+        const auto in = view<float>(w);
+        const auto diagonal = view<double>(d);
+        const Rotation rotation = rotation_of(turn);
+        return without_gil([&] { return diagonal_form(in, diagonal, threads, rotation); });
     });
 }
 

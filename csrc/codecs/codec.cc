@@ -11,6 +11,7 @@
 #include "base/parallel.h"
 #include "codecs/chunk.h"
 #include "codecs/scale_search.h"
+#include "rotations/rotated_rows.h"
 
 namespace mrgptq {
 namespace {
@@ -227,37 +228,42 @@ Index quantize(std::string_view format, const ScaleRule& rule, MatrixView<const 
     });
 }
 
-void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads) {
+void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads,
+                 const Rotation& rotation) {
+    if (rotation) rotation.check_columns(weight.cols);
     with_format(format, [&]<class Format>(Format) {
         check_groups<const float>(weight, scales, Format::group_size, "weight");
         if (!needs_hessian(rule)) {
-            quantize_rows<Format>(rule, weight, 0, tensor_scale, threads, [&](Index r) { return Targets{nullptr, scales.row(r), nullptr}; });
+            quantize_rows<Format>(rule, weight, rotation, tensor_scale, threads, [&](Index r) { return Targets{nullptr, scales.row(r), nullptr}; });
             return;
         }
         constexpr Index size = Format::group_size;
         check(hessian.rows == weight.cols && hessian.cols == size, "the scale rule weighs errors by what a hessian holds of each group, (" + std::to_string(weight.cols) + ", " + std::to_string(size) +
                                                                        "); got (" + std::to_string(hessian.rows) + ", " + std::to_string(hessian.cols) + ")");
         parallel_for_ranges(weight.rows, rows_a_piece(weight.cols), threads, [&](Index begin, Index end) {
+            const RotatedRows w(weight, rotation, begin, end - begin);
             for (Index r = begin; r < end; ++r)
                 for (Index g = 0; g < scales.cols; ++g) {
                     const Index c = g * size;
-                    scales.row(r)[g] = group_scale<Format>(weight.row(r) + c, rule, tensor_scale, GroupMoment{hessian.row(c), hessian.row_stride});
+                    scales.row(r)[g] = group_scale<Format>(w.row(r) + c, rule, tensor_scale, GroupMoment{hessian.row(c), hessian.row_stride});
                 }
         });
     });
 }
 
-void encode(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<std::uint8_t> codes, int threads) {
+void encode(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<std::uint8_t> codes, int threads, const Rotation& rotation) {
+    if (rotation) rotation.check_columns(weight.cols);
     with_format(format, [&]<class Format>(Format) {
         check_groups(weight, scales, Format::group_size, "weight");
         check_codes(codes, weight.rows, weight.cols);
         parallel_for_ranges(weight.rows, rows_a_piece(weight.cols), threads, [&](Index begin, Index end) {
+            const RotatedRows w(weight, rotation, begin, end - begin);
             const simd::E2m1Rounder to_e2m1;
             for (Index r = begin; r < end; ++r)
                 for (Index g = 0; g < scales.cols; ++g) {
                     const Index c = g * Format::group_size;
                     const float step = group_step<Format>(scales.row(r)[g], tensor_scale);
-                    encode_columns<Format, Quotient::division, Format::group_size>(to_e2m1, weight.row(r) + c, &step, &step, codes.row(r) + c / 2);
+                    encode_columns<Format, Quotient::division, Format::group_size>(to_e2m1, w.row(r) + c, &step, &step, codes.row(r) + c / 2);
                 }
         });
     });
@@ -286,38 +292,37 @@ Index round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<c
     });
 }
 
-SquareSums square_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads) {
+SquareSums square_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads,
+                       const Rotation& rotation) {
+    if (rotation) rotation.check_columns(weight.cols);
     std::vector<SquareSums> rows(static_cast<std::size_t>(weight.rows));
     with_format(format, [&]<class Format>(Format) {
         constexpr Index size = Format::group_size;
         check_groups(weight, scales, size, "weight");
         check_codes(codes, weight.rows, weight.cols);
         parallel_for_ranges(weight.rows, rows_a_piece(weight.cols), threads, [&](Index begin, Index end) {
+            const RotatedRows rotated(weight, rotation, begin, end - begin);
             for (Index r = begin; r < end; ++r) {
-                double error[size] = {}, energy[size] = {};  // column by column of a group
+                double error[size] = {}, energy[size] = {}, dot[size] = {}, square[size] = {};  // column by column of a group
                 for (Index g = 0; g < scales.cols; ++g) {
-                    const float* w = weight.row(r) + g * size;
+                    const float* w = rotated.row(r) + g * size;
                     alignas(cache_line) float values[size];
                     decode_group<Format>(codes.row(r) + g * size / 2, group_step<Format>(scales.row(r)[g], tensor_scale), values);
 #pragma GCC unroll 1  // a loop that is no more is not vectorised
                     for (Index i = 0; i < size; ++i) {
-                        const double apart = w[i] - values[i], value = w[i];
+                        const double apart = w[i] - values[i], own = w[i], value = values[i];
                         error[i] += apart * apart;
-                        energy[i] += value * value;
+                        energy[i] += own * own;
+                        dot[i] += own * value;
+                        square[i] += value * value;
                     }
                 }
-                for (Index i = 0; i < size; ++i) {
-                    rows[static_cast<std::size_t>(r)].error += error[i];
-                    rows[static_cast<std::size_t>(r)].energy += energy[i];
-                }
+                for (Index i = 0; i < size; ++i) rows[static_cast<std::size_t>(r)] += {error[i], energy[i], dot[i], square[i]};
             }
         });
     });
     SquareSums sums;
-    for (const SquareSums& row : rows) {
-        sums.error += row.error;
-        sums.energy += row.energy;
-    }
+    for (const SquareSums& row : rows) sums += row;
     return sums;
 }
 

@@ -26,20 +26,27 @@ float amax(MatrixView<const float> x, int threads, const Rotation& rotation = {}
 Index quantize(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<std::uint8_t> codes, MatrixView<std::uint8_t> scales, int threads,
                const Rotation& rotation = {});
 
-// For finite weights; where the rule weighs errors by a hessian, its entries (cols, group_size) of each column with the columns of its own group, otherwise a matrix without columns.
-void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads);
+// For finite weights that the rotation does not make overflow; where the rule weighs errors by a hessian, its entries (cols, group_size) of each column with the columns of its own group, otherwise a matrix without columns.
+void find_scales(std::string_view format, const ScaleRule& rule, MatrixView<const float> weight, float tensor_scale, MatrixView<const double> hessian, MatrixView<std::uint8_t> scales, int threads,
+                 const Rotation& rotation = {});
 
-void encode(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<std::uint8_t> codes, int threads);
+void encode(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<std::uint8_t> codes, int threads, const Rotation& rotation = {});
 
 void dequantize(std::string_view format, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, MatrixView<float> out, int threads);
 
 // dequantize(quantize(x)) without the codes; `out` may be `x`. Returns as quantize() does; what lies before that position may have been written.
 Index round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<const float> x, float tensor_scale, MatrixView<float> out, int threads, const Rotation& rotation = {});
 
-// Σ (w - ŵ)² of the values ŵ that codes and scales stand for, the differences in float32, and Σ w², both summed in float64 row by row: the same for any number of threads.
+// Σ (w - ŵ)² of the values ŵ that codes and scales stand for, the differences in float32, Σ w², Σ w ŵ and Σ ŵ², all summed in float64 row by row: the same for any number of threads.
 struct SquareSums {
-    double error = 0, energy = 0;
+    double error = 0, energy = 0, dot = 0, square = 0;
+
+    SquareSums& operator+=(const SquareSums& other) noexcept {
+        error += other.error, energy += other.energy, dot += other.dot, square += other.square;
+        return *this;
+    }
 };
-SquareSums square_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads);
+SquareSums square_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads,
+                       const Rotation& rotation = {});
 
 }  // namespace mrgptq

@@ -15,6 +15,7 @@
 #include "codecs/scale_rule.h"
 #include "gptq/rows.h"
 #include "gptq/tile.h"
+#include "rotations/rotated_rows.h"
 
 namespace mrgptq {
 namespace {
@@ -63,40 +64,39 @@ struct Gathered {
     float operator[](Index i) const noexcept { return rows[i / block * row_stride + moment.column(begin + i % block)]; }
 };
 
-// W, or W - Q where there is one, rounded to float32.
+// W, rotated, or W - Q where there is a Q, rounded to float32.
 struct Difference {
     MatrixView<const float> w;
+    const Rotation& rotation;
     std::optional<PackedMatrix> q;
 
-    Difference(MatrixView<const float> from, const std::optional<PackedMatrix>& less = {}) : w(from), q(less) {
+    Difference(MatrixView<const float> from, const Rotation& turn, const std::optional<PackedMatrix>& less = {}) : w(from), rotation(turn), q(less) {
+        if (rotation) rotation.check_columns(w.cols);
         check(!q || (q->codes.rows == w.rows && q->codes.cols * 2 == w.cols), "two matrices that are to be subtracted differ in shape");
     }
 
-    // Columns [begin, begin + count) of a row; groups are whole.
-    void copy(Index row, Index begin, Index count, float* to) const {
-        const float* from = w.row(row) + begin;
+    // A row.
+    void copy(Index row, float* to) const {
+        const RotatedRows rotated(w, rotation, row, 1);
+        const float* from = rotated.row(row);
         if (!q) {
-            std::copy_n(from, count, to);
+            std::copy_n(from, w.cols, to);
             return;
         }
-        const Index size = with_format(q->format, [](auto format) { return decltype(format)::group_size; });
-        dequantize(q->format, {q->codes.row(row) + begin / 2, 1, count / 2, 0}, {q->scales.row(row) + begin / size, 1, count / size, 0}, q->tensor_scale, {to, 1, count, 0}, 1);
-        for (Index c = 0; c < count; ++c) to[c] = from[c] - to[c];
+        dequantize(q->format, {q->codes.row(row), 1, q->codes.cols, 0}, {q->scales.row(row), 1, q->scales.cols, 0}, q->tensor_scale, {to, 1, w.cols, 0}, 1);
+        for (Index c = 0; c < w.cols; ++c) to[c] = from[c] - to[c];
     }
 };
 
 template <class Real>
 double scale_of(const Difference& e, int threads) {
-    constexpr Index few = 512;
     std::vector<float> largest(static_cast<std::size_t>(e.w.rows), 0.0f);
     parallel_for_ranges(std::is_same_v<Real, float> ? e.w.rows : 0, lanes, threads, [&](Index first, Index last) {
-        std::array<float, few> values;
-        for (Index r = first; r < last; ++r)
-            for (Index c = 0; c < e.w.cols; c += few) {
-                const Index here = std::min(few, e.w.cols - c);
-                e.copy(r, c, here, values.data());
-                largest[static_cast<std::size_t>(r)] = std::max(largest[static_cast<std::size_t>(r)], group_amax(values.data(), here));
-            }
+        const Buffer<float> values(e.w.cols);
+        for (Index r = first; r < last; ++r) {
+            e.copy(r, values.data());
+            largest[static_cast<std::size_t>(r)] = group_amax(values.data(), e.w.cols);
+        }
     });
     return unit_scale<Real>(largest.empty() ? 0 : *std::max_element(largest.begin(), largest.end()), 126);
 }
@@ -108,7 +108,7 @@ std::vector<Tile<Real>> tiles_of(const Difference& e, RowAt&& row_at, const std:
     const Buffer<float> values(lanes * e.w.cols);
     for (Index t = 0; t < count; ++t) {
         const Index first = (first_tile + t) * lanes, rows = std::min(lanes, e.w.rows - first);
-        for (Index r = 0; r < rows; ++r) e.copy(row_at(first + r), 0, e.w.cols, values.data() + r * e.w.cols);
+        for (Index r = 0; r < rows; ++r) e.copy(row_at(first + r), values.data() + r * e.w.cols);
         Tile<Real>& tile = tiles[static_cast<std::size_t>(t)];
         rows_to_lanes(MatrixView<const float>{values.data(), rows, e.w.cols, e.w.cols}, 0, tile.data(), [&](Index c) { return places[static_cast<std::size_t>(c)]; });
         tile *= static_cast<Real>(scale);
@@ -136,12 +136,12 @@ double sum_of_tiles(Index rows, int threads, SumOfBand&& sum_of_band) {
 }  // namespace
 
 template <class Real>
-std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<PackedMatrix>& q, const SecondMoment& h, int threads) {
+std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector<PackedMatrix>& q, const SecondMoment& h, int threads, const Rotation& rotation) {
     check(h.square_of(w.cols), "hessian has shape (" + std::to_string(h.below().rows) + ", " + std::to_string(h.below().cols) + "); a matrix of " + std::to_string(w.cols) + " columns needs (" +
                                    std::to_string(w.cols) + ", " + std::to_string(w.cols) + ")");
     const Index n = w.cols, tiles = (w.rows + lanes - 1) / lanes, forms = static_cast<Index>(q.size()) + 1;
-    std::vector<Difference> of{w};
-    for (const PackedMatrix& less : q) of.emplace_back(w, less);
+    std::vector<Difference> of{{w, rotation}};
+    for (const PackedMatrix& less : q) of.emplace_back(w, rotation, less);
     const double of_h = scale_of<Real>(h);
     std::vector<double> of_e;
     for (const Difference& e : of) of_e.push_back(scale_of<Real>(e, threads));
@@ -180,15 +180,10 @@ std::vector<double> quadratic_forms(MatrixView<const float> w, const std::vector
 }
 
 template <class Real>
-double quadratic_form(MatrixView<const float> e, const SecondMoment& h, int threads) {
-    return quadratic_forms<Real>(e, {}, h, threads)[0];
-}
-
-template <class Real>
-double coupled_form(MatrixView<const float> w, const std::optional<PackedMatrix>& q, const SecondMoment& a, const SecondMoment& h, int threads) {
+double coupled_form(MatrixView<const float> w, const std::optional<PackedMatrix>& q, const SecondMoment& a, const SecondMoment& h, int threads, const Rotation& rotation) {
     check(a.square_of(w.rows) && h.square_of(w.cols), "coupled_form: the second moments of outputs and inputs do not have the rows and columns of the errors");
     const Index rows = w.rows, n = w.cols;
-    const Difference e(w, q);
+    const Difference e(w, rotation, q);
     const double of_e = scale_of<Real>(e, threads), of_a = scale_of<Real>(a), of_h = scale_of<Real>(h);
     const std::vector<Index> places = h.places();
     const double sum = sum_of_tiles<Real>(rows, threads, [&](Index first_tile, Index count, double* sums) {
@@ -206,7 +201,7 @@ double coupled_form(MatrixView<const float> w, const std::optional<PackedMatrix>
                     for (Index i = 0; i < here; ++i) weights[t](i, r) = static_cast<Real>(a.at(k + r, first_row + i) * of_a);
             }
             for (Index r = 0; r < depth; ++r) {
-                e.copy(a.column(k + r), 0, n, values.data() + r * n);
+                e.copy(a.column(k + r), values.data() + r * n);
                 for (Index c = 0; c < n; ++c) values.data()[r * n + c] *= static_cast<float>(of_e);
             }
             for (Index begin = 0; begin < n; begin += block) {
@@ -229,11 +224,27 @@ double coupled_form(MatrixView<const float> w, const std::optional<PackedMatrix>
     return sum / of_e / of_e / of_a / of_h;
 }
 
-template std::vector<double> quadratic_forms<float>(MatrixView<const float>, const std::vector<PackedMatrix>&, const SecondMoment&, int);
-template std::vector<double> quadratic_forms<double>(MatrixView<const float>, const std::vector<PackedMatrix>&, const SecondMoment&, int);
-template double quadratic_form<float>(MatrixView<const float>, const SecondMoment&, int);
-template double quadratic_form<double>(MatrixView<const float>, const SecondMoment&, int);
-template double coupled_form<float>(MatrixView<const float>, const std::optional<PackedMatrix>&, const SecondMoment&, const SecondMoment&, int);
-template double coupled_form<double>(MatrixView<const float>, const std::optional<PackedMatrix>&, const SecondMoment&, const SecondMoment&, int);
+double diagonal_form(MatrixView<const float> w, MatrixView<const double> d, int threads, const Rotation& rotation) {
+    if (rotation) rotation.check_columns(w.cols);
+    check(d.rows == 1 && d.cols == w.cols, "diagonal_form: the diagonal does not have the columns of the matrix");
+    std::vector<double> rows(static_cast<std::size_t>(w.rows));
+    parallel_for_ranges(w.rows, lanes, threads, [&](Index begin, Index end) {
+        const RotatedRows rotated(w, rotation, begin, end - begin);
+        for (Index r = begin; r < end; ++r) {
+            Lane<double> sum = Lane<double>::Zero();
+            for (Index c = 0; c < w.cols; ++c) {
+                const double value = rotated.row(r)[c];
+                sum[c % lanes] += d.data[c] * value * value;
+            }
+            rows[static_cast<std::size_t>(r)] = sum.sum();
+        }
+    });
+    return std::accumulate(rows.begin(), rows.end(), 0.0);
+}
+
+template std::vector<double> quadratic_forms<float>(MatrixView<const float>, const std::vector<PackedMatrix>&, const SecondMoment&, int, const Rotation&);
+template std::vector<double> quadratic_forms<double>(MatrixView<const float>, const std::vector<PackedMatrix>&, const SecondMoment&, int, const Rotation&);
+template double coupled_form<float>(MatrixView<const float>, const std::optional<PackedMatrix>&, const SecondMoment&, const SecondMoment&, int, const Rotation&);
+template double coupled_form<double>(MatrixView<const float>, const std::optional<PackedMatrix>&, const SecondMoment&, const SecondMoment&, int, const Rotation&);
 
 }  // namespace mrgptq

@@ -6,10 +6,13 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "gptq/triangular.h"
+#include "rotations/rotated_rows.h"
 
 namespace mrgptq {
 
-void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const float> stream, const Factor& factor, double strength, MatrixView<float> target, int threads) {
+void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cross, MatrixView<const float> stream, const Factor& factor, double strength, MatrixView<float> target, int threads,
+                     const Rotation& rotation) {
+    if (rotation) rotation.check_columns(weight.cols);
     constexpr Index most_tiles = 8;
     const SecondMoment h = factor.second_moment();
     const Index n = weight.cols, tiles = (weight.rows + lanes - 1) / lanes;
@@ -25,11 +28,11 @@ void shift_to_inputs(MatrixView<const float> weight, MatrixView<const double> cr
         };
         // Columns by the factor's position.
         each_row([&](std::size_t t, Index r, Index row) {
-            for (Index p = 0; p < n; ++p) {
-                const Index c = factor.column(p);
-                w[t](r, p) = weight.row(row)[c];
-                if (stream.rows > 0) gap[t](r, p) = h.diagonal(p) == 0 ? 0 : stream.row(row)[c];
-            }
+            const RotatedRows own(weight, rotation, row, 1);
+            for (Index p = 0; p < n; ++p) w[t](r, p) = own.row(row)[factor.column(p)];
+            if (stream.rows == 0) return;
+            const RotatedRows missing(stream, rotation, row, 1);
+            for (Index p = 0; p < n; ++p) gap[t](r, p) = h.diagonal(p) == 0 ? 0 : missing.row(row)[factor.column(p)];
         });
         // ... + W (cross - H); a dead column has nothing to make up for.
         Strips<double> strips;

@@ -14,6 +14,7 @@
 #include "gptq/refine.h"
 #include "gptq/rows.h"
 #include "gptq/tile.h"
+#include "rotations/rotated_rows.h"
 
 namespace mrgptq {
 namespace {
@@ -36,11 +37,12 @@ std::vector<Index> positions_of(const Factor& factor) {
     return positions;
 }
 
+// `weight` calls what it is given with a matrix of the rows [first, first + count).
 template <class Format, class Real, class Weight>
-RowTile<Real> load(const Problem<Real>& problem, MatrixView<const Weight> weight, MatrixView<const std::uint8_t> scales, Index first_row) {
-    const Index n = weight.cols, rows = std::min(lanes, weight.rows - first_row);
+RowTile<Real> load(const Problem<Real>& problem, Weight&& weight, MatrixView<const std::uint8_t> scales, Index first_row) {
+    const Index n = problem.factor.cols(), rows = std::min(lanes, scales.rows - first_row);
     RowTile<Real> tile{first_row, rows, Tile<Real>::Zero(lanes, n), Tile<std::int8_t>::Zero(lanes, n), Tile<std::uint8_t>::Constant(lanes, scales.cols, 1), Tile<float>::Ones(lanes, scales.cols)};
-    rows_to_lanes(weight, first_row, tile.error.data(), [&](Index c) { return problem.positions[static_cast<std::size_t>(c)]; });
+    weight(first_row, rows, [&](auto from) { rows_to_lanes(from, 0, tile.error.data(), [&](Index c) { return problem.positions[static_cast<std::size_t>(c)]; }); });
     for (Index r = 0; r < rows; ++r) {
         for (Index g = 0; g < scales.cols && !problem.options.search_scales; ++g) {
             tile.scales(r, g) = scales.row(first_row + r)[g];
@@ -221,7 +223,7 @@ std::vector<double> refine_columns(const Problem<Real>& problem, Band<Real>& ban
 
 // The losses of each tile of a band: after the recursion and after each of the rounds; a tile that nothing moved in a round is left as it is from then on.
 template <class Format, class Real, class Weight>
-std::vector<std::vector<double>> solve_band(const Problem<Real>& problem, MatrixView<const Weight> weight, Index first_tile, Index count, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes) {
+std::vector<std::vector<double>> solve_band(const Problem<Real>& problem, Weight&& weight, Index first_tile, Index count, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes) {
     Band<Real> band;
     for (Index t = first_tile; t < first_tile + count; ++t) band.tiles.push_back(load<Format>(problem, weight, MatrixView<const std::uint8_t>(scales), t * lanes));
     band.sums.assign(band.tiles.size(), Tile<Real>(lanes, block));
@@ -254,10 +256,10 @@ std::vector<std::vector<double>> solve_band(const Problem<Real>& problem, Matrix
     return losses;
 }
 
-// All rows of a weight, band by band: the losses summed over their tiles.
+// All rows of a weight, as load() takes it, band by band: the losses summed over their tiles.
 template <class Format, class Real, class Weight>
-std::vector<double> solve_rows(const Problem<Real>& problem, MatrixView<const Weight> weight, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes, int threads) {
-    const Index tiles = (weight.rows + lanes - 1) / lanes;
+std::vector<double> solve_rows(const Problem<Real>& problem, Weight&& weight, MatrixView<std::uint8_t> scales, MatrixView<std::uint8_t> codes, int threads) {
+    const Index tiles = (scales.rows + lanes - 1) / lanes;
     std::vector<std::vector<double>> losses(static_cast<std::size_t>(tiles));
     parallel_for_ranges(tiles, band_size<Real>(tiles, threads), threads, [&](Index first, Index last) {
         auto mine = solve_band<Format>(problem, weight, first, last - first, scales, codes);
@@ -270,7 +272,7 @@ std::vector<double> solve_rows(const Problem<Real>& problem, MatrixView<const We
 
 // Rows in blocks, in the order of the outputs' factor: each block's target makes up for the errors of the blocks before it (outputs.h), and is then solved like any other weight.
 template <class Format, class Real>
-std::vector<double> solve_coupled(const Problem<Real>& problem, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, const Factor& outputs,
+std::vector<double> solve_coupled(const Problem<Real>& problem, MatrixView<const float> weight, const Rotation& rotation, MatrixView<std::uint8_t> scales, const Factor& outputs,
                                   MatrixView<std::uint8_t> codes, int threads) {
     const Index rows = weight.rows, n = weight.cols, height = row_block(rows);
     // By position of the outputs' factor: row 0 is solved last.
@@ -286,19 +288,22 @@ std::vector<double> solve_coupled(const Problem<Real>& problem, MatrixView<const
         owed<Real>(outputs, begin, end, error, target, threads);
         for (Index i = 0; i < count; ++i) {
             const Index row = outputs.column(begin + i);
-            for (Index c = 0; c < n; ++c) target.row(i)[c] += static_cast<Real>(weight.row(row)[c]);
+            const RotatedRows own(weight, rotation, row, 1);
+            for (Index c = 0; c < n; ++c) target.row(i)[c] += static_cast<Real>(own.row(row)[c]);
             std::copy_n(scales.row(row), scales.cols, own_scales.row(i));
         }
-        add_losses(sum, solve_rows<Format>(problem, MatrixView<const Real>(target), own_scales, own_codes, threads));
+        const auto targets_at = [&](Index first, Index rows_read, auto&& use) { use(MatrixView<const Real>{target.row(first), rows_read, n, n}); };
+        add_losses(sum, solve_rows<Format>(problem, targets_at, own_scales, own_codes, threads));
         parallel_for(count, threads, [&](Index i) {
             const Index row = outputs.column(begin + i);
+            const RotatedRows own(weight, rotation, row, 1);
             std::copy_n(own_scales.row(i), scales.cols, scales.row(row));
             std::copy_n(own_codes.row(i), codes.cols, codes.row(row));
             std::vector<std::uint8_t> unpacked(static_cast<std::size_t>(n));
             unpack_row(own_codes.row(i), n, unpacked.data());
             for (Index c = 0; c < n; ++c) {
                 const float step = problem.table[own_scales.row(i)[c / Format::group_size]];
-                error.row(begin + i)[c] = weight.row(row)[c] - step * e2m1::decode(unpacked[static_cast<std::size_t>(c)]);
+                error.row(begin + i)[c] = own.row(row)[c] - step * e2m1::decode(unpacked[static_cast<std::size_t>(c)]);
             }
         });
     }
@@ -306,17 +311,19 @@ std::vector<double> solve_coupled(const Problem<Real>& problem, MatrixView<const
 }
 
 template <class Format, class Real>
-SolverResult solve_format(MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs, const SolverOptions& options,
+SolverResult solve_format(MatrixView<const float> weight, const Rotation& rotation, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs, const SolverOptions& options,
                           MatrixView<std::uint8_t> codes, int threads) {
     const Problem<Real> problem{tensor_scale, step_table<Format>(tensor_scale), factor, options, factor.pivots().cast<Real>(), options.rounds > 0 ? group_factors<Real>(factor, Format::group_size) : GroupFactors<Real>{}, positions_of(factor)};
-    if (outputs != nullptr) return {solve_coupled<Format>(problem, weight, scales, *outputs, codes, threads)};
-    return {solve_rows<Format>(problem, weight, scales, codes, threads)};
+    if (outputs != nullptr) return {solve_coupled<Format>(problem, weight, rotation, scales, *outputs, codes, threads)};
+    const auto rows_at = [&](Index first, Index count, auto&& use) { use(RotatedRows(weight, rotation, first, count).view()); };
+    return {solve_rows<Format>(problem, rows_at, scales, codes, threads)};
 }
 
 }  // namespace
 
 SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs,
-                   const SolverOptions& options, MatrixView<std::uint8_t> codes, int threads) {
+                   const SolverOptions& options, MatrixView<std::uint8_t> codes, int threads, const Rotation& rotation) {
+    if (rotation) rotation.check_columns(weight.cols);
     check(factor.cols() == weight.cols, "the factor has " + std::to_string(factor.cols()) + " columns; weight has " + std::to_string(weight.cols));
     check(factor.usable(), "the factor is not usable: the Hessian could not be factorised at any damping");
     if (outputs != nullptr) {
@@ -328,8 +335,8 @@ SolverResult solve(std::string_view format, MatrixView<const float> weight, Matr
     return with_format(format, [&]<class Format>(Format) {
         check(scales.rows == weight.rows && scales.cols * Format::group_size == weight.cols, "scales do not have one entry for each group of weight");
         check(codes.rows == weight.rows && codes.cols * 2 == weight.cols, "codes do not have half a byte for each weight");
-        if (options.precision == Precision::float64) return solve_format<Format, double>(weight, scales, tensor_scale, factor, outputs, options, codes, threads);
-        return solve_format<Format, float>(weight, scales, tensor_scale, factor, outputs, options, codes, threads);
+        if (options.precision == Precision::float64) return solve_format<Format, double>(weight, rotation, scales, tensor_scale, factor, outputs, options, codes, threads);
+        return solve_format<Format, float>(weight, rotation, scales, tensor_scale, factor, outputs, options, codes, threads);
     });
 }
 

@@ -9,6 +9,7 @@
 #include "base/matrix_view.h"
 #include "codecs/scale_rule.h"
 #include "gptq/factor.h"
+#include "rotations/rotation.h"
 
 namespace mrgptq {
 
@@ -34,11 +35,11 @@ struct SolverResult {
     std::vector<double> losses;
 };
 
-// weight (rows, cols) float32 in the basis of the factor's H, scales (rows, cols / group) read unless searched and written where searched or refined, codes (rows, cols / 2) written.
+// weight (rows, cols) float32, by the rotation in the basis of the factor's H, scales (rows, cols / group) read unless searched and written where searched or refined, codes (rows, cols / 2) written.
 // Without `outputs` rows are independent. With it, the factor of the outputs' second moment A (rows, rows) in any order, the loss is tr(A E H Eᵀ) and a block of rows makes up for the blocks
 // solved before it (outputs.h); SolverResult's losses are then those against the targets that the rows were given.
 // Cut into tiles by the number of rows alone: the same bytes for any number of threads.
 SolverResult solve(std::string_view format, MatrixView<const float> weight, MatrixView<std::uint8_t> scales, float tensor_scale, const Factor& factor, const Factor* outputs,
-                   const SolverOptions& options, MatrixView<std::uint8_t> codes, int threads);
+                   const SolverOptions& options, MatrixView<std::uint8_t> codes, int threads, const Rotation& rotation = {});
 
 }  // namespace mrgptq

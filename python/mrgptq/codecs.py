@@ -14,6 +14,8 @@ from .rotations import Dense, Identity, Rotation
 
 PackedMatrix = tuple[str, NDArray[np.uint8], NDArray[np.uint8], float]
 """Format, codes, scales and tensor scale, as the core takes a packed matrix."""
+Turn = int | NDArray[np.float32]
+"""A rotation as the core takes it: the block size of a Hadamard rotation, 0 for none, or the matrix of another."""
 HESSIAN_SEARCHES = ("hessian", "hessian_block")
 """As "mse", the errors weighed by the diagonal of H or by the group's block of it."""
 
@@ -64,19 +66,19 @@ def tensor_scale_for(
     return nvfp4_tensor_scale(amax)
 
 
-def turn_of(rotation: Rotation | None) -> int | NDArray[np.float32]:
-    """A rotation as the core takes it: the block size of a Hadamard rotation, 0 for none, or the matrix of another."""
+def turn_of(rotation: Rotation | None) -> Turn:
+    """A rotation, or None, for the core."""
     if rotation is not None and not isinstance(rotation, Rotation):
         raise TypeError(f"rotation is {rotation!r}; it must be None or a rotation such as Hadamard(32)")
     return rotation.matrix if isinstance(rotation, Dense) else (None if rotation is None else rotation.block_size) or 0
 
 
-def absmax_tensor_scale(matrices: Sequence[NDArray[np.float32]], *, threads: int | None = None) -> float:
-    """2688 / amax over all of some (rows, cols) float32 matrices, so that a zero matrix among them has no say."""
-    return nvfp4_tensor_scale(max(_core.amax(matrix, 0, as_threads(threads)) for matrix in matrices))
+def absmax_tensor_scale(matrices: Sequence[NDArray[np.float32]], *, rotation: Rotation | None = None, threads: int | None = None) -> float:
+    """2688 / amax over all of some (rows, cols) float32 matrices, rotated, so that a zero matrix among them has no say."""
+    return nvfp4_tensor_scale(max(_core.amax(matrix, turn_of(rotation), as_threads(threads)) for matrix in matrices))
 
 
-def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", *, iterations: int = 20, threads: int | None = None) -> float:
+def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", *, iterations: int = 20, rotation: Rotation | None = None, threads: int | None = None) -> float:
     """The NVFP4 divisor of matrices that share one, fitted in turn with the group scales.
 
     Starting from 2688 / amax: for the codes and scales of the present divisor the factor with the least Σ (w - ŵ)² is Σ w ŵ / Σ ŵ²; the divisor takes it up, scales and codes are found
@@ -85,6 +87,7 @@ def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", 
     Parameters
     ----------
     weights : matrices (rows, cols) with any rows and cols a multiple of 16. scales : a rule of :func:`quantize` for NVFP4. iterations : at most so many refits.
+    rotation : turns the rows first; its block size must divide every cols.
 
     Returns
     -------
@@ -96,18 +99,19 @@ def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", 
         raise ValueError("weights is empty; at least one matrix is needed")
     for matrix in matrices:
         check_groups(matrix.shape[1], "nvfp4", "weights")
+        if rotation is not None:
+            rotation.check_columns(matrix.shape[1], "weights")
+    turn = turn_of(rotation)
 
     def fit(divisor: float) -> tuple[float, float]:
         error = dot = square = 0.0
         for matrix in matrices:
-            codes, found, _ = _core.quantize("nvfp4", search, "even", False, matrix, 0, divisor, as_threads(threads))
-            value = _core.dequantize("nvfp4", codes, found, divisor, as_threads(threads)).astype(np.float64)
-            error += float(np.square(matrix - value).sum())
-            dot += float((matrix * value).sum())
-            square += float(np.square(value).sum())
+            codes, found, _ = _core.quantize("nvfp4", search, "even", False, matrix, turn, divisor, as_threads(threads))
+            own = _core.square_sums("nvfp4", matrix, turn, codes, found, divisor, as_threads(threads))
+            error, dot, square = error + own[0], dot + own[2], square + own[3]
         return error, float(np.float32(divisor * square / dot)) if dot > 0 else divisor
 
-    divisor = absmax_tensor_scale(matrices, threads=threads)
+    divisor = absmax_tensor_scale(matrices, rotation=rotation, threads=threads)
     error, following = fit(divisor)
     for _ in range(iterations):
         next_error, after = fit(following)
@@ -124,9 +128,9 @@ def check_groups(cols: int, format: str, name: str = "weight") -> None:
         raise ValueError(f"{name} has {cols} columns; {format} needs a multiple of {group}")
 
 
-def weight_error(format: str, weight: NDArray[np.float32], codes: NDArray[np.uint8], scales: NDArray[np.uint8], divisor: float, *, threads: int | None = None) -> float | None:
-    """Σ (w - ŵ)² / Σ w² in float64 over a (rows, cols) float32 matrix and its packed codes; None where all of W is zero."""
-    error, energy = _core.square_sums(format, weight, codes, scales, divisor, as_threads(threads))
+def weight_error(format: str, weight: NDArray[np.float32], turn: Turn, codes: NDArray[np.uint8], scales: NDArray[np.uint8], divisor: float, *, threads: int | None = None) -> float | None:
+    """Σ (w - ŵ)² / Σ w² in float64 over a (rows, cols) float32 matrix, turned, and its packed codes; None where all of W is zero."""
+    error, energy, _, _ = _core.square_sums(format, weight, turn, codes, scales, divisor, as_threads(threads))
     return error / energy if energy else None
 
 
@@ -163,7 +167,7 @@ class Rounding:
         self.divisor = tensor_scale_for(format, self.values, self.mx_rule, tensor_scale, rotation=rotation, name=name, threads=threads)
 
     @property
-    def arguments(self) -> tuple[str, str, str, bool, NDArray[np.float32], int | NDArray[np.float32], float]:
+    def arguments(self) -> tuple[str, str, str, bool, NDArray[np.float32], Turn, float]:
         """Of the core's ``quantize`` and ``round_to_grid``, before those that are their own."""
         return self.format, self.search, self.mx_rule, self.bfloat16_sixth, self.matrix, self.turn, self.divisor
 
@@ -222,9 +226,7 @@ def quantize(
     codes, found, position = _core.quantize(*work.arguments, as_threads(threads))
     values, search, rule, divisor = work.values, work.search, work.mx_rule, work.divisor
     refuse_nonfinite(values, position, "weight")
-    if rotation is not None:
-        values = rotation.apply(values, threads=threads)
-    error = weight_error(format, values, codes, found, divisor, threads=threads)
+    error = weight_error(format, values, work.turn, codes, found, divisor, threads=threads)
     report = LayerReport(
         "rounding",
         format,
@@ -232,10 +234,10 @@ def quantize(
         values.shape[1],
         scales_name(format, search, rule),
         error,
-        scale_offsets=scale_offsets(format, values, found, divisor, rule, threads=threads),
+        scale_offsets=scale_offsets(format, values, work.turn, found, divisor, rule, threads=threads),
         seconds=time.perf_counter() - start,
     )
-    mask = clip_mask(format, values, found, divisor) if search == "quest" else None
+    mask = clip_mask(format, (rotation or Identity()).apply(values, threads=threads), found, divisor) if search == "quest" else None
     return QuantizedMatrix(format, codes, found, divisor, rotation or Identity(), report=report, clip_mask=mask)
 
 
@@ -245,9 +247,9 @@ def clip_mask(format: str, x: NDArray[np.float32], scales: NDArray[np.uint8], di
     return np.abs(x) < 6 * steps
 
 
-def scale_offsets(format: str, x: NDArray[np.float32], scales: NDArray[np.uint8], divisor: float, mx_rule: str, *, threads: int | None = None) -> dict[int, int]:
-    """{steps from absmax: groups}: how far the stored scales of a (rows, cols) matrix lie from what absmax would have stored under the same divisor. Eight E4M3 steps are a factor of two."""
-    absmax = _core.find_scales(format, "absmax", mx_rule, x, divisor, None, as_threads(threads))
+def scale_offsets(format: str, x: NDArray[np.float32], turn: Turn, scales: NDArray[np.uint8], divisor: float, mx_rule: str, *, threads: int | None = None) -> dict[int, int]:
+    """{steps from absmax: groups}: how far the stored scales of a (rows, cols) matrix, turned, lie from what absmax would have stored under the same divisor. Eight E4M3 steps are a factor of two."""
+    absmax = _core.find_scales(format, "absmax", mx_rule, x, turn, divisor, None, as_threads(threads))
     counts = np.bincount((scales.astype(np.int16) - absmax + 255).reshape(-1), minlength=511)
     return {int(i) - 255: int(counts[i]) for i in np.flatnonzero(counts)}
 

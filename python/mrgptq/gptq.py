@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_number, as_square, as_threads, choose
-from .codecs import PackedMatrix
+from .codecs import PackedMatrix, Turn
 from .rotations import Hadamard, Identity, Rotation
 
 ORDERS = ("natural", "activation", "group")
@@ -185,11 +185,11 @@ def as_damping(damping: float) -> float:
 
 
 def output_errors(
-    weight: NDArray[np.float32], answers: Sequence[PackedMatrix], outputs: _core.SecondMoment, inputs: _core.SecondMoment, *, precision: str = "float64", threads: int | None = None
+    weight: NDArray[np.float32], turn: Turn, answers: Sequence[PackedMatrix], outputs: _core.SecondMoment, inputs: _core.SecondMoment, *, precision: str = "float64", threads: int | None = None
 ) -> tuple[float | None, ...]:
-    """tr(A E H E^T) / tr(A W H W^T) of E = W - Q for each answer Q, products in ``precision``; None where the latter is 0. weight W (rows, cols) float32, outputs A (rows, rows), inputs H (cols, cols)."""
-    energy = _core.coupled_form(weight, None, outputs, inputs, precision, as_threads(threads))
-    return tuple(_core.coupled_form(weight, answer, outputs, inputs, precision, as_threads(threads)) / energy if energy > 0 else None for answer in answers)
+    """tr(A E H E^T) / tr(A W H W^T) of E = W - Q for each answer Q, products in ``precision``; None where the latter is 0. weight W (rows, cols) float32, turned, outputs A (rows, rows), inputs H (cols, cols)."""
+    energy = _core.coupled_form(weight, turn, None, outputs, inputs, precision, as_threads(threads))
+    return tuple(_core.coupled_form(weight, turn, answer, outputs, inputs, precision, as_threads(threads)) / energy if energy > 0 else None for answer in answers)
 
 
 def backward_passes(rows_by_block: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -9,7 +9,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .arrays import as_float32, as_square, as_symmetric, as_threads
-from .codecs import HESSIAN_SEARCHES, PackedMatrix, absmax_tensor_scale, alternating_tensor_scale, check_groups, clip_mask, scale_offsets, scales_name, tensor_scale_for, weight_error
+from .codecs import (
+    HESSIAN_SEARCHES,
+    PackedMatrix,
+    Turn,
+    absmax_tensor_scale,
+    alternating_tensor_scale,
+    check_groups,
+    clip_mask,
+    scale_offsets,
+    scales_name,
+    tensor_scale_for,
+    turn_of,
+    weight_error,
+)
 from .formats import SCALE_SEARCHES, block_format
 from .gptq import OUTPUT_DAMPING, Factor, output_errors
 from .recipe import Recipe, as_recipe
@@ -28,11 +41,13 @@ def shared_tensor_scale(weights: Sequence[ArrayLike], recipe: Recipe, *, threads
     if recipe.format != "nvfp4":
         return None
     rotation = rotation_of(recipe.rotation)
-    rotated = [rotation.apply(weight, threads=threads) for weight in weights]
     if recipe.tensor_scale == "alternating":
         search = recipe.resolved_scales[0]
-        return alternating_tensor_scale(rotated, search if search in SCALE_SEARCHES["nvfp4"] else "mse", threads=threads)
-    return absmax_tensor_scale(rotated, threads=threads)
+        return alternating_tensor_scale(weights, search if search in SCALE_SEARCHES["nvfp4"] else "mse", rotation=rotation, threads=threads)
+    values = [as_float32(weight, "weights", rank=2, threads=threads) for weight in weights]
+    for weight in values:
+        rotation.check_columns(weight.shape[1], "weights")
+    return absmax_tensor_scale(values, rotation=rotation, threads=threads)
 
 
 def _group_size(recipe: Recipe) -> int | None:
@@ -130,16 +145,17 @@ def quantize_layer(
     elif hessian is not None:
         second_moment, tokens = _core.SecondMoment(rotate_hessian(rotation, as_square(hessian, cols), threads=threads)), getattr(hessian, "tokens", None)
 
-    rotated = values if recipe.rotation is None else rotation.apply(values, threads=threads)
+    turn = turn_of(rotation)
+    largest = _core.amax(values, turn, as_threads(threads))  # refuses what overflows when it is rotated
     outputs = None if output_hessian is None else _output_factor(output_hessian, values.shape[0], recipe, threads)
     search, rule = recipe.resolved_scales
     if tensor_scale is None and recipe.tensor_scale == "alternating":
         tensor_scale = shared_tensor_scale([values], recipe, threads=threads)
-    divisor = tensor_scale_for(recipe.format, rotated, rule, tensor_scale, threads=threads)
+    divisor = tensor_scale_for(recipe.format, values, rule, tensor_scale, rotation=rotation, threads=threads)
     usable = factor is not None and factor.usable
-    target = rotated
+    target, target_turn = values, turn
     if cross is not None:
-        target = _shifted(rotated, cross, stream, recipe, factor, threads)
+        target, target_turn = _shifted(values, turn, cross, stream, recipe, factor, threads)
     elif stream is not None:
         raise ValueError("stream is given without cross; a layer makes up for what its outputs are added to only beside its inputs")
     if search in HESSIAN_SEARCHES and second_moment is None:
@@ -154,16 +170,16 @@ def quantize_layer(
         if factor is not None:
             fallback = f"rounded plainly, scales by {first}: the Hessian could not be factorised, not even with damping {factor.damping:g}"
         if weights is None:
-            codes, scales, _ = _core.quantize(recipe.format, first, rule, False, target, 0, divisor, as_threads(threads))
+            codes, scales, _ = _core.quantize(recipe.format, first, rule, False, target, target_turn, divisor, as_threads(threads))
         else:
-            scales = _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
-            codes = _core.encode(recipe.format, target, scales, divisor, as_threads(threads))
+            scales = _core.find_scales(recipe.format, first, rule, target, target_turn, divisor, weights, as_threads(threads))
+            codes = _core.encode(recipe.format, target, target_turn, scales, divisor, as_threads(threads))
     else:
-        method, begin = "gptq", _core.find_scales(recipe.format, first, rule, target, divisor, weights, as_threads(threads))
-        asked = recipe.precision if search != "gptq" or _fits_float32(rotated, factor, threads) else "float64"
+        method, begin = "gptq", _core.find_scales(recipe.format, first, rule, target, target_turn, divisor, weights, as_threads(threads))
+        asked = recipe.precision if search != "gptq" or _fits_float32(largest, factor) else "float64"
         for precision in dict.fromkeys((asked, "float64")):
             scales = begin.copy()
-            codes, losses = _core.solve(recipe.format, target, scales, divisor, factor.core, coupled, precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
+            codes, losses = _core.solve(recipe.format, target, target_turn, scales, divisor, factor.core, coupled, precision, search == "gptq", rule, recipe.rounds, as_threads(threads))
             if np.isfinite(losses).all():  # feedback may grow beyond float32 where neither weight nor H is
                 break
 
@@ -172,16 +188,16 @@ def quantize_layer(
             fallback = f"outputs counted alike: the output Hessian could not be factorised, not even with damping {outputs.damping:g}"
         elif outputs.dead_columns == outputs.cols:
             fallback = "outputs counted alike: the output Hessian is zero, no gradient reached the layer"
-    errors, energy = _errors_by_moments(rotated, (recipe.format, codes, scales, divisor), rule, second_moment, outputs, precision or "float64", threads)
+    errors, energy = _errors_by_moments(values, turn, (recipe.format, codes, scales, divisor), rule, second_moment, outputs, precision or "float64", threads)
     report = LayerReport(
         method=method,
         format=recipe.format,
         rows=values.shape[0],
         cols=cols,
         scales=scales_name(recipe.format, search if usable else first, rule),
-        weight_error=weight_error(recipe.format, rotated, codes, scales, divisor, threads=threads),
-        damped_errors=_damped_errors(losses, target, factor, energy if target is rotated else None, precision, threads),
-        scale_offsets=scale_offsets(recipe.format, rotated, scales, divisor, rule, threads=threads),
+        weight_error=weight_error(recipe.format, values, turn, codes, scales, divisor, threads=threads),
+        damped_errors=_damped_errors(losses, target, target_turn, factor, energy if target is values else None, precision, threads),
+        scale_offsets=scale_offsets(recipe.format, values, turn, scales, divisor, rule, threads=threads),
         damping=factor.damping if factor else None,
         damping_asked=recipe.damping if factor else None,
         dead_columns=None if second_moment is None else int((second_moment.diagonal() == 0).sum()),
@@ -194,7 +210,7 @@ def quantize_layer(
         **errors,
     )
     activations = activations_of(recipe)
-    mask = clip_mask(recipe.format, rotated, scales, divisor) if (search if usable else first) == "quest" else None
+    mask = clip_mask(recipe.format, rotation.apply(values, threads=threads), scales, divisor) if (search if usable else first) == "quest" else None
     return QuantizedMatrix(recipe.format, codes, scales, divisor, rotation, activations, recipe, report, clip_mask=mask)
 
 
@@ -206,13 +222,15 @@ def activations_of(recipe: Recipe, tensor_scale: float | None = None) -> Activat
     return Activations(recipe.activations, mx_rule, tensor_scale, search)
 
 
-def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, stream: ArrayLike | None, recipe: Recipe, factor: Factor | None, threads: int | None) -> NDArray[np.float32]:
-    """The rotated weight moved to where it answers the inputs it will see as the original answered its own; see ``cross`` and ``stream`` of quantize_layer."""
+def _shifted(
+    weight: NDArray[np.float32], turn: Turn, cross: ArrayLike, stream: ArrayLike | None, recipe: Recipe, factor: Factor | None, threads: int | None
+) -> tuple[NDArray[np.float32], Turn]:
+    """The weight moved to where it answers the inputs it will see as the original answered its own, and what turns it into the rotated basis; see ``cross`` and ``stream`` of quantize_layer."""
     if factor is None:
         raise ValueError('cross is given, but the recipe\'s solver is "rtn"; it needs "gptq"')
     if recipe.cross == 0:
         raise ValueError("cross is given, but the recipe's cross, how far the target moves, is 0; replace(recipe, cross=0.5) moves it half the way")
-    cols = rotated.shape[1]
+    cols = weight.shape[1]
     try:
         given = np.asarray(cross)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors that NumPy cannot take
@@ -225,21 +243,19 @@ def _shifted(rotated: NDArray[np.float32], cross: ArrayLike, stream: ArrayLike |
     if not np.isfinite(matrix).all():
         raise ValueError(f"cross[{', '.join(map(str, np.argwhere(~np.isfinite(matrix))[0]))}] is not finite")
     missing = None if stream is None else as_float32(stream, "stream", rank=2, threads=threads)
-    if missing is not None and missing.shape != rotated.shape:
-        raise ValueError(f"stream has shape {missing.shape}; the weight's is {rotated.shape}")
+    if missing is not None and missing.shape != weight.shape:
+        raise ValueError(f"stream has shape {missing.shape}; the weight's is {weight.shape}")
     if not factor.usable:
-        return rotated
-    if missing is not None:
-        missing = factor.rotation.apply(missing, threads=threads)
-    target = _core.shift_to_inputs(rotated, factor.rotation.apply_both(matrix, threads=threads), missing, factor.core, recipe.cross, as_threads(threads))
+        return weight, turn
+    target = _core.shift_to_inputs(weight, turn, factor.rotation.apply_both(matrix, threads=threads), missing, factor.core, recipe.cross, as_threads(threads))
     if _core.first_nonfinite(target, as_threads(threads)) >= 0:
         raise ValueError("cross moves the target beyond float32; it and stream must be of the size of the hessian")
-    return target
+    return target, 0
 
 
-def _fits_float32(weight: NDArray[np.float32], factor: Factor, threads: int | None) -> bool:
-    """Whether losses can be compared in float32: the largest must stay clear of overflow, and of what vanishes, with room for smaller groups and for sums."""
-    amax, diagonal = _core.amax(weight, 0, as_threads(threads)), float(factor.core.second_moment().diagonal().max())
+def _fits_float32(amax: float, factor: Factor) -> bool:
+    """Whether losses of a weight with that amax can be compared in float32: the largest must stay clear of overflow, and of what vanishes, with room for smaller groups and for sums."""
+    diagonal = float(factor.core.second_moment().diagonal().max())
     return not amax or not diagonal or 1e-20 < amax**2 * diagonal < 1e30
 
 
@@ -264,28 +280,29 @@ def _group_moments(second_moment: _core.SecondMoment, recipe: Recipe) -> NDArray
 
 
 def _errors_by_moments(
-    weight: NDArray[np.float32], answer: PackedMatrix, mx_rule: str, second_moment: _core.SecondMoment | None, outputs: Factor | None, precision: str, threads: int | None
+    weight: NDArray[np.float32], turn: Turn, answer: PackedMatrix, mx_rule: str, second_moment: _core.SecondMoment | None, outputs: Factor | None, precision: str, threads: int | None
 ) -> tuple[dict[str, Any], float | None]:
     """The report's errors under the second moments at hand, each beside what plain rounding by absmax scales would have had; and tr(W H W^T)."""
     if second_moment is None:
         return {}, None
     format, _, _, divisor = answer
-    codes, scales, _ = _core.quantize(format, "absmax", mx_rule, False, weight, 0, divisor, as_threads(threads))
+    codes, scales, _ = _core.quantize(format, "absmax", mx_rule, False, weight, turn, divisor, as_threads(threads))
     answers = [answer, (format, codes, scales, divisor)]
-    energy, *losses = _core.quadratic_forms(weight, answers, second_moment, precision, as_threads(threads))
+    energy, *losses = _core.quadratic_forms(weight, turn, answers, second_moment, precision, as_threads(threads))
     values: dict[str, Any] = dict(zip(("relative_error", "rounded_error"), (loss / energy if energy else None for loss in losses), strict=True))
     if outputs is not None:
-        values |= zip(("output_error", "rounded_output_error"), output_errors(weight, answers, outputs.core.second_moment(), second_moment, precision=precision, threads=threads), strict=True)
+        values |= zip(("output_error", "rounded_output_error"), output_errors(weight, turn, answers, outputs.core.second_moment(), second_moment, precision=precision, threads=threads), strict=True)
     return values, energy
 
 
-def _damped_errors(losses: list[float], target: NDArray[np.float32], factor: Factor | None, undamped: float | None, precision: str | None, threads: int | None) -> tuple[float, ...]:
+def _damped_errors(
+    losses: list[float], target: NDArray[np.float32], turn: Turn, factor: Factor | None, undamped: float | None, precision: str | None, threads: int | None
+) -> tuple[float, ...]:
     """The solver's losses over tr(W R W^T), R = H + λI with dead columns weighed as the solver does; ``undamped``: tr(W H W^T) where it is known."""
     if not losses or factor is None or precision is None:
         return ()
     if undamped is None:
-        undamped = _core.quadratic_form(target, factor.core.second_moment(), precision, as_threads(threads))
-    squares = np.einsum("ij,ij->j", target, target, dtype=np.float64)
-    dead = factor.core.second_moment().diagonal() == 0
-    energy = undamped + factor.core.lambda_ * float(squares[~dead].sum()) + factor.core.dead_weight * float(squares[dead].sum())
+        (undamped,) = _core.quadratic_forms(target, turn, [], factor.core.second_moment(), precision, as_threads(threads))
+    damping = np.where(factor.core.second_moment().diagonal() == 0, factor.core.dead_weight, factor.core.lambda_)
+    energy = undamped + _core.diagonal_form(target, turn, damping[np.newaxis], as_threads(threads))
     return tuple(loss / energy for loss in losses) if energy > 0 else ()

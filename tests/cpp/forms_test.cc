@@ -44,6 +44,11 @@ struct Rounded {
 };
 
 template <class Real>
+double quadratic_form(MatrixView<const float> e, const SecondMoment& h, int threads) {
+    return quadratic_forms<Real>(e, {}, h, threads)[0];
+}
+
+template <class Real>
 class Forms : public ::testing::Test {};
 using Reals = ::testing::Types<float, double>;
 TYPED_TEST_SUITE(Forms, Reals);
