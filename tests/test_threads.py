@@ -61,6 +61,7 @@ def core_calls():
         "HessianSum.merge": lambda: (sums[0].merge, (sums[1], 1)),
         "HessianSum.matrix": lambda: (sums[0].matrix, (np.empty_like(H), 1)),
         "square_sums": lambda: (_core.square_sums, ("nvfp4", W, 16, Q.codes, Q.scales, Q.tensor_scale, 1)),
+        "fit_sums": lambda: (_core.fit_sums, ("nvfp4", W, 16, Q.codes, Q.scales, Q.tensor_scale, 1)),
         "CholeskyFactor": lambda: (_core.CholeskyFactor, (room_of(H), "activation", 0.01, 1, "float64", 1)),
         "solve": lambda: (_core.solve, ("nvfp4", W, 16, Q.scales.copy(), Q.tensor_scale, CORE, None, "float32", False, "even", 0, 1)),
         "shift_to_inputs": lambda: (_core.shift_to_inputs, (W, 16, H, W, CORE, 0.5, 1)),

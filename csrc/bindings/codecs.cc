@@ -78,7 +78,14 @@ void register_codecs(py::module_& module) {
         const auto in_codes = view<std::uint8_t>(codes), in_scales = view<std::uint8_t>(scales);
         const Rotation rotation = rotation_of(turn);
         const SquareSums sums = without_gil([&] { return square_sums(format, in, in_codes, in_scales, tensor_scale, threads, rotation); });
-        return py::make_tuple(sums.error, sums.energy, sums.dot, sums.square);
+        return py::make_tuple(sums.error, sums.energy);
+    });
+    module.def("fit_sums", [](const std::string& format, const py::array& weight, const py::object& turn, const py::array& codes, const py::array& scales, float tensor_scale, int threads) {
+        const auto in = view<float>(weight);
+        const auto in_codes = view<std::uint8_t>(codes), in_scales = view<std::uint8_t>(scales);
+        const Rotation rotation = rotation_of(turn);
+        const FitSums sums = without_gil([&] { return fit_sums(format, in, in_codes, in_scales, tensor_scale, threads, rotation); });
+        return py::make_tuple(sums.error, sums.dot, sums.square);
     });
     module.def("pack", [](const py::array& codes, int threads) {
         const auto in = view<std::uint8_t>(codes);

@@ -1,6 +1,7 @@
 #include "codecs/codec.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <limits>
 #include <numeric>
@@ -292,10 +293,12 @@ Index round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<c
     });
 }
 
-SquareSums square_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads,
-                       const Rotation& rotation) {
+// Sums over all values of count numbers that terms(w, ŵ) makes of each, in float64 row by row: the same for any number of threads.
+template <std::size_t count, class Terms>
+static std::array<double, count> sums_over(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads,
+                                           const Rotation& rotation, Terms&& terms) {
     if (rotation) rotation.check_columns(weight.cols);
-    std::vector<SquareSums> rows(static_cast<std::size_t>(weight.rows));
+    std::vector<std::array<double, count>> rows(static_cast<std::size_t>(weight.rows));
     with_format(format, [&]<class Format>(Format) {
         constexpr Index size = Format::group_size;
         check_groups(weight, scales, size, "weight");
@@ -303,27 +306,42 @@ SquareSums square_sums(std::string_view format, MatrixView<const float> weight, 
         parallel_for_ranges(weight.rows, rows_a_piece(weight.cols), threads, [&](Index begin, Index end) {
             const RotatedRows rotated(weight, rotation, begin, end - begin);
             for (Index r = begin; r < end; ++r) {
-                double error[size] = {}, energy[size] = {}, dot[size] = {}, square[size] = {};  // column by column of a group
+                double of_columns[count][size] = {};  // of a group
                 for (Index g = 0; g < scales.cols; ++g) {
                     const float* w = rotated.row(r) + g * size;
                     alignas(cache_line) float values[size];
                     decode_group<Format>(codes.row(r) + g * size / 2, group_step<Format>(scales.row(r)[g], tensor_scale), values);
 #pragma GCC unroll 1  // a loop that is no more is not vectorised
                     for (Index i = 0; i < size; ++i) {
-                        const double apart = w[i] - values[i], own = w[i], value = values[i];
-                        error[i] += apart * apart;
-                        energy[i] += own * own;
-                        dot[i] += own * value;
-                        square[i] += value * value;
+                        const std::array<double, count> own = terms(w[i], values[i]);
+                        for (std::size_t k = 0; k < count; ++k) of_columns[k][i] += own[k];
                     }
                 }
-                for (Index i = 0; i < size; ++i) rows[static_cast<std::size_t>(r)] += {error[i], energy[i], dot[i], square[i]};
+                for (std::size_t k = 0; k < count; ++k) rows[static_cast<std::size_t>(r)][k] = std::accumulate(of_columns[k], of_columns[k] + size, 0.0);
             }
         });
     });
-    SquareSums sums;
-    for (const SquareSums& row : rows) sums += row;
+    std::array<double, count> sums{};
+    for (const auto& row : rows)
+        for (std::size_t k = 0; k < count; ++k) sums[k] += row[k];
     return sums;
+}
+
+SquareSums square_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads,
+                       const Rotation& rotation) {
+    const auto [error, energy] = sums_over<2>(format, weight, codes, scales, tensor_scale, threads, rotation, [](float w, float value) {
+        const double apart = w - value, own = w;
+        return std::array{apart * apart, own * own};
+    });
+    return {error, energy};
+}
+
+FitSums fit_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads, const Rotation& rotation) {
+    const auto [error, dot, square] = sums_over<3>(format, weight, codes, scales, tensor_scale, threads, rotation, [](float w, float value) {
+        const double apart = w - value, own = w, wide = value;
+        return std::array{apart * apart, own * wide, wide * wide};
+    });
+    return {error, dot, square};
 }
 
 }  // namespace mrgptq

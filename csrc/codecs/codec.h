@@ -37,16 +37,17 @@ void dequantize(std::string_view format, MatrixView<const std::uint8_t> codes, M
 // dequantize(quantize(x)) without the codes; `out` may be `x`. Returns as quantize() does; what lies before that position may have been written.
 Index round_to_grid(std::string_view format, const ScaleRule& rule, MatrixView<const float> x, float tensor_scale, MatrixView<float> out, int threads, const Rotation& rotation = {});
 
-// Σ (w - ŵ)² of the values ŵ that codes and scales stand for, the differences in float32, Σ w², Σ w ŵ and Σ ŵ², all summed in float64 row by row: the same for any number of threads.
+// Σ (w - ŵ)² of the values ŵ that codes and scales stand for, the differences in float32, and Σ w², both summed in float64 row by row: the same for any number of threads.
 struct SquareSums {
-    double error = 0, energy = 0, dot = 0, square = 0;
-
-    SquareSums& operator+=(const SquareSums& other) noexcept {
-        error += other.error, energy += other.energy, dot += other.dot, square += other.square;
-        return *this;
-    }
+    double error = 0, energy = 0;
 };
 SquareSums square_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads,
                        const Rotation& rotation = {});
+
+// The same of (w - ŵ)², w ŵ and ŵ²: what a factor for all ŵ is fitted by.
+struct FitSums {
+    double error = 0, dot = 0, square = 0;
+};
+FitSums fit_sums(std::string_view format, MatrixView<const float> weight, MatrixView<const std::uint8_t> codes, MatrixView<const std::uint8_t> scales, float tensor_scale, int threads, const Rotation& rotation = {});
 
 }  // namespace mrgptq

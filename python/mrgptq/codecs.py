@@ -107,8 +107,8 @@ def alternating_tensor_scale(weights: Sequence[ArrayLike], scales: str = "mse", 
         error = dot = square = 0.0
         for matrix in matrices:
             codes, found, _ = _core.quantize("nvfp4", search, "even", False, matrix, turn, divisor, as_threads(threads))
-            own = _core.square_sums("nvfp4", matrix, turn, codes, found, divisor, as_threads(threads))
-            error, dot, square = error + own[0], dot + own[2], square + own[3]
+            sums = _core.fit_sums("nvfp4", matrix, turn, codes, found, divisor, as_threads(threads))
+            error, dot, square = error + sums[0], dot + sums[1], square + sums[2]
         return error, float(np.float32(divisor * square / dot)) if dot > 0 else divisor
 
     divisor = absmax_tensor_scale(matrices, rotation=rotation, threads=threads)
@@ -130,7 +130,7 @@ def check_groups(cols: int, format: str, name: str = "weight") -> None:
 
 def weight_error(format: str, weight: NDArray[np.float32], turn: Turn, codes: NDArray[np.uint8], scales: NDArray[np.uint8], divisor: float, *, threads: int | None = None) -> float | None:
     """Σ (w - ŵ)² / Σ w² in float64 over a (rows, cols) float32 matrix, turned, and its packed codes; None where all of W is zero."""
-    error, energy, _, _ = _core.square_sums(format, weight, turn, codes, scales, divisor, as_threads(threads))
+    error, energy = _core.square_sums(format, weight, turn, codes, scales, divisor, as_threads(threads))
     return error / energy if energy else None
 
 
