@@ -51,13 +51,20 @@ def as_threads(threads: int | None) -> int:
     return min(int(threads), 1024)  # no result depends on it, and libgomp ends the process when it cannot start a team
 
 
+def widen_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The values of bfloat16 bits, of any shape."""
+    wide = bits.astype(np.uint32)
+    np.left_shift(wide, 16, out=wide)  # in place: a second array would be as large as the values
+    return wide.view(np.float32)
+
+
 def _widen(array: ArrayLike, name: str, dtype: str | None) -> NDArray[np.float32]:
     if dtype is not None:
         choose("dtype", dtype, ("bfloat16",))
         bits = np.asarray(array)
         if bits.dtype.newbyteorder("=") != np.uint16:
             raise TypeError(f'{name} has dtype {bits.dtype}; dtype="bfloat16" takes the bits as uint16')
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+        return widen_bfloat16(bits)
     try:
         values = np.asarray(array)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a torch tensor that requires grad

@@ -150,8 +150,8 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
     widest one's working copies, and what a window's forward pass leaves for the backward one."""
     widest = max(cols for _, cols in shapes.values())
     largest = max(rows * cols for rows, cols in shapes.values()) * 4
-    if not tokens:  # the weight twice, while it is widened or where it is turned; codes, scales and what the report counts
-        return shard_bytes + largest * 9 // 4
+    if not tokens:  # the weight, widened; codes, scales and what the report counts
+        return shard_bytes + largest * 3 // 2
     layer = largest * 4
     parameters = sum(int(np.prod(reader.shape(name))) for name in reader.names) * 4
     hidden_size = reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from ..arrays import widen_bfloat16
+
 # name -> (dtype of the bits, name of the NumPy or ml_dtypes type with these values). Narrowest first, in the order of
 # the safetensors library's own enumeration: write_file sorts by it, which aligns every tensor and gives the library's bytes.
 _TYPES = {
@@ -159,9 +161,7 @@ class StoredTensor:
 
     def _values(self) -> NDArray[Any]:
         if self.dtype == "BF16":
-            wide = self.bits.astype(np.uint32)
-            np.left_shift(wide, 16, out=wide)
-            return wide.view(np.float32)
+            return widen_bfloat16(self.bits)
         if self.dtype in _VALUES_OF_BYTE:
             return np.asarray(_VALUES_OF_BYTE[self.dtype][self.bits]).reshape(self.shape)
         return self.bits
