@@ -233,6 +233,25 @@ def test_the_layers_that_write_into_the_residual_stream_are_told_by_what_they_do
         assert all(not module._forward_hooks for module in blocks[0].modules())
 
 
+def test_hidden_states_stay_in_the_memory_that_they_came_in():
+    """Block after block, the original's too; where a block gives another dtype its output is taken as it is."""
+    config = transformers.LlamaConfig(**(SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4}))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    calibration, beside, blocks = (importlib.import_module(f"mrgptq.hf.{name}") for name in ("calibrate", "beside", "blocks"))
+    with torch.no_grad():
+        hidden, kwargs = calibration._enter(model, model.model.layers, random_tokens(3), 2)
+        expected = [blocks.run_block(model.model.layers[0], batch, kwargs[0]) for batch in hidden]
+        own, original = [batch.clone() for batch in hidden], [batch.clone() for batch in hidden]
+        places = [batch.data_ptr() for batch in (*own, *original)]
+        beside.observe_both(model.model.layers[0], model.model.layers[0], [], {}, own, original, kwargs[0])
+        assert all(torch.equal(a, b) for a, b in zip((*own, *original), (*hidden, *expected), strict=True))
+        calibration._run(model.model.layers[0], own, kwargs[0], keep=True)
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+        assert [batch.data_ptr() for batch in (*own, *original)] == places
+        wide = expected[0].double()
+        assert blocks.take_place(own[0], wide) is wide
+
+
 @pytest.mark.parametrize("zero", ["self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj"])
 def test_a_layer_that_adds_nothing_does_not_pass_for_a_writer(zero):
     """The stream plus zero is the stream, which is read and left by many."""

@@ -156,8 +156,8 @@ def _expected_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, i
     parameters = sum(int(np.prod(reader.shape(name))) for name in reader.names) * 4
     hidden_size = reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))
     hidden = tokens * hidden_size * 4
-    # The MLP holds gate, up, their product and a copy of it; around it lie the residual, its norm, q, k, v and the attention's output.
-    batch = min(tokens, _BATCH_WINDOWS * sequence) * (6 * hidden_size + 4 * widest) * 4
+    # The MLP holds gate, up, their product and a copy of it; around it lie the residual, its norm, q, k, v and the attention's output. The holes that these leave for each other take as much as three quarters of them again.
+    batch = min(tokens, _BATCH_WINDOWS * sequence) * (6 * hidden_size + 4 * widest) * 7
     blocks = _by_block(shapes)
     hessians = max(sum(block[group[0]][1] ** 2 * 8 for group in fused_groups(block)) for block in blocks)
     streams = max(sum(rows * cols for rows, cols in block.values() if rows == hidden_size) for block in blocks) * 8  # at most: not all of these write into the stream

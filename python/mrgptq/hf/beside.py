@@ -1,30 +1,13 @@
 """A block beside its original: how far the inputs of its layers, and the residual stream that they add to, have come apart."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.hooks import RemovableHandle
+
+from .blocks import Kwargs, removing, run_block, take_place
 
 Group = tuple[str, ...]  # modules that share an input
-Kwargs = dict[int, dict[str, Any]]  # what a block is called with, by batch size
-
-
-@contextmanager
-def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks in the end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_block(block: torch.nn.Module, batch: torch.Tensor, kwargs: Kwargs) -> torch.Tensor:
-    """A block's hidden states for a batch of them."""
-    output = block(batch, use_cache=False, past_key_values=None, **kwargs[len(batch)])
-    return output[0] if isinstance(output, tuple) else output
 
 
 def stream_writers(block: torch.nn.Module, batch: torch.Tensor, kwargs: Kwargs) -> tuple[str | None, str | None]:
@@ -101,11 +84,11 @@ def observe_both(
     with removing(handles):
         for i, batch in enumerate(hidden):
             before = original_hidden[i]
-            original_hidden[i] = run_block(original, before, kwargs)
-            after = run_block(block, batch, kwargs)
+            answer, after = run_block(original, before, kwargs), run_block(block, batch, kwargs)
             for group in asked.keys() & seen.keys():  # who never saw an input is refused by name later
                 crosses[group] += asked[group].T @ seen[group]
                 for name in writers.keys() & group:
-                    apart = before - batch if writers[name] == first else (original_hidden[i] - meant[name]) - (after - added[name])
+                    apart = before - batch if writers[name] == first else (answer - meant[name]) - (after - added[name])
                     streams[name] += apart.flatten(0, -2).T @ seen[group]
+            original_hidden[i] = take_place(before, answer)
     return Apart(crosses, streams)

@@ -20,7 +20,8 @@ from ..recipe import Recipe
 from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
 from .activations import round_inputs, to_numpy
-from .beside import Apart, Group, Kwargs, observe_both, removing, run_block
+from .beside import Apart, Group, observe_both
+from .blocks import Kwargs, give_back_memory, removing, run_block, take_place
 from .fisher import collect_output_hessians
 from .model import decoder_blocks
 
@@ -61,6 +62,7 @@ def calibrate(
     prefix, blocks = decoder_blocks(model)
     linears = _linears_by_block(model, prefix, blocks, modules)
     hidden, block_kwargs = _enter(model, blocks, inputs, batch_windows)
+    give_back_memory()
     original_hidden = [batch.clone() for batch in hidden] if recipe.cross else []
     passes = _backward_passes(model, linears) if recipe.output_hessian else {}
     output_hessians: dict[str, Hessian] = {}
@@ -73,6 +75,7 @@ def calibrate(
         named = {name: model.get_submodule(name) for group in groups for name in group}
         original = copy.deepcopy(block) if recipe.cross else None
         hessians, activations, apart = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
+        give_back_memory()
         for group in groups:
             for name, matrix in _quantize_group(group, named, hessians.pop(group), apart, output_hessians, activations.get(group), recipe, threads):
                 done += 1
@@ -83,6 +86,7 @@ def calibrate(
                 round_inputs([named[name] for name in group], activations[group], rotation_of(recipe.rotation))
         if index + 1 < len(blocks):
             _run(block, hidden, block_kwargs[index], keep=True)
+            give_back_memory()
 
 
 def _backward_passes(model: Any, linears: dict[int, list[str]]) -> dict[int, list[str]]:
@@ -145,7 +149,7 @@ def _run(block: torch.nn.Module, hidden: list[torch.Tensor], kwargs: Kwargs, *, 
     for i, batch in enumerate(hidden):
         output = run_block(block, batch, kwargs)
         if keep:
-            hidden[i] = output
+            hidden[i] = take_place(batch, output)
 
 
 def _observe(
