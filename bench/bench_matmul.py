@@ -1,4 +1,4 @@
-"""Products with packed weights, DRAM-cold, for 1 to 512 tokens, against NumPy's and torch's with the same weight unpacked; run by run.py.
+"""Products with packed weights, DRAM-cold, for 1 to 512 tokens, against NumPy's and torch's with the same weight unpacked, and ggml's; run by run.py.
 
 Rates count 2 tokens rows cols operations. The packed weight and the peers' dense ones are each read from copies that together are four times the last-level cache. "bound: read" is what reading
 the packed weight once would take, "bound: FMA" the machine's fused multiply-adds in float32. W4A4 and int8 are given float32 tokens too, and their time has the rounding in it.
@@ -6,10 +6,12 @@ the packed weight once would take, "bound: FMA" the machine's fused multiply-add
 
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 
 import bounds
 import numpy as np
 from bounds import cold_bytes
+from ggml_products import TYPES, Ggml
 from timing import absent, agree, interleaved, records
 
 import mrgptq as mg
@@ -20,6 +22,7 @@ TOKENS = (1, 2, 4, 16, 64, 256, 512)
 NUMPY, TORCH = "NumPy x @ W.T", "torch, float32"
 TORCH_BF16 = "torch, bfloat16"
 OURS = ("W4A16", "W4A4", "int8")
+PEERS = {"W4A16": (NUMPY, TORCH, TORCH_BF16, "ggml F16", "ggml MXFP4 repacked", "ggml NVFP4"), "W4A4": (NUMPY, TORCH, TORCH_BF16, *TYPES), "int8": (NUMPY, TORCH, TORCH_BF16, "ggml Q4_0 repacked", "ggml MXFP4 repacked", "ggml NVFP4")}
 
 
 def copies(make, nbytes, quick):
@@ -51,8 +54,8 @@ def rounded(kind, format, x, weight, out, threads):
     return _core.matmul_packed((format, codes, scales, divisor), weight, out, threads)
 
 
-def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
-    """Records of both formats and their peers for every number of tokens."""
+def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) -> list[dict]:
+    """Records of both formats and their peers for every number of tokens; ``ggml``: the folder of its libraries."""
     check()
     rows, cols = (64, 256) if quick else (4096, 14336)
     rng = np.random.default_rng(0)
@@ -68,6 +71,10 @@ def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
 
         torch.set_num_threads(threads)
         torch_turns = {TORCH: (torch.float32, copies(lambda: torch.from_numpy(dense).clone(), dense.nbytes, quick)), TORCH_BF16: (torch.bfloat16, copies(lambda: torch.from_numpy(dense).to(torch.bfloat16), dense.nbytes // 2, quick))}
+    peer, peer_weights = Ggml(ggml, threads) if compare and ggml else None, {}
+    for name in TYPES if peer else ():
+        if (tensors := peer.weights(name, weight, max(1, -(-cold_bytes(quick) // (dense.nbytes // (2 if name == "ggml F16" else 8)))))) is not None:
+            peer_weights[name] = tensors
     peak, reading = bounds.bound("FMA float32", threads, quick), bounds.bound("read", threads, quick)
     for tokens in (1, 9) if quick else TOKENS:
         x, amount = rng.standard_normal((tokens, cols), dtype=np.float32), 2 * tokens * rows * cols / 1e9
@@ -82,6 +89,9 @@ def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
         for name, (kind, turn) in torch_turns.items():
             tensor = torch.from_numpy(x).to(kind)
             calls[name] = lambda tensor=tensor, turn=turn: tensor @ turn().T
+        peer_answers = {}
+        for name, tensors in peer_weights.items():
+            calls[name], peer_answers[name] = peer.product(tensors, x, rows)
         work, shape, unit = f"{tokens} token{'s' * (tokens > 1)}", f"{rows} × {cols}", "GFLOP/s"
         timings = interleaved(calls, budget=0.01 if quick else 1.5, warm_up=True)
         for format in packed:  # energies: rounding adds one or two hundredths at four bits and less than a ten-thousandth at eight, and chance more in a few rows
@@ -89,11 +99,16 @@ def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
                 agree(f"the product {kind} {format}", float(np.square(outs[kind, format]).sum()), float(np.square(outs["W4A16", format]).sum()), tolerance)
         if compare:
             agree("the product", float(np.square(outs["W4A16", "nvfp4"]).sum()), float(np.square(answers["numpy"]).sum()), 1e-4)
-        against = {f"{kind} {format}": (NUMPY, TORCH, TORCH_BF16, *([f"W4A16 {format}"] if kind != "W4A16" else [])) for kind in OURS for format in packed}
+        for name, answer in peer_answers.items():  # as W4A4: what they round to four and to eight bits is the weight and the tokens
+            agree(name, float(np.square(answer()).sum()), float(np.square(outs["W4A16", "nvfp4"]).sum()), 0.2)
+        against = {f"{kind} {format}": (*PEERS[kind], *([f"W4A16 {format}"] if kind != "W4A16" else [])) for kind in OURS for format in packed}
         found += records(ROOM, work, shape, unit, threads, timings, amount=amount, against=against, bound=("bound: FMA", peak))
         for row in found[-len(calls) :]:
             if row["contender"] in against:
                 row["ratios"]["bound: read"] = row["median"] / (amount * reading / (packed[row["contender"].split()[1]].nbytes / 1e9))
         if compare and not torch_turns:
             found.append(absent(ROOM, work, TORCH, shape, unit, threads, "torch is not installed"))
+        for name in TYPES if compare and not quick else ():
+            if name not in peer_weights:
+                found.append(absent(ROOM, work, name, shape, unit, threads, "ggml or this processor lacks it" if peer else "no ggml: pass --ggml"))
     return found

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="measure the peers too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
     parser.add_argument("--large", action="store_true", help="shapes that take minutes and several GB too")
-    parser.add_argument("--ggml", type=Path, help="folder of libggml-base.so, such as llama_cpp/lib of llama-cpp-python: a peer of the codecs")
+    parser.add_argument("--ggml", type=Path, help="folder of libggml-base.so, such as llama_cpp/lib of llama-cpp-python: a peer of codecs and products")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="write the tables of bench/README.md")
     args = parser.parse_args()
