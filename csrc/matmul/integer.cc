@@ -26,28 +26,6 @@ constexpr Index codes_ahead = 512;   // bytes of a row: what is sent for
 constexpr Index many_tokens = 64;    // whose chunks of columns are read from far away: several tiles of rows then take one before the next
 constexpr Index tiles_together = 4;
 
-// Words of four bytes of 32 rows: take(word, the first of its rows, a vector of as many rows' words as it has lanes). Behind the last row and behind `bytes` is zero. What lies `ahead` bytes further is
-// sent for, and where that is behind the row's end, as far in the row that the next 32 begin with.
-template <class Take>
-MRGPTQ_INLINE void turn_words(MatrixView<const std::uint8_t> from, Index row, Index byte, Index bytes, Index ahead, Take&& take) noexcept {
-    constexpr Index w = simd::lanes, side = w * 4;
-    for (Index begin = byte; begin < byte + bytes; begin += side) {
-        const Index next = begin + ahead < from.cols ? ahead : ahead - from.cols + tile_rows * from.row_stride, here = std::min(side, byte + bytes - begin);
-        for (Index first = 0; first < tile_rows; first += w) {
-            const Index rows = std::clamp<Index>(from.rows - row - first, 0, w);
-            WordSquare square;
-            if (rows == w && here == side) [[likely]] {
-                square = load_turned(from.row(row + first) + begin, from.row_stride, next);
-            } else {
-                alignas(cache_line) std::uint8_t part[w * side] = {};
-                for (Index r = 0; r < rows; ++r) std::copy_n(from.row(row + first + r) + begin, here, part + r * side);
-                square = load_turned(part, side, 0);
-            }
-            for (Index i = 0; i < w; ++i) take((begin - byte) / 4 + i, first, square[static_cast<std::size_t>(i)]);
-        }
-    }
-}
-
 // Some columns of 32 rows in lanes: of each four columns a word of lifted codes, of each group a scale.
 template <class Format>
 struct Decoded {
@@ -63,7 +41,7 @@ public:
 
     WeightTile(const PackedMatrix& weight, Index row) : weight_(weight), row_(row), scale_words_((weight.scales.cols + 4 * simd::lanes - 1) / (4 * simd::lanes) * simd::lanes * tile_rows) {
         alignas(cache_line) std::uint32_t largest[tile_rows] = {};  // of each of a word's bytes
-        turn_words(weight.scales, row, 0, weight.scales.cols, weight.scales.cols, [&](Index word, Index first, simd::Words bytes) {
+        turn_words<tile_rows>(weight.scales, row, 0, weight.scales.cols, weight.scales.cols, [&](Index word, Index first, simd::Words bytes) {
             simd::store(scale_words_.data() + word * tile_rows + first, bytes);
             if constexpr (relative) simd::store(largest + first, larger_bytes(simd::load(largest + first), bytes));
         });
@@ -75,7 +53,7 @@ public:
     }
 
     void decode(Index k, Index depth, Decoded<Format>& to) const noexcept {
-        turn_words(weight_.codes, row_, k / 2, depth / 2, codes_ahead, [&](Index word, Index first, simd::Words codes) {
+        turn_words<tile_rows>(weight_.codes, row_, k / 2, depth / 2, codes_ahead, [&](Index word, Index first, simd::Words codes) {
             std::uint32_t* const lifted = to.lifted + 2 * word * tile_rows + first;
             simd::store(lifted, simd::lifted(codes & low_nibbles));
             simd::store(lifted + tile_rows, simd::lifted(codes >> 4 & low_nibbles));

@@ -10,6 +10,7 @@
 #include "formats/block_format.h"
 #include "linalg/lanes.h"
 #include "linalg/squares.h"
+#include "matmul/few_tokens.h"
 #include "matmul/shapes.h"
 #include "simd/e2m1.h"
 
@@ -89,12 +90,26 @@ void multiply(const Weights& weights, MatrixView<const float> x, MatrixView<floa
     });
 }
 
+// For as many tokens as there are, up to few_tokens.
+template <class Format, Index tokens = few_tokens>
+void multiply_each(const PackedMatrix& weight, MatrixView<const float> x, MatrixView<float> out, int threads) {
+    if constexpr (tokens > 1)
+        if (x.rows < tokens) return multiply_each<Format, tokens - 1>(weight, x, out, threads);
+    constexpr Index rows = few_rows<tokens>;
+    parallel_for_ranges(weight.codes.rows, rows, threads, [&](Index row, Index end) {
+        alignas(cache_line) float sums[tokens * rows];
+        multiply_few<Format, tokens>(weight, row, x, sums);
+        for (Index t = 0; t < tokens; ++t) std::copy_n(sums + t * rows, end - row, out.row(t) + row);
+    });
+}
+
 }  // namespace
 
 void matmul(MatrixView<const float> x, const PackedMatrix& weight, MatrixView<float> out, int threads) {
     check_shapes(x.rows, x.cols, weight, out);
     with_format(weight.format, [&]<class Format>(Format) {
         check_scales(weight, Format::group_size, "the weight");
+        if (x.rows > 0 && x.rows <= few_tokens) return multiply_each<Format>(weight, x, out, threads);
         Weights weights{weight.codes, weight.scales, {}};
         for (std::size_t byte = 0; byte < weights.steps.size(); ++byte) weights.steps[byte] = group_step<Format>(static_cast<std::uint8_t>(byte), weight.tensor_scale);
         for (Index token = 0; token < x.rows; token += most_tokens) {

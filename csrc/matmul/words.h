@@ -1,10 +1,12 @@
 // Squares of words, four bytes each, of as many rows as a vector has lanes, turned as they are read: a vector holds a word of every row.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
 
+#include "base/buffer.h"
 #include "base/matrix_view.h"
 #include "linalg/squares.h"
 #include "simd/vector.h"
@@ -51,6 +53,28 @@ MRGPTQ_INLINE WordSquare load_turned(const std::uint8_t* from, Index stride, Ind
     }
     return turned(square);
 #endif
+}
+
+// Words of four bytes of `tile_rows` rows: take(word, the first of its rows, a vector of as many rows' words as it has lanes). Behind the last row and behind `bytes` is zero. What lies `ahead` bytes further is
+// sent for, and where that is behind the row's end, as far in the row that the next tile begins with.
+template <Index tile_rows, class Take>
+MRGPTQ_INLINE void turn_words(MatrixView<const std::uint8_t> from, Index row, Index byte, Index bytes, Index ahead, Take&& take) noexcept {
+    constexpr Index w = simd::lanes, side = w * 4;
+    for (Index begin = byte; begin < byte + bytes; begin += side) {
+        const Index next = begin + ahead < from.cols ? ahead : ahead - from.cols + tile_rows * from.row_stride, here = std::min(side, byte + bytes - begin);
+        for (Index first = 0; first < tile_rows; first += w) {
+            const Index rows = std::clamp<Index>(from.rows - row - first, 0, w);
+            WordSquare square;
+            if (rows == w && here == side) [[likely]] {
+                square = load_turned(from.row(row + first) + begin, from.row_stride, next);
+            } else {
+                alignas(cache_line) std::uint8_t part[w * side] = {};
+                for (Index r = 0; r < rows; ++r) std::copy_n(from.row(row + first + r) + begin, here, part + r * side);
+                square = load_turned(part, side, 0);
+            }
+            for (Index i = 0; i < w; ++i) take((begin - byte) / 4 + i, first, square[static_cast<std::size_t>(i)]);
+        }
+    }
 }
 
 }  // namespace mrgptq
