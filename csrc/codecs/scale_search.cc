@@ -55,6 +55,12 @@ void least_error_scales(const float* x, Words amax, const ScaleRule& rule, float
         // Clamped from both sides; the bias keeps the subtraction from wrapping.
         candidates[k] = min(max(start + static_cast<std::uint32_t>(k), lowest + static_cast<std::uint32_t>(below)) - static_cast<std::uint32_t>(below), highest);
         const Floats steps = group_steps<Format>(candidates[k], tensor_scale);
+        if (std::is_same_v<Format, Mxfp4> && tensor_scale == 1.0f && k > below) {
+            // Steps are powers of two, quotients and values exact. Half the step has every value that this one has up to 6 of its own, and 7 of it round no higher: no error is larger there, nor is
+            // any sum of their squares, and of equal ones the smaller step is taken.
+            const Mask never = floats(amax) <= steps * 3.5f;
+            if (!any_at_least(~(Words)never & sure, 1)) continue;
+        }
         sure &= (Words)(exponent_of(bits(steps)) + 40u - exponent_of(amax) <= 80u);
         if (k < below) {
             // What clipping costs the largest magnitude alone, which only grows from here on down. The second term keeps the difference's own rounding small.
