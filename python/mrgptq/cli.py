@@ -1,4 +1,4 @@
-"""The command line: ``mrgptq quantize``, ``evaluate``, ``inspect``. Progress and warnings go to stderr, results to stdout."""
+"""The command line: ``mrgptq quantize``, ``evaluate``, ``generate``, ``inspect``. Progress and warnings go to stderr, results to stdout."""
 
 import argparse
 import json
@@ -28,6 +28,7 @@ Quantise language models to 4-bit floats (NVFP4, MXFP4) with MR-GPTQ, on a CPU.
 
   mrgptq quantize MODEL OUT --calibration text.txt      write a quantised checkpoint
   mrgptq evaluate OUT --text test.txt --reference MODEL perplexity, beside the original's
+  mrgptq generate OUT "Once upon a time"                text, token by token, on packed weights
   mrgptq inspect OUT                                    errors, bits and scales of every layer
 
 MODEL and OUT are folders in Hugging Face layout (config.json, safetensors, tokenizer).
@@ -91,8 +92,23 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--reference", metavar="MODEL", type=Path, help="unquantised model to set beside it")
     evaluate.add_argument("--windows", type=_positive, default=256, help="windows to score, at most (default: 256)")
     evaluate.add_argument("--sequence", type=_positive, default=512, help="tokens in a window (default: 512)")
-    _add_common(evaluate)
+    _add_running(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text",
+        formatter_class=formatter,
+        description="Continue a text with a quantised checkpoint, its weights packed, or with a plain model. The text goes to stdout as it comes, tokens a second to stderr.\n\n"
+        '  mrgptq generate OUT "Once upon a time" --tokens 200 --temperature 0.8',
+    )
+    generate.add_argument("model", metavar="OUT", type=Path, help="quantised checkpoint, or a plain model")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to continue")
+    generate.add_argument("--tokens", type=_positive, default=128, help="new tokens, at most (default: 128)")
+    generate.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest token each time, above 0 they are drawn (default: 0)")
+    generate.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+    _add_running(generate)
+    generate.set_defaults(run=_generate)
 
     inspect = commands.add_parser("inspect", help="what a quantised checkpoint holds", description="Errors, bits, fallbacks and the histogram of scales of a quantised checkpoint.", formatter_class=formatter)
     inspect.add_argument("model", metavar="OUT", type=Path, help="quantised checkpoint")
@@ -103,6 +119,11 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device of the forward passes (default: cpu); the quantisation itself runs on the CPU")
     parser.add_argument("--threads", type=_positive, help="threads (default: OMP_NUM_THREADS, or all cores); codes do not depend on it, forward passes may in their last bits")
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("--no-kernels", dest="kernels", action="store_false", default=None, help="dequantise the weights and round inputs in float32 instead of multiplying by packed weights (default on another device than cpu)")
 
 
 def _positive(text: str) -> int:
@@ -194,19 +215,43 @@ def recipe_line(recipe: Recipe) -> str:
     return f"{recipe.solver} with {search} scales" + (f" by the MX rule {rule}" if recipe.format == "mxfp4" else "")
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _hf(args: argparse.Namespace) -> Any:
+    """The folder that imports torch, with as many threads as were asked for."""
     try:
         from . import hf
     except ImportError as error:
-        raise ImportError(f"evaluate runs the model with torch and transformers, which are not installed ({error.name}): pip install 'mrgptq[hf]'") from error
+        raise ImportError(f"{args.command} runs the model with torch and transformers, which are not installed ({error.name}): pip install 'mrgptq[hf]'") from error
     if args.threads:
         hf.use_threads(args.threads)
+    return hf
+
+
+def _load(hf: Any, path: Path, args: argparse.Namespace) -> Any:
+    """A model, quantised or not."""
+    quantised = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") if (path / "config.json").is_file() else None
+    return hf.load_quantized(path, device=args.device, kernels=args.kernels) if quantised else hf.load_model(path, device=args.device)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    hf = _hf(args)
+    tokenizer = hf.load_tokenizer(args.model)
+    model = _load(hf, args.model, args)
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    done = hf.generate(model, tokenizer, args.prompt, tokens=args.tokens, temperature=args.temperature, seed=args.seed, write=write)
+    print()
+    print(f"{done.prompt_tokens} tokens read in {done.prompt_seconds:.2f} s, {done.new_tokens} written, {done.tokens_per_second:.1f} a second", file=sys.stderr)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    hf = _hf(args)
     inputs, targets = hf.token_windows(hf.load_tokenizer(args.model), _read_text(args.text), args.windows, args.sequence, targets=True)
     rows = [("model", "perplexity")]
     progress = _Progress()
     for path in filter(None, (args.reference, args.model)):
-        quantised = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") if (path / "config.json").is_file() else None
-        model = (hf.load_quantized if quantised else hf.load_model)(path, device=args.device)
+        model = _load(hf, path, args)
         done = 0
 
         def advance(count: int, path: Path = path) -> None:

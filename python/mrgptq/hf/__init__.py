@@ -1,9 +1,11 @@
-"""Models of transformers: calibration block by block, perplexity, running a quantised checkpoint. The only folder that imports torch."""
+"""Models of transformers: calibration block by block, perplexity, running a quantised checkpoint and text from it. The only folder that imports torch."""
 
 from .calibrate import calibrate
 from .evaluate import divergence, perplexity, tempered_perplexities
 from .fisher import collect_output_hessians
+from .generate import Generated, generate
+from .linear import PackedLinear
 from .model import load_model, load_quantized, load_tokenizer, token_windows, use_threads
 from .observe import collect_hessians, layer_weights
 
-__all__ = ["calibrate", "collect_hessians", "collect_output_hessians", "divergence", "layer_weights", "load_model", "load_quantized", "load_tokenizer", "perplexity", "tempered_perplexities", "token_windows", "use_threads"]
+__all__ = ["Generated", "PackedLinear", "calibrate", "collect_hessians", "collect_output_hessians", "divergence", "generate", "layer_weights", "load_model", "load_quantized", "load_tokenizer", "perplexity", "tempered_perplexities", "token_windows", "use_threads"]

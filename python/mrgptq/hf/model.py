@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..arrays import as_float32
@@ -18,6 +18,7 @@ from ..checkpoint import tensor_readers
 from ..checkpoint.reader import CheckpointReader
 from ..result import QuantizedMatrix
 from .activations import round_inputs
+from .linear import PackedLinear, SharedInput
 
 
 def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTrainedModel:
@@ -63,35 +64,73 @@ def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTrainedModel:
-    """A checkpoint that mrgptq or another writer of its dialects made, as a float32 model that computes what its loader would: weights dequantised and turned back into the
-    original basis, inputs of W4A4 layers rotated, rounded and turned back. Slower than the original; for evaluation."""
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside hold shapes for parameters and no numbers, but have their buffers, which no checkpoint holds."""
+    register = torch.nn.Module.register_parameter
+
+    def register_shape(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad))
+
+    torch.nn.Module.register_parameter = register_shape  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kernels: bool | None = None) -> PreTrainedModel:
+    """A checkpoint that mrgptq or another writer of its dialects made, as a float32 model that computes what its loader would.
+
+    Parameters
+    ----------
+    folder : with config.json and safetensors.
+    device : torch's.
+    kernels : True keeps linear layers packed and multiplies by :func:`mrgptq.matmul` (:class:`PackedLinear`): half a byte a weight, W4A4 in whole numbers. On the CPU only. False dequantises weights to
+        float32, turned back into the original basis, and rotates, rounds and turns back the inputs of W4A4 layers: the same up to float32's rounding, for any device. None: True on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError : no config.json. ValueError : what does not fit it, by name; kernels on another device.
+    """
     target = _as_device(device)
+    kernels = target.type == "cpu" if kernels is None else kernels
+    if kernels and target.type != "cpu":
+        raise ValueError(f"kernels is True, device {device!r}; the kernels run on the CPU")
     config = _config(folder)
     reader = CheckpointReader(folder)
     config.pop("quantization_config", None)
     plain = AutoConfig.for_model(**config)
-    model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32).eval()
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32).eval()
+    modules = dict(model.named_modules())
     state, layers = {}, {}
     for name, read in tensor_readers(reader).items():
-        value = read()
+        value, module = read(), name.removesuffix(".weight")
         if isinstance(value, QuantizedMatrix):
-            layers[name.removesuffix(".weight")] = value
+            layers[module] = value
+            if kernels and type(modules.get(module)) is torch.nn.Linear and (modules[module].out_features, modules[module].in_features) == value.shape:
+                continue
             value = value.dequantize(unrotate=True)
         state[name] = torch.from_numpy(np.array(as_float32(value, name) if np.asarray(value).dtype.kind == "f" else value))
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # a shape that differs
         raise ValueError(f"{folder} does not fit its config.json: {error}") from None
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if plain.tie_word_embeddings else set()
-    missing = [name for name in missing if name not in tied]
+    packed = {name for name in layers if f"{name}.weight" not in state}
+    missing = [name for name in missing if name not in tied and name.removesuffix(".weight") not in packed]
     if missing or unexpected:
         raise ValueError(f"{folder} does not fit its config.json: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    model.tie_weights()
-    modules = dict(model.named_modules())
+    shared = SharedInput()
     for name, layer in layers.items():
-        if layer.activations:
+        if name in packed:
+            model.set_submodule(name, PackedLinear(layer, modules[name].bias, shared))
+        elif layer.activations:
             round_inputs([modules[name]], layer.activations, layer.rotation)
+    model.tie_weights()
+    if (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     return model.to(target)
 
 

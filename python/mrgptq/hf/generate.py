@@ -1,0 +1,95 @@
+"""Text from a model, token by token."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote, and how long it took.
+
+    Attributes
+    ----------
+    text : the new text. prompt_tokens, new_tokens : int.
+    prompt_seconds : until the first new token was there. seconds : wall time of all.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the new tokens after the first; 0 where there is none."""
+        rest = self.seconds - self.prompt_seconds
+        return (self.new_tokens - 1) / rest if self.new_tokens > 1 and rest > 0 else 0.0
+
+
+class _Stream(TextStreamer):
+    """Hands text over as soon as its words are whole, and notes when the first new token came."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write, self.first, self._calls = write, 0.0, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._calls += 1
+        if self._calls == 2:  # the first call brings the prompt
+            self.first = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 128, temperature: float = 0.0, seed: int = 0, write: Callable[[str], None] | None = None) -> Generated:
+    """Continue a text.
+
+    Parameters
+    ----------
+    model, tokenizer : of :func:`load_quantized` or :func:`load_model`, and :func:`load_tokenizer`.
+    prompt : str, not empty; it is tokenised as the tokenizer does by default.
+    tokens : at most so many new ones; fewer where the model ends its text.
+    temperature : 0 takes the likeliest token each time; above 0 tokens are drawn from the predictions divided by it. seed : of the drawing.
+    write : called with each piece of new text as soon as it is there.
+
+    Raises
+    ------
+    ValueError : an empty prompt, a negative temperature, ``tokens`` below 1, or more tokens than the model has positions.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; it must be 1 or more")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be 0 or a finite positive number")
+    inputs = tokenizer(prompt, return_tensors="pt")
+    count = inputs["input_ids"].shape[1]
+    if count == 0:
+        raise ValueError("the prompt is empty; a model needs a token to begin with")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and count + tokens > positions:
+        raise ValueError(f"the prompt has {count} tokens; with {tokens} new ones it is longer than the model's {positions} positions")
+    pieces: list[str] = []
+
+    def hand_over(text: str) -> None:
+        pieces.append(text)
+        if write:
+            write(text)
+
+    stream = _Stream(tokenizer, hand_over)
+    drawing: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    device = next(model.parameters()).device
+    ids = model.generate(
+        inputs["input_ids"].to(device), attention_mask=torch.ones_like(inputs["input_ids"], device=device), max_new_tokens=tokens, streamer=stream, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0, **drawing
+    )
+    end = time.perf_counter()
+    return Generated("".join(pieces), count, ids.shape[1] - count, (stream.first or end) - begin, end - begin)

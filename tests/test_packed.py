@@ -1,0 +1,178 @@
+"""Models on packed weights: every layer against float64 products of what its checkpoint stores, and text from them."""
+
+import copy
+import gc
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import mrgptq as mg
+from mrgptq import hf
+from mrgptq.cli import main
+from mrgptq.hf import linear
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 64}
+PROBE = torch.randint(0, 160, (3, 24), generator=torch.Generator().manual_seed(1))
+KINDS = [("compressed-tensors", "nvfp4", False, 16), ("compressed-tensors", "mxfp4", False, None), ("compressed-tensors", "mxfp4", True, None), ("compressed-tensors", "nvfp4", True, 32), ("fp_quant", "mxfp4", True, 32), ("mrgptq", "nvfp4", True, None)]
+
+
+def checkpoint(folder, dialect="compressed-tensors", format="nvfp4", activations=False, rotation=None, tied=True):
+    """A small Qwen2, whose q, k and v have biases, quantised and written."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**SMALL, tie_word_embeddings=tied), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    recipe = replace(mg.Recipe.named("best-online" if dialect == "mrgptq" else "rtn", format, dialect, format if activations else None), solver="rtn", scales="absmax", order="activation", rounds=0, cross=0.0, output_hessian=None, rotation=rotation)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    matrices = dict(hf.calibrate(model, PROBE[:2], recipe, names))
+    kept = {name: value.numpy() for name, value in model.state_dict().items() if name.removesuffix(".weight") not in matrices and not (tied and name == "lm_head.weight")}
+    mg.save(folder, kept | {f"{name}.weight": matrix for name, matrix in matrices.items()}, dialect, config=model.config.to_dict())
+    return folder
+
+
+def packed_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, hf.PackedLinear)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("dialect", "format", "activations", "rotation"), KINDS)
+def test_every_layer_is_the_product_of_what_is_stored(dialect, format, activations, rotation, tied, tmp_path):
+    model = hf.load_quantized(checkpoint(tmp_path / "out", dialect, format, activations, rotation, tied))
+    layers, seen = packed_layers(model), {}
+    assert len(layers) == 14 and sum(layer.bias is not None for layer in layers.values()) == 6
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda module, args, output, name=name: seen.update({name: (args[0].numpy().copy(), output.numpy().copy())}))
+    with torch.no_grad():
+        logits = model(input_ids=PROBE).logits
+    assert logits.isfinite().all() and set(seen) == set(layers)
+    for name, (x, y) in seen.items():
+        layer, matrix = layers[name], layers[name].matrix
+        assert (matrix.activations is None) == (not activations)
+        turned = matrix.rotation.apply(x) if rotation else x
+        if activations:
+            rule = matrix.activations
+            turned = mg.round_activations(x, rule.format, rule=rule.rule, mx_rule=rule.mx_rule, tensor_scale=rule.tensor_scale, rotation=matrix.rotation)
+        wide, values = turned.astype(np.float64), matrix.dequantize().astype(np.float64)
+        bias = 0.0 if layer.bias is None else layer.bias.detach().numpy().astype(np.float64)
+        # 129 float32 roundings on the way of a product at most (mg.matmul's docstring), those of either operand's values, and the bias's.
+        assert (np.abs(y - (wide @ values.T + bias)) <= 135 * 2.0**-24 * (np.abs(wide) @ np.abs(values).T + np.abs(bias))).all(), name
+
+
+def test_weights_stay_packed_in_copies_files_and_states(tmp_path):
+    model = hf.load_quantized(checkpoint(tmp_path / "out", activations=True))
+    layers, stored = packed_layers(model), mg.load(tmp_path / "out")
+    for name, layer in layers.items():
+        matrix = stored[f"{name}.weight"]
+        assert np.array_equal(layer.codes.numpy(), matrix.codes) and np.array_equal(layer.scales.numpy(), matrix.scales) and not hasattr(layer, "weight")
+        assert sum(buffer.nbytes for buffer in layer.buffers()) == matrix.codes.nbytes + matrix.scales.nbytes and all(name == "bias" for name, _ in layer.named_parameters())
+    assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+    with torch.no_grad():
+        expected = model(input_ids=PROBE).logits
+        other = hf.load_quantized(tmp_path / "out")
+        for layer in packed_layers(other).values():
+            layer.codes.zero_()
+        assert not torch.equal(other(input_ids=PROBE).logits, expected)
+        other.load_state_dict(model.state_dict())
+        for same in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu").eval()):
+            assert torch.equal(same(input_ids=PROBE).logits, expected)
+    assert "PackedLinear(in_features=64, out_features=96, nvfp4, inputs nvfp4, rotation=Identity(), bias=False)" in repr(model)
+
+
+def test_an_input_that_layers_share_is_rounded_once_and_not_kept(tmp_path, monkeypatch):
+    model = hf.load_quantized(checkpoint(tmp_path / "out", activations=True))
+    calls, rounding = [], linear.quantize_activations
+    monkeypatch.setattr(linear, "quantize_activations", lambda x, *args, **kwargs: calls.append(x.shape) or rounding(x, *args, **kwargs))
+    with torch.no_grad():
+        expected = model(input_ids=PROBE).logits
+    # q, k and v; o; gate and up; down. Scales are calibrated for each set alone, so o's input is no other's.
+    assert len(calls) == 2 * 4
+    calls.clear()
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=PROBE).logits, expected) and len(calls) == 14
+    calls.clear()
+    q, k = (model.get_submodule(f"model.layers.0.self_attn.{name}_proj") for name in "qk")
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        q(x), k(x)
+        assert len(calls) == 1
+        x[0] = 0
+        assert torch.equal(k(x), k(x.clone())) and len(calls) == 3
+        q(x)
+    shared = q._shared
+    assert shared is k._shared
+    x = torch.randn(2, 64)
+    q(x.detach())
+    gc.collect()
+    assert shared._packed is None  # the tensor is gone, and what was made of it
+
+
+def test_what_a_layer_takes_and_refuses(tmp_path):
+    for activations in (False, True):
+        layer = hf.load_quantized(checkpoint(tmp_path / f"{activations}", activations=activations)).get_submodule("model.layers.1.mlp.up_proj")
+        x = torch.randn(2, 3, 64)
+        with torch.no_grad():
+            y = layer(x)
+            assert y.shape == (2, 3, 96) and y.dtype == torch.float32 and torch.equal(layer(x.transpose(0, 1)).transpose(0, 1), y) and layer(x[:0]).shape == (0, 3, 96)
+            brief = layer(x.bfloat16())
+            assert brief.dtype == torch.bfloat16 and torch.equal(brief, layer(x.bfloat16().float()).bfloat16()) and layer(x.half()).dtype == torch.float16
+            with pytest.raises(ValueError, match="x has 32 columns|not fit|32"):
+                layer(torch.randn(1, 32))
+            with pytest.raises(ValueError, match="not finite|nan"):
+                layer(torch.full((1, 64), float("nan")))
+        with pytest.raises(RuntimeError, match="has no gradient: run it under torch.no_grad"):
+            layer(torch.randn(1, 64, requires_grad=True))
+        with pytest.raises(RuntimeError, match="runs on the CPU; its input is on meta"):
+            layer(torch.empty(1, 64, device="meta"))
+
+
+def test_kernels_are_for_the_cpu(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path / "out")
+    assert not packed_layers(hf.load_quantized(folder, kernels=False)) and len(packed_layers(hf.load_quantized(folder, kernels=True))) == 14
+    monkeypatch.setattr(hf.model, "_as_device", lambda device: torch.device(device))
+    with pytest.raises(ValueError, match="kernels is True, device 'cuda'; the kernels run on the CPU"):
+        hf.load_quantized(folder, device="cuda", kernels=True)
+
+
+@pytest.fixture(scope="module")
+def leaf_quantised(leaf_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "leaf"
+    assert main(["quantize", str(leaf_folder), str(out), "--recipe", "rtn"]) == 0
+    return out
+
+
+def test_generated_text_is_that_of_transformers_own_loop(leaf_quantised):
+    model, tokenizer = hf.load_quantized(leaf_quantised), hf.load_tokenizer(leaf_quantised)
+    inputs, pieces = tokenizer("It was a dark night, and", return_tensors="pt"), []
+    done = hf.generate(model, tokenizer, "It was a dark night, and", tokens=12, write=pieces.append)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        for _ in range(12):  # without a cache
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert done.text == "".join(pieces) == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert len(pieces) > 2 and done.new_tokens == 12 and done.prompt_tokens == inputs["input_ids"].shape[1] and 0 < done.prompt_seconds < done.seconds and done.tokens_per_second > 0
+    drawn = [hf.generate(model, tokenizer, "It was", tokens=12, temperature=1.5, seed=seed).text for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), [("", {}, "the prompt is empty"), ("It", {"tokens": 0}, "tokens is 0; it must be 1 or more"), ("It", {"temperature": -1.0}, "temperature is -1.0"), ("It", {"tokens": 10**6}, "longer than the model's")])
+def test_generation_is_refused_with_a_sentence(prompt, options, message, leaf_quantised):
+    with pytest.raises(ValueError, match=message):
+        hf.generate(hf.load_quantized(leaf_quantised), hf.load_tokenizer(leaf_quantised), prompt, **options)
+
+
+def test_the_command_streams_text_and_says_how_fast(leaf_quantised, leaf_folder, capsys):
+    model, tokenizer = hf.load_quantized(leaf_quantised), hf.load_tokenizer(leaf_quantised)
+    expected = hf.generate(model, tokenizer, "It was a dark night, and", tokens=8).text
+    assert main(["generate", str(leaf_quantised), "It was a dark night, and", "--tokens", "8"]) == 0
+    told = capsys.readouterr()
+    assert told.out == expected + "\n" and "8 written" in told.err and "a second" in told.err
+    assert main(["generate", str(leaf_folder), "It was", "--tokens", "2"]) == main(["generate", str(leaf_quantised), "It was", "--tokens", "2", "--no-kernels"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(leaf_quantised), ""]) == 1
+    assert "mrgptq: the prompt is empty" in capsys.readouterr().err
