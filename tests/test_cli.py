@@ -283,7 +283,7 @@ def test_an_interrupt_leaves_nothing(run, leaf_folder, tmp_path, monkeypatch):
     assert (status, out) == (130, "") and "interrupted; nothing was written" in err and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["quantize"], ["quantize", "a"], ["quantize", "a", "b", "--format", "int4"], ["quantize", "a", "b", "--recipe", "better"], ["quantize", "a", "b", "--cross", "much"], ["quantize", "a", "b", "--tokens", "0"], ["quantize", "a", "b", "--tokens", "1e400"], ["quantize", "a", "b", "--tokens", "1.5"], ["quantize", "a", "b", "--dialect", "gguf"], ["quantize", "a", "b", "--unknown"], ["evaluate", "a"], ["inspect"]])
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["quantize"], ["quantize", "a"], ["quantize", "a", "b", "--format", "int4"], ["quantize", "a", "b", "--recipe", "better"], ["quantize", "a", "b", "--cross", "much"], ["quantize", "a", "b", "--tokens", "0"], ["quantize", "a", "b", "--tokens", "1e400"], ["quantize", "a", "b", "--tokens", "1.5"], ["quantize", "a", "b", "--dialect", "gguf"], ["quantize", "a", "b", "--unknown"], ["evaluate", "a"], ["generate", "a"], ["generate", "a", "b", "--tokens", "0"], ["inspect"]])
 def test_wrong_usage_is_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -293,7 +293,7 @@ def test_wrong_usage_is_status_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["quantize", "evaluate", "inspect", "Hugging Face layout", "Exit status: 0 done, 1 refused", "2 wrong usage", "on a CPU"]),
+        (["--help"], ["quantize", "evaluate", "generate", "inspect", "Hugging Face layout", "Exit status: 0 done, 1 refused", "2 wrong usage", "on a CPU"]),
         (["quantize", "--help"], ["default: best)", "best-online", "the least error", "default: compressed-tensors; mrgptq for W4A4 best-online", "--cross", "rtn", "gptq", "mr-gptq", "ignores the rotation", "--rotation 0", "--dry-run", "examples", "mxfp4", "must not exist", "compressed-tensors", "fp_quant", "default: lm_head", "65536", "UTF-8"]),
         (["evaluate", "--help"], ["--reference", "rotations applied", "W4A4 inputs rounded", "other than the calibration"]),
         (["inspect", "--help"], ["histogram of scales", "fallbacks"]),
