@@ -350,3 +350,33 @@ def test_a_cross_moment_of_the_same_inputs_moves_nothing():
     with_cross, without = mg.quantize_layer(w, h, recipe, cross=h), mg.quantize_layer(w, h, recipe)
     assert same(with_cross, without) and (with_cross.report.cross, without.report.cross) == (1.0, 0.0)
     assert facts(with_cross.report) | {"cross": 0} == facts(without.report) | {"cross": 0}
+
+
+INDEFINITE = np.kron([[1.0, 2.5], [2.5, 1.0]], np.eye(32))  # an eigenvalue of -1.5, which no damping up to 1 mends; block rotations leave it as it is
+
+
+@pytest.mark.parametrize(
+    ("scales", "solver", "order", "format", "factorises"),
+    [("gptq", "gptq", "group", "nvfp4", True), ("hessian", "gptq", "group", "mxfp4", True), ("hessian", "gptq", "activation", "nvfp4", False), ("absmax", "gptq", "activation", "mxfp4", False), ("quest", "rtn", "activation", "mxfp4", True)],
+)
+def test_a_rotated_layer_is_that_of_the_rotated_weight(scales, solver, order, format, factorises):
+    """The rotation meets every row where it is read; codes, scales, mask and report are those of a weight and a Hessian rotated before."""
+    rng, turn = np.random.default_rng(4), mg.Hadamard(32)
+    w, outputs = rng.standard_normal((48, 64)).astype(np.float32), rng.standard_normal((96, 48))
+    x = rng.standard_normal((200, 64)) @ rng.standard_normal((64, 64))
+    h = x.T @ x / 200 if factorises else INDEFINITE
+    more = {} if solver == "rtn" or not factorises else {"output_hessian": outputs.T @ outputs}
+    recipe = mg.Recipe(format, scales=scales, solver=solver, order=order, rotation=32, rounds=int(order == "group"))
+    got, expected = mg.quantize_layer(w, h, recipe, **more), mg.quantize_layer(turn.apply(w), turn.apply_hessian(h), replace(recipe, rotation=None), **more)
+    assert (got.report.fallback is None) == factorises == (expected.report.fallback is None)
+    assert np.array_equal(got.codes, expected.codes) and np.array_equal(got.scales, expected.scales) and got.tensor_scale == expected.tensor_scale
+    assert (got.clip_mask is None and expected.clip_mask is None) if scales != "quest" else np.array_equal(got.clip_mask, expected.clip_mask)
+    assert replace(got.report, seconds=0) == replace(expected.report, seconds=0)
+    assert (got.report.output_error is None) == (not more)
+    if format == "nvfp4":
+        assert mg.shared_tensor_scale([w, 3 * w], recipe) == mg.shared_tensor_scale([turn.apply(w), turn.apply(3 * w)], replace(recipe, rotation=None)) != got.tensor_scale
+    if scales == "quest":
+        rounded = mg.quantize(w, format, scales="quest", rotation=turn)
+        assert np.array_equal(rounded.clip_mask, got.clip_mask) and not np.array_equal(mg.quantize(w, format, scales="quest").clip_mask, got.clip_mask)
+    with pytest.raises(ValueError, match="row 1 overflows float32 when it is rotated by blocks of 32"):
+        mg.quantize_layer(np.where(np.arange(48)[:, None] == 1, np.float32(3e38), w), h, recipe, **more)
