@@ -48,12 +48,20 @@ def show(row: dict) -> str:
     return f"{head} {row['median']:9.3f} {row['unit']:<8} ({row['low']:.3f} – {row['high']:.3f}, {row['calls']} calls){ratios}"
 
 
+def positive(text: str) -> int:
+    """A number of threads."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of threads from 1 on")
+    return value
+
+
 def main() -> None:
     """Measure, print, write."""
     known = rooms()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rooms", nargs="+", choices=known, default=list(known), help=f"which of {', '.join(known)} (default: all)")
-    parser.add_argument("--threads", nargs="+", type=int, default=None, help="numbers of threads (default: every core)")
+    parser.add_argument("--threads", nargs="+", type=positive, default=None, help="numbers of threads (default: every core)")
     parser.add_argument("--compare", action="store_true", help="measure the peers too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
     parser.add_argument("--large", action="store_true", help="shapes that take minutes and several GB too")
@@ -61,6 +69,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="write the tables of bench/README.md")
     args = parser.parse_args()
+    if args.ggml and not (args.ggml / "libggml-base.so").is_file():
+        parser.error(f"--ggml: there is no libggml-base.so in {args.ggml}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {args.json.parent}")
     if args.write and args.quick:
         parser.error("--quick measures nothing that a table should show")
     unset = settled_environment()

@@ -246,3 +246,31 @@ def test_refusals_leave_it_as_it_was(call, error, words):
     with pytest.raises(error, match=words):
         call(h)
     assert (h.tokens, h.matrix.tobytes()) == (4, before)
+
+
+@pytest.mark.parametrize("rotation", [mg.Identity(), mg.Hadamard(16)])
+@pytest.mark.parametrize("given", ["array", "running"])
+def test_an_out_that_does_not_fit_is_refused_before_anything_is_written(rotation, given):
+    hessian = np.eye(48) + 0.1
+    if given == "running":
+        hessian = mg.Hessian(48)
+        hessian.update(np.random.default_rng(0).standard_normal((100, 48)))
+    for out, message in [
+        (np.zeros((4, 4)), r"out is float64 of shape \(4, 4\); it must be a float64 array of shape \(48, 48\)"),
+        (np.zeros((48, 48), np.float32), "out is float32 of shape"),
+        ([1], "out is list"),
+        (np.zeros((48, 96))[:, ::2], "columns must be adjacent"),
+        (np.broadcast_to(0.0, (48, 48)), "read-only"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rotation.apply_hessian(hessian, out=out)
+        if given == "running":
+            with pytest.raises(ValueError, match=message):
+                hessian.as_array(out=out)
+        assert not np.any(out) or out == [1]
+    if given == "array":
+        room = np.zeros((96, 48))
+        room[:48] = hessian
+        with pytest.raises(ValueError, match="out overlaps hessian, which is left as it is"):
+            rotation.apply_hessian(room[:48], out=room[1:49])
+        assert np.array_equal(room[:48], hessian)

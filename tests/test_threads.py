@@ -167,6 +167,14 @@ def fresh_counts(*threads, openmp_threads=None):
     return {int(key): value for key, value in json.loads(done.stdout).items()}
 
 
+@pytest.mark.parametrize(("value", "told"), [("3", True), ("4,2", True), (" 2 ", True), ("0", False), ("abc", False), ("-3", False), (" ", False), (None, False)])
+def test_a_number_of_openmp_threads_that_is_none_tells_nothing(value, told):
+    """OpenMP passes over such a value, and so a worker of a pool takes one thread."""
+    environment = {name: each for name, each in os.environ.items() if name != "OMP_NUM_THREADS"} | ({} if value is None else {"OMP_NUM_THREADS": value})
+    done = subprocess.run([sys.executable, "-c", "import mrgptq.arrays; print(mrgptq.arrays._THREADS_TOLD)"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(told)]
+
+
 @pytest.mark.skipif(not LINUX, reason="counts the entries of /proc/self/task")
 def test_no_more_threads_than_asked_are_started():
     counts = fresh_counts(1, 3, 2)

@@ -29,6 +29,8 @@ def count_in_worker(threads):
     other.update(x[:300], threads=threads)
     hessian.merge(other, threads=threads)
     hessian.as_array(threads=threads)
+    if threads is None:
+        mg.Factor(hessian).hessian.sum()  # a property, which follows the default
     weight = x[:400]
     mg.Hadamard(16).apply(weight, threads=threads)
     mg.Hadamard(16).apply_hessian(hessian, threads=threads)

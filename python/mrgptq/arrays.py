@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 
 _T = TypeVar("_T")
-_THREADS_TOLD = bool(os.environ.get("OMP_NUM_THREADS"))  # read by OpenMP when the core was loaded, and not again
+_THREADS_TOLD = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip().lstrip("0").isdigit()  # read by OpenMP when the core was loaded, and not again; what is no number it passes over
 FLOAT_DTYPES = "float32, float64, float16, bfloat16 (ml_dtypes, or uint16 bits with dtype=\"bfloat16\")"
 
 
@@ -113,17 +113,18 @@ def refuse_nonfinite(values: NDArray[np.float32], position: int, name: str) -> N
         raise ValueError(f"{name} is {values[where]} at {place}; every value must be finite in float32")
 
 
-def as_output(out: NDArray[np.float32], shape: tuple[int, ...], name: str = "out") -> NDArray[np.float32]:
-    """Check an array that results are written into: float32, of that shape, writeable, adjacent columns."""
-    if not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != shape:
+def as_output(out: NDArray[Any], shape: tuple[int, ...], name: str = "out", dtype: type = np.float32) -> NDArray[Any]:
+    """Check an array that results are written into: float32 unless said otherwise, of that shape, writeable, adjacent columns."""
+    if not isinstance(out, np.ndarray) or out.dtype != dtype or out.shape != shape:
         got = f"{out.dtype} of shape {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise ValueError(f"{name} is {got}; it must be a float32 array of shape {shape}")
+        raise ValueError(f"{name} is {got}; it must be a {np.dtype(dtype)} array of shape {shape}")
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only")
-    if out.ndim != 2 and not out.flags.c_contiguous or out.ndim == 2 and (out.strides[1] != 4 or out.strides[0] % 4):
+    size = out.itemsize
+    if out.ndim != 2 and not out.flags.c_contiguous or out.ndim == 2 and (out.strides[1] != size or out.strides[0] % size):
         raise ValueError(f"{name} has strides {out.strides} bytes; its columns must be adjacent")
     if not out.flags.aligned:
-        raise ValueError(f"{name} is not aligned to its 4-byte elements")
+        raise ValueError(f"{name} is not aligned to its {size}-byte elements")
     return out
 
 
@@ -172,6 +173,10 @@ def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *,
     Raises ValueError where it is not square, not (cols, cols), not finite, not symmetric (|H - Hᵀ| <= 1e-5 max|H|), has a negative diagonal entry or a zero one beside others that are none.
     """
     values = as_square(hessian, cols, name)
+    if out is not None:
+        as_output(out, (len(values),) * 2 if isinstance(values, np.ndarray) else (values.cols,) * 2, dtype=np.float64)
+        if isinstance(values, np.ndarray) and np.may_share_memory(out, values):
+            raise ValueError(f"out overlaps {name}, which is left as it is")
     if not isinstance(values, np.ndarray):
         given = matrix = values = values.as_array(out=out, threads=threads)
     else:

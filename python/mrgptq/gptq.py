@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_number, as_square, as_threads, choose
+from .arrays import as_float32, as_number, as_output, as_square, as_threads, choose
 from .codecs import PackedMatrix, Turn
 from .rotations import Hadamard, Identity, Rotation
 
@@ -64,7 +64,7 @@ class Hessian:
 
     def as_array(self, *, out: NDArray[np.float64] | None = None, threads: int | None = None) -> NDArray[np.float64]:
         """:attr:`matrix`, by so many threads; in ``out``, a (cols, cols) float64 array whose columns are adjacent, where it is given."""
-        matrix = np.empty((self.cols, self.cols)) if out is None else out
+        matrix = np.empty((self.cols, self.cols)) if out is None else as_output(out, (self.cols, self.cols), dtype=np.float64)
         self._sum.matrix(matrix, as_threads(threads))
         return matrix
 
@@ -150,7 +150,7 @@ class Factor:
     @property
     def hessian(self) -> NDArray[np.float64]:
         """(cols, cols) float64, rotated: a fresh array."""
-        return self.core.second_moment().matrix(0)
+        return self.core.second_moment().matrix(as_threads(None))
 
     @property
     def order(self) -> NDArray[np.int64]:

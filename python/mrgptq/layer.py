@@ -24,7 +24,7 @@ from .codecs import (
     weight_error,
 )
 from .formats import SCALE_SEARCHES, block_format
-from .gptq import OUTPUT_DAMPING, Factor, output_errors
+from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_errors
 from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import rotate_hessian, rotation_of
@@ -263,9 +263,11 @@ def _output_factor(output_hessian: ArrayLike, rows: int, recipe: Recipe, threads
     """The factor of the outputs' second moment, which no rotation of the inputs touches."""
     if recipe.solver != "gptq":
         raise ValueError(f'output_hessian is given, but the recipe\'s solver is "{recipe.solver}"; it needs "gptq"')
-    matrix = as_symmetric(output_hessian, None, "output_hessian", copy=False, threads=threads)
-    if len(matrix) != rows:
-        raise ValueError(f"output_hessian has shape {matrix.shape}; a weight of {rows} rows needs ({rows}, {rows})")
+    # A running sum is symmetric and goes to the factor as it is, without a matrix of its own.
+    matrix = as_square(output_hessian, None, "output_hessian") if isinstance(output_hessian, Hessian) else as_symmetric(output_hessian, None, "output_hessian", copy=False, threads=threads)
+    size = matrix.cols if isinstance(matrix, Hessian) else len(matrix)
+    if size != rows:
+        raise ValueError(f"output_hessian has shape ({size}, {size}); a weight of {rows} rows needs ({rows}, {rows})")
     return Factor(matrix, order="activation", damping=OUTPUT_DAMPING, precision=recipe.precision, threads=threads)
 
 
