@@ -4,6 +4,8 @@ import copy
 import gc
 import pickle
 from dataclasses import replace
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ import mrgptq as mg
 from mrgptq import hf
 from mrgptq.cli import main
 from mrgptq.hf import linear
+from mrgptq.hf import activations as rounding_hooks
 
+from mrgptq.hf.shared import SharedInput
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 64}
 PROBE = torch.randint(0, 160, (3, 24), generator=torch.Generator().manual_seed(1))
 KINDS = [("compressed-tensors", "nvfp4", False, 16), ("compressed-tensors", "mxfp4", False, None), ("compressed-tensors", "mxfp4", True, None), ("compressed-tensors", "nvfp4", True, 32), ("fp_quant", "mxfp4", True, 32), ("mrgptq", "nvfp4", True, None)]
@@ -109,7 +113,127 @@ def test_an_input_that_layers_share_is_rounded_once_and_not_kept(tmp_path, monke
     x = torch.randn(2, 64)
     q(x.detach())
     gc.collect()
-    assert shared._packed is None  # the tensor is gone, and what was made of it
+    assert shared._last is None  # the tensor is gone, and what was made of it
+
+
+@pytest.mark.parametrize("kind", [("compressed-tensors", "nvfp4", True, 16), ("fp_quant", "mxfp4", True, None)])
+def test_a_state_brings_all_that_its_codes_mean(kind, tmp_path):
+    """Into a model that another checkpoint made: other tensor scales, another rotation, inputs as they are. Codes alone would be read by those."""
+    donor, other = hf.load_quantized(checkpoint(tmp_path / "a", *kind)), hf.load_quantized(checkpoint(tmp_path / "b", format=kind[1], rotation=32))
+    with torch.no_grad():
+        expected = donor(input_ids=PROBE).logits
+        state = donor.state_dict()
+        assert all(isinstance(value, torch.Tensor) for value in state.values())
+        other.load_state_dict(state)
+        assert torch.equal(other(input_ids=PROBE).logits, expected)
+        for name, layer in packed_layers(other).items():
+            own = donor.get_submodule(name).matrix
+            assert (layer.matrix.rotation, layer.matrix.activations, layer.matrix.tensor_scale) == (own.rotation, own.activations, own.tensor_scale)
+    turned = mg.quantize(np.random.default_rng(0).standard_normal((4, 32)), rotation=mg.Dense(np.diag([1.0, 2.0])))
+    layer = hf.PackedLinear(mg.quantize(np.eye(4, 32)))
+    layer.load_state_dict(hf.PackedLinear(turned).state_dict())
+    assert layer.rotation == turned.rotation and np.array_equal(layer.matrix.dequantize(unrotate=True), turned.dequantize(unrotate=True))
+
+
+def test_a_packed_model_runs_where_gradients_are_on_and_is_not_saved_as_what_it_is_not(tmp_path):
+    model = hf.load_quantized(checkpoint(tmp_path / "out"))
+    logits = model(input_ids=PROBE).logits
+    with torch.no_grad():
+        assert not logits.requires_grad and torch.equal(logits, model(input_ids=PROBE).logits)
+    for same in (model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match="not saved by transformers, which knows no packed layers: copy the folder"):
+            same.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_models_are_loaded_side_by_side_and_other_threads_are_left_alone(tmp_path):
+    folder = checkpoint(tmp_path / "out")
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: hf.load_quantized(folder), range(8)))
+        with hf.model._parameters_on_meta():
+            assert torch.nn.Linear(2, 2).weight.device.type == "meta" and pool.submit(lambda: torch.nn.Linear(2, 2).weight.device.type).result() == "cpu"
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+    with torch.no_grad():
+        assert torch.equal(models[0](input_ids=PROBE).logits, models[-1](input_ids=PROBE).logits)
+
+
+def test_a_layer_that_is_no_plain_linear_is_dequantised_with_a_warning(tmp_path, monkeypatch, caplog):
+    class Router(torch.nn.Linear):
+        """What a model may derive from a linear layer: it may do more than multiply."""
+
+    class Auto:
+        @staticmethod
+        def from_config(config, dtype):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model.set_submodule("model.layers.1.mlp.down_proj", Router(96, 64, bias=False))
+            return model
+
+    folder = checkpoint(tmp_path / "out")
+    whole = hf.load_quantized(folder)
+    assert not caplog.records
+    monkeypatch.setattr(hf.model, "AutoModelForCausalLM", Auto)
+    partly = hf.load_quantized(folder)
+    assert [record.message for record in caplog.records] == ["model.layers.1.mlp.down_proj is a Router and no plain Linear: its weight is dequantised"]
+    assert len(packed_layers(partly)) == 13 and np.array_equal(partly.model.layers[1].mlp.down_proj.weight.detach().numpy(), whole.model.layers[1].mlp.down_proj.matrix.dequantize())
+
+
+def test_an_input_is_turned_once(tmp_path, monkeypatch):
+    model = hf.load_quantized(checkpoint(tmp_path / "out", rotation=16))
+    calls, apply = [], mg.Hadamard.apply
+    monkeypatch.setattr(mg.Hadamard, "apply", lambda self, x, **kwargs: calls.append(self) or apply(self, x, **kwargs))
+    with torch.no_grad():
+        expected = model(input_ids=PROBE).logits
+    assert len(calls) == 2 * 4
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=PROBE).logits, expected) and len(calls) == 8 + 14
+
+
+def test_hooks_round_a_shared_input_once_and_keep_nothing(monkeypatch):
+    made, own = [], rounding_hooks.rounded
+    monkeypatch.setattr(rounding_hooks, "rounded", lambda *args: made.append(own(*args)) or made[-1])
+    q, k = torch.nn.Linear(32, 8), torch.nn.Linear(32, 8)
+    rounding_hooks.round_inputs([q, k], mg.Activations("mxfp4"), mg.Identity())
+    with torch.no_grad():
+        x = torch.randn(3, 32)
+        q(x), k(x)
+        assert len(made) == 1
+        x[0] = 1
+        assert torch.equal(k(x), k(x.clone())) and len(made) == 3
+        last = weakref.ref(made[-2])
+        q(x)
+    made.clear()
+    x = None
+    gc.collect()
+    assert last() is None
+
+
+def test_what_another_thread_rounds_meanwhile_is_not_taken_for_ones_own():
+    """The comparison stands for the moment at which another thread takes over: it leaves its own input behind."""
+    shared, x, y = SharedInput(), torch.ones(1), torch.ones(1)
+
+    class How:
+        def __eq__(self, other):
+            shared.of(y, "another", lambda: "the other's")
+            return True
+
+    how = How()
+    assert shared.of(x, how, lambda: "mine") == "mine" and shared.of(x, how, lambda: "mine, made again") == "mine"
+    assert shared.of(y, "another", lambda: "made again") == "the other's"
+
+
+def test_a_layer_answers_alike_for_any_number_of_threads(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        for activations, rotation in ((False, 16), (True, None)):
+            layer = hf.load_quantized(checkpoint(tmp_path / f"{activations}", activations=activations, rotation=rotation)).get_submodule("model.layers.0.mlp.up_proj")
+            x = torch.randn(70, 64, generator=torch.Generator().manual_seed(2))
+            answers = []
+            for threads in (1, 2, 3):
+                hf.use_threads(threads)
+                answers.append(layer(x.clone()))
+            assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+    finally:
+        hf.use_threads(before)
 
 
 def test_what_a_layer_takes_and_refuses(tmp_path):
@@ -130,6 +254,8 @@ def test_what_a_layer_takes_and_refuses(tmp_path):
         with pytest.raises(RuntimeError, match="runs on the CPU; its input is on meta"):
             layer(torch.empty(1, 64, device="meta"))
 
+        with pytest.raises(TypeError, match=r"input is torch.int64; it must be a floating-point tensor"):
+            layer(torch.ones(1, 64, dtype=torch.int64))
 
 def test_kernels_are_for_the_cpu(tmp_path, monkeypatch):
     folder = checkpoint(tmp_path / "out")

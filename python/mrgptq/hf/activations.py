@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..activations import round_activations
 from ..result import Activations
 from ..rotations import Rotation
+from .shared import SharedInput
 
 
 def to_numpy(x: torch.Tensor) -> tuple[NDArray[Any], str | None]:
@@ -30,14 +31,12 @@ def rounded(x: torch.Tensor, activations: Activations, rotation: Rotation) -> to
     return torch.from_numpy(values).to(device=x.device, dtype=x.dtype)
 
 
-def round_inputs(modules: Iterable[torch.nn.Module], activations: Activations, rotation: Rotation) -> list[RemovableHandle]:
-    """Hook linear modules that share their input so that they compute with the rounded one. Returns the handles; ``handle.remove()`` undoes it."""
-    last: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # q, k and v read one tensor: it is rounded once
+def round_inputs(modules: Iterable[torch.nn.Module], activations: Activations, rotation: Rotation, shared: SharedInput | None = None) -> list[RemovableHandle]:
+    """Hook linear modules so that they compute with rounded inputs; an input that several of them read, or others with the same ``shared``, is rounded once. Returns the handles; ``handle.remove()``
+    undoes it."""
+    last = SharedInput() if shared is None else shared
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal last
-        if last[0] is not args[0]:
-            last = (args[0], rounded(args[0], activations, rotation))
-        return (last[1], *args[1:])
+        return (last.of(args[0], (activations, rotation), lambda: rounded(args[0], activations, rotation)), *args[1:])
 
     return [module.register_forward_pre_hook(hook) for module in modules]

@@ -1,59 +1,31 @@
 """A linear layer on packed weights: its product is :func:`mrgptq.matmul`, its inputs are rounded as its checkpoint says."""
 
-import weakref
-from typing import Any
+import json
+from dataclasses import asdict, replace
 
 import torch
 
 from ..activations import quantize_activations
 from ..matmul import matmul
 from ..result import Activations, QuantizedMatrix
-from ..rotations import Rotation
+from ..rotations import Dense, Identity, rotation_of
 from .activations import to_numpy
-
-
-class SharedInput:
-    """The last input that layers of one model rounded: q, k and v read one tensor, which is rounded once.
-
-    Nothing is kept longer than the tensor lives, and nothing of a tensor that was written to since.
-    """
-
-    def __init__(self) -> None:
-        self._tensor: weakref.ref[torch.Tensor] | None = None
-        self._how: tuple[int, Activations, Rotation] | None = None
-        self._packed: QuantizedMatrix | None = None
-
-    def __reduce__(self) -> Any:
-        return SharedInput, ()  # copies and files of a model begin without
-
-    def rounded(self, x: torch.Tensor, activations: Activations, rotation: Rotation, threads: int) -> QuantizedMatrix:
-        """(tokens, cols) of ``x`` (..., cols), turned and rounded."""
-        how = None if x.is_inference() else (x._version, activations, rotation)  # inference tensors do not tell when they are written to
-        if self._packed is not None and self._tensor is not None and self._tensor() is x and self._how == how:
-            return self._packed
-        values, dtype = to_numpy(x)
-        packed = quantize_activations(
-            values.reshape(-1, values.shape[-1]), activations.format, rule=activations.rule, mx_rule=activations.mx_rule, tensor_scale=activations.tensor_scale, rotation=rotation, dtype=dtype, threads=threads
-        )
-        if how is None:
-            return packed
-        self._tensor, self._how, self._packed = weakref.ref(x, self._forget), how, packed
-        return packed
-
-    def _forget(self, reference: Any) -> None:
-        if self._tensor is reference:
-            self._tensor = self._how = self._packed = None
+from .shared import SharedInput
 
 
 class PackedLinear(torch.nn.Module):
     """x W^T + b in place of a ``torch.nn.Linear``, W packed: half a byte a weight and its share of scales.
 
-    ``codes`` and ``scales`` are buffers, so that the layer is copied, counted and stored like any other; ``weight`` there is none. It answers in x's dtype, computed in float32, and is for inference:
-    on the CPU, without gradients. Takes torch's number of threads.
+    ``codes`` and ``scales`` are buffers, so that the layer is copied, counted and stored like any other; what else the codes mean goes with them in ``state_dict()``. ``weight`` there is none. It answers in
+    x's dtype, computed in float32, and is for inference: on the CPU, without gradients. Takes torch's number of threads; the answer is the same for any.
+
+    Parameters
+    ----------
+    matrix : (rows, cols) QuantizedMatrix, copied. bias : (rows,) parameter. shared : one for all layers of a model, so that an input which several read is rounded or turned once.
 
     Raises
     ------
-    RuntimeError : an input that wants a gradient, or one that is not on the CPU. ValueError : what ``mrgptq.matmul`` refuses, such as values that are not finite.
+    RuntimeError : an input that wants a gradient, or one that is not on the CPU. TypeError : an input of whole numbers. ValueError : what ``mrgptq.matmul`` refuses, such as values that are not finite.
     """
 
     codes: torch.Tensor
@@ -66,31 +38,56 @@ class PackedLinear(torch.nn.Module):
         self.register_buffer("codes", torch.from_numpy(matrix.codes.copy()))
         self.register_buffer("scales", torch.from_numpy(matrix.scales.copy()))
         self.bias = bias
-        self._shared = shared or SharedInput()
+        self._shared = SharedInput() if shared is None else shared
 
     @property
     def matrix(self) -> QuantizedMatrix:
         """The weight, sharing memory with the buffers."""
         return QuantizedMatrix(self.format, self.codes.numpy(), self.scales.numpy(), self.tensor_scale, self.rotation, self.activations)
 
+    def get_extra_state(self) -> torch.Tensor:
+        """What the codes need beside them, JSON as uint8: a tensor, which any file of tensors can hold."""
+        rotation = self.rotation.matrix.tolist() if isinstance(self.rotation, Dense) else self.rotation.block_size
+        said = {"format": self.format, "tensor_scale": self.tensor_scale, "rotation": rotation, "activations": None if self.activations is None else asdict(self.activations)}
+        return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take over what :meth:`get_extra_state` gave."""
+        said = json.loads(bytes(state.tolist()))
+        self.format, self.tensor_scale = said["format"], said["tensor_scale"]
+        self.rotation = Dense(said["rotation"]) if isinstance(said["rotation"], list) else rotation_of(said["rotation"])
+        self.activations = None if said["activations"] is None else Activations(**said["activations"])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
         if x.device.type != "cpu" or self.codes.device.type != "cpu":
             raise RuntimeError(f"a packed layer runs on the CPU; its input is on {x.device}, its weight on {self.codes.device}: load the checkpoint with kernels=False for another device")
+        if not x.is_floating_point():
+            raise TypeError(f"a packed layer's input is {x.dtype}; it must be a floating-point tensor")
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("a packed layer has no gradient: run it under torch.no_grad(), or load the checkpoint with kernels=False")
         out = torch.empty(*x.shape[:-1], self.out_features)
-        if not x.numel():
-            return out.to(x.dtype)
-        matrix, flat, threads = self.matrix, out.view(-1, self.out_features).numpy(), torch.get_num_threads()
-        if self.activations is None:
-            values, dtype = to_numpy(x)
-            matmul(values.reshape(-1, values.shape[-1]), matrix, dtype=dtype, out=flat, threads=threads)
-        else:
-            matmul(self._shared.rounded(x, self.activations, self.rotation.dual, threads), matrix, out=flat, threads=threads)
+        if x.numel():
+            self._multiply(x, out.view(-1, self.out_features))
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype)
+
+    def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The product into ``out`` (tokens, out_features) float32."""
+        matrix, turn, threads = self.matrix, self.rotation.dual, torch.get_num_threads()
+        values, dtype = to_numpy(x)
+        values = values.reshape(-1, values.shape[-1])
+        if (rounding := self.activations) is not None:
+            packed = self._shared.of(x, (rounding, turn), lambda: quantize_activations(
+                values, rounding.format, rule=rounding.rule, mx_rule=rounding.mx_rule, tensor_scale=rounding.tensor_scale, rotation=turn, dtype=dtype, threads=threads
+            ))  # fmt: skip
+            matmul(packed, matrix, out=out.numpy(), threads=threads)
+        elif turn != Identity():
+            turned = self._shared.of(x, turn, lambda: turn.apply(values, dtype=dtype, threads=threads))
+            matmul(turned, replace(matrix, rotation=Identity()), out=out.numpy(), threads=threads)
+        else:
+            matmul(values, matrix, dtype=dtype, out=out.numpy(), threads=threads)
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -1,8 +1,10 @@
 """A transformers model and its text: loading, token windows, the decoder's blocks."""
 
 import json
+import logging
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from ..arrays import as_float32
 from ..checkpoint import tensor_readers
 from ..checkpoint.reader import CheckpointReader
 from ..result import QuantizedMatrix
 from .activations import round_inputs
-from .linear import PackedLinear, SharedInput
+from .linear import PackedLinear
+from .shared import SharedInput
+
+_log = logging.getLogger("mrgptq")
+_MAKING = threading.Lock()
 
 
 def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTrainedModel:
@@ -48,13 +54,13 @@ def _as_device(device: str) -> torch.device:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Loading takes seconds and shows no bar of its own between ours; the user's setting is put back."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -66,17 +72,27 @@ def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside hold shapes for parameters and no numbers, but have their buffers, which no checkpoint holds."""
-    register = torch.nn.Module.register_parameter
+    """Modules that this thread makes inside hold shapes for parameters and no numbers, but have their buffers, which no checkpoint holds.
+
+    torch's own method is replaced meanwhile, so one thread at a time does so, and what others make is left as it is.
+    """
+    register, owner = torch.nn.Module.register_parameter, threading.get_ident()
 
     def register_shape(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad))
+        if parameter is not None and threading.get_ident() == owner:
+            parameter = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
 
     torch.nn.Module.register_parameter = register_shape  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    """In place of ``save_pretrained``, whose folder transformers would load with new random weights where packed ones are."""
+    raise RuntimeError("a packed model is not saved by transformers, which knows no packed layers: copy the folder it came from, or write what mrgptq.load reads there with mrgptq.save")
 
 
 def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kernels: bool | None = None) -> PreTrainedModel:
@@ -88,6 +104,10 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kerne
     device : torch's.
     kernels : True keeps linear layers packed and multiplies by :func:`mrgptq.matmul` (:class:`PackedLinear`): half a byte a weight, W4A4 in whole numbers. On the CPU only. False dequantises weights to
         float32, turned back into the original basis, and rotates, rounds and turns back the inputs of W4A4 layers: the same up to float32's rounding, for any device. None: True on the CPU.
+
+    Returns
+    -------
+    The model in evaluation mode. With packed layers its parameters want no gradient and ``save_pretrained`` is refused; a layer that is no plain ``torch.nn.Linear`` has its weight dequantised, with a warning.
 
     Raises
     ------
@@ -101,7 +121,7 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kerne
     reader = CheckpointReader(folder)
     config.pop("quantization_config", None)
     plain = AutoConfig.for_model(**config)
-    with _parameters_on_meta():
+    with _MAKING, _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32).eval()
     modules = dict(model.named_modules())
     state, layers = {}, {}
@@ -109,8 +129,12 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kerne
         value, module = read(), name.removesuffix(".weight")
         if isinstance(value, QuantizedMatrix):
             layers[module] = value
-            if kernels and type(modules.get(module)) is torch.nn.Linear and (modules[module].out_features, modules[module].in_features) == value.shape:
-                continue
+            if kernels:
+                kind = type(modules.get(module))
+                if kind is torch.nn.Linear and (modules[module].out_features, modules[module].in_features) == value.shape:
+                    continue
+                if module in modules:
+                    _log.warning("%s is a %s and no plain Linear: its weight is dequantised", module, kind.__name__)
             value = value.dequantize(unrotate=True)
         state[name] = torch.from_numpy(np.array(as_float32(value, name) if np.asarray(value).dtype.kind == "f" else value))
     try:
@@ -127,8 +151,11 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kerne
         if name in packed:
             model.set_submodule(name, PackedLinear(layer, modules[name].bias, shared))
         elif layer.activations:
-            round_inputs([modules[name]], layer.activations, layer.rotation)
+            round_inputs([modules[name]], layer.activations, layer.rotation, shared)
     model.tie_weights()
+    if packed:
+        model.requires_grad_(False)
+        model.save_pretrained = _refuse_saving
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     return model.to(target)
