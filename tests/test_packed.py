@@ -2,10 +2,11 @@
 
 import copy
 import gc
+import json
 import pickle
-from dataclasses import replace
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ import transformers
 import mrgptq as mg
 from mrgptq import hf
 from mrgptq.cli import main
-from mrgptq.hf import linear
 from mrgptq.hf import activations as rounding_hooks
-
+from mrgptq.hf import linear
 from mrgptq.hf.shared import SharedInput
+
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 64}
 PROBE = torch.randint(0, 160, (3, 24), generator=torch.Generator().manual_seed(1))
 KINDS = [("compressed-tensors", "nvfp4", False, 16), ("compressed-tensors", "mxfp4", False, None), ("compressed-tensors", "mxfp4", True, None), ("compressed-tensors", "nvfp4", True, 32), ("fp_quant", "mxfp4", True, 32), ("mrgptq", "nvfp4", True, None)]
@@ -253,9 +254,9 @@ def test_what_a_layer_takes_and_refuses(tmp_path):
             layer(torch.randn(1, 64, requires_grad=True))
         with pytest.raises(RuntimeError, match="runs on the CPU; its input is on meta"):
             layer(torch.empty(1, 64, device="meta"))
-
         with pytest.raises(TypeError, match=r"input is torch.int64; it must be a floating-point tensor"):
             layer(torch.ones(1, 64, dtype=torch.int64))
+
 
 def test_kernels_are_for_the_cpu(tmp_path, monkeypatch):
     folder = checkpoint(tmp_path / "out")
@@ -277,16 +278,37 @@ def test_generated_text_is_that_of_transformers_own_loop(leaf_quantised):
     inputs, pieces = tokenizer("It was a dark night, and", return_tensors="pt"), []
     done = hf.generate(model, tokenizer, "It was a dark night, and", tokens=12, write=pieces.append)
     ids = inputs["input_ids"]
+    margins = []
     with torch.no_grad():
         for _ in range(12):  # without a cache
-            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            logits = model(input_ids=ids, use_cache=False).logits[:, -1:]
+            likeliest = logits.topk(2).values[0, 0]
+            margins.append(float(likeliest[0] - likeliest[1]))
+            ids = torch.cat([ids, logits.argmax(-1)], 1)
     assert done.text == "".join(pieces) == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert len(pieces) > 2 and done.new_tokens == 12 and done.prompt_tokens == inputs["input_ids"].shape[1] and 0 < done.prompt_seconds < done.seconds and done.tokens_per_second > 0
+    # Dequantised weights give logits within some 1e-5, so a choice by more than a thousandth is the same.
+    assert min(margins) > 1e-3 and hf.generate(hf.load_quantized(leaf_quantised, kernels=False), tokenizer, "It was a dark night, and", tokens=12).text == done.text
+    state = torch.get_rng_state()
     drawn = [hf.generate(model, tokenizer, "It was", tokens=12, temperature=1.5, seed=seed).text for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == drawn[1] != drawn[2] and torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("prompt", "options", "message"), [("", {}, "the prompt is empty"), ("It", {"tokens": 0}, "tokens is 0; it must be 1 or more"), ("It", {"temperature": -1.0}, "temperature is -1.0"), ("It", {"tokens": 10**6}, "longer than the model's")])
+def test_a_text_ends_where_the_models_settings_say(leaf_quantised, tmp_path):
+    """generation_config.json names other ends than config.json, and beams, which cannot be streamed."""
+    tokenizer = hf.load_tokenizer(leaf_quantised)
+    free = hf.generate(hf.load_quantized(leaf_quantised), tokenizer, "It was a dark night, and", tokens=8)
+    ids = tokenizer("It was a dark night, and" + free.text)["input_ids"][free.prompt_tokens :]
+    assert len(ids) == 8 and ids[2] not in ids[:2]
+    for path in leaf_quantised.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids[2]], "num_beams": 4, "do_sample": True, "top_k": 5, "temperature": 0.7}))
+    done = hf.generate(hf.load_quantized(tmp_path), tokenizer, "It was a dark night, and", tokens=8)
+    assert done.new_tokens == 3 and free.text.startswith(done.text) and done.text == tokenizer.decode(ids[:3])
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), [("", {}, "the prompt is empty"), ("It", {"tokens": 0}, "tokens is 0; it must be 1 or more"), ("It", {"temperature": -1.0}, "temperature is -1.0"), ("It", {"temperature": 1e-40}, "it must be 0 or a finite number from 1e-6 on"), ("It", {"temperature": float("nan")}, "temperature is nan"), ("It", {"temperature": 1.0, "seed": 2**64}, "seed is 18446744073709551616; it must be from 0"), ("It", {"tokens": 10**6}, "longer than the model's")])
 def test_generation_is_refused_with_a_sentence(prompt, options, message, leaf_quantised):
     with pytest.raises(ValueError, match=message):
         hf.generate(hf.load_quantized(leaf_quantised), hf.load_tokenizer(leaf_quantised), prompt, **options)
@@ -302,3 +324,13 @@ def test_the_command_streams_text_and_says_how_fast(leaf_quantised, leaf_folder,
     capsys.readouterr()
     assert main(["generate", str(leaf_quantised), ""]) == 1
     assert "mrgptq: the prompt is empty" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_the_text_that_came(leaf_quantised, monkeypatch, capsys):
+    def stop(model, tokenizer, prompt, *, write, **options):
+        write("so far")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf, "generate", stop)
+    assert main(["generate", str(leaf_quantised), "It"]) == 130
+    assert capsys.readouterr() == ("so far\n", "mrgptq: interrupted\n")

@@ -240,7 +240,11 @@ def _generate(args: argparse.Namespace) -> None:
     def write(text: str) -> None:
         print(text, end="", flush=True)
 
-    done = hf.generate(model, tokenizer, args.prompt, tokens=args.tokens, temperature=args.temperature, seed=args.seed, write=write)
+    try:
+        done = hf.generate(model, tokenizer, args.prompt, tokens=args.tokens, temperature=args.temperature, seed=args.seed, write=write)
+    except KeyboardInterrupt:
+        print()  # the text that came so far stays
+        raise
     print()
     print(f"{done.prompt_tokens} tokens read in {done.prompt_seconds:.2f} s, {done.new_tokens} written, {done.tokens_per_second:.1f} a second", file=sys.stderr)
 
@@ -319,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mrgptq: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("mrgptq: interrupted; nothing was written", file=sys.stderr)
+        print("mrgptq: interrupted" + ("; nothing was written" if args.command == "quantize" else ""), file=sys.stderr)
         return 130
     return 0
 

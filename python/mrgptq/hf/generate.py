@@ -58,17 +58,20 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 128, temp
     model, tokenizer : of :func:`load_quantized` or :func:`load_model`, and :func:`load_tokenizer`.
     prompt : str, not empty; it is tokenised as the tokenizer does by default.
     tokens : at most so many new ones; fewer where the model ends its text.
-    temperature : 0 takes the likeliest token each time; above 0 tokens are drawn from the predictions divided by it. seed : of the drawing.
+    temperature : 0 takes the likeliest token each time; above 0 tokens are drawn from the predictions divided by it, whatever the model's generation_config.json says of drawing and of beams; what else it says,
+        such as which tokens end a text, holds. seed : of the drawing; torch's own generator is left where it was.
     write : called with each piece of new text as soon as it is there.
 
     Raises
     ------
-    ValueError : an empty prompt, a negative temperature, ``tokens`` below 1, or more tokens than the model has positions.
+    ValueError : an empty prompt, a temperature between 0 and 1e-6 or below 0, a seed that is negative or beyond 63 bits, ``tokens`` below 1, or more tokens than the model has positions.
     """
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; it must be 1 or more")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be 0 or a finite positive number")
+    if temperature != 0 and not 1e-6 <= temperature < float("inf"):  # logits divided by less might overflow
+        raise ValueError(f"temperature is {temperature}; it must be 0 or a finite number from 1e-6 on")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
     inputs = tokenizer(prompt, return_tensors="pt")
     count = inputs["input_ids"].shape[1]
     if count == 0:
@@ -85,11 +88,13 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 128, temp
 
     stream = _Stream(tokenizer, hand_over)
     drawing: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    torch.manual_seed(seed)
-    begin = time.perf_counter()
-    device = next(model.parameters()).device
-    ids = model.generate(
-        inputs["input_ids"].to(device), attention_mask=torch.ones_like(inputs["input_ids"], device=device), max_new_tokens=tokens, streamer=stream, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0, **drawing
-    )
-    end = time.perf_counter()
+    device, prompted = next(model.parameters()).device, inputs["input_ids"]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        begin = time.perf_counter()
+        ids = model.generate(
+            prompted.to(device), attention_mask=torch.ones_like(prompted, device=device), max_new_tokens=tokens, streamer=stream, use_cache=True, num_beams=1, num_return_sequences=1,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0, **drawing,
+        )  # fmt: skip
+        end = time.perf_counter()
     return Generated("".join(pieces), count, ids.shape[1] - count, (stream.first or end) - begin, end - begin)
