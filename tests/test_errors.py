@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import mrgptq as mg
+from mrgptq import _core
 
 ROWS, COLS = 6, 64
 
@@ -308,3 +309,10 @@ def test_a_call_that_goes_through_changes_nothing_either(w, h):
     mg.quantize_layer(w, h, CROSSED, cross=h), mg.alternating_tensor_scale([w, w]), mg.quantize_layer(w, h, mg.Recipe(tensor_scale="alternating", scales="hessian_block"))
     mg.Hadamard(16).apply(w), mg.Hadamard(16).apply_hessian(h), mg.round_activations(w, "nvfp4"), mg.make_factor(h, "mr-gptq")
     assert (w.tobytes(), h.tobytes()) == before
+
+
+@pytest.mark.parametrize(("array", "words"), [(np.ones((2, 4)), "expected an array of float32, got float64"), (np.ones(4, dtype=np.float32), "expected a matrix, got an array of rank 1"), (np.ones((2, 4), dtype=np.float32)[:, ::2], "expected adjacent columns")])
+def test_the_core_converts_nothing(array, words):
+    """What passes Python's door by mistake: a conversion would hide it."""
+    with pytest.raises(ValueError, match=words):
+        _core.first_nonfinite(array, 1)

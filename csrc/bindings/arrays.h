@@ -21,8 +21,9 @@ namespace py = pybind11;
 // A 2-D array of T whose columns are adjacent; Python's door copies every other one before it comes here. Nothing is converted: a copy would hide a wrong dtype and lose what is written.
 template <class T>
 MatrixView<const T> view(const py::array& array) {
-    check(py::isinstance<py::array_t<T, 0>>(array), "expected an array of " + std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(array.dtype())));
-    check(array.ndim() == 2, "expected a matrix, got an array of rank " + std::to_string(array.ndim()));
+    if (!py::isinstance<py::array_t<T, 0>>(array))  // NumPy takes longer to spell out the types than a small product does
+        check(false, "expected an array of " + std::string(py::str(py::dtype::of<T>())) + ", got " + std::string(py::str(array.dtype())));
+    if (array.ndim() != 2) check(false, "expected a matrix, got an array of rank " + std::to_string(array.ndim()));
     constexpr auto size = static_cast<py::ssize_t>(sizeof(T));
     // numpy gives an empty array strides of its own choosing.
     check(array.size() == 0 || ((array.shape(1) <= 1 || array.strides(1) == size) && array.strides(0) % size == 0), "expected adjacent columns");
