@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import importlib
 import json
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,6 +294,15 @@ def test_generated_text_is_that_of_transformers_own_loop(leaf_quantised):
     state = torch.get_rng_state()
     drawn = [hf.generate(model, tokenizer, "It was", tokens=12, temperature=1.5, seed=seed).text for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2] and torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_prompts_time_ends_with_the_first_new_token(leaf_quantised, monkeypatch):
+    """By a clock that each forward pass moves on by a second: one reads the prompt and gives the first token, four give one more each."""
+    model, passes = hf.load_quantized(leaf_quantised), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(importlib.import_module("mrgptq.hf.generate"), "time", SimpleNamespace(perf_counter=lambda: float(len(passes))))
+    done = hf.generate(model, hf.load_tokenizer(leaf_quantised), "It was a dark night, and", tokens=5)
+    assert (done.new_tokens, done.prompt_seconds, done.seconds, done.tokens_per_second) == (5, 1.0, 5.0, 1.0)
 
 
 def test_a_text_ends_where_the_models_settings_say(leaf_quantised, tmp_path):
