@@ -1,69 +1,67 @@
-// Products of one to four tokens, whose time is the reading of the weight: it is decoded and multiplied in registers.
+// Products of one to four float tokens, whose time is the reading of the weight: values are multiplied as they are decoded, and none is stored.
 //
-// The same chains as matmul.cc's tiles, to the byte: 128 columns from zero on, each chain added to the sum of those before it.
+// The same chains as matmul.cc's for more tokens, to the byte: 128 columns from zero on, each chain added to the sum of those before it.
 #pragma once
 
-#include "codecs/group_scales.h"
+#include <algorithm>
+
 #include "linalg/lanes.h"
-#include "matmul/words.h"
+#include "matmul/steps.h"
+#include "matmul/tile_reader.h"
 #include "simd/e2m1.h"
 
 namespace mrgptq {
 
-inline constexpr Index few_tokens = 4;  // with more the decoded weights are worth storing
+inline constexpr Index few_tokens = 4;                                    // with more the decoded weights are worth storing
+inline constexpr Index few_rows = std::max(tile_rows, 4 * Index{simd::lanes});  // in hand together
+using FewRows = TileReader<few_rows / tile_rows, product_depth>;
 
-// Rows side by side: where one token leaves registers for it twice as many chains, which wait for themselves.
-template <Index tokens>
-inline constexpr Index few_rows = simd::lanes * (vector_bytes == 64 || tokens == 1 ? 4 : 2);
-
-// A vector of words from byte `offset` of word `first` on.
-MRGPTQ_INLINE simd::Words words_from(const std::uint32_t* words, Index first, Index offset) noexcept {
-    simd::Words v;
-    std::memcpy(&v, reinterpret_cast<const std::uint8_t*>(words + first) + offset, sizeof v);
-    return v;
-}
-
-// Sums of the rows [row, row + few_rows) for each token, `few_rows` of them a token; rows behind the last are zero. x (tokens, cols).
-template <class Format, Index tokens>
-void multiply_few(const PackedMatrix& weight, Index row, MatrixView<const float> x, float* sums) noexcept {
+// Adds the products of some columns of few_rows rows with tokens' inputs, x's from column k on, to `sums`, few_rows a token.
+template <Index tokens, class Format>
+void add_few(const FewRows& weight, const Steps<Format>& step_of, Index depth, MatrixView<const float> x, Index k, float* sums) noexcept {
     using namespace simd;
-    constexpr Index rows = few_rows<tokens>, vectors = rows / simd::lanes, size = Format::group_size, codes_a_word = 8;
-    constexpr Index codes_ahead = 512, scales_ahead = 128;  // bytes of a row
-    constexpr Index scales_at_once = 64, scale_cols = scales_at_once * size;  // a cache line of each row
-    // Words of codes as they are and shifted by one code, whatever lies behind the last: at a word's byte b stand its codes 2 b and 2 b + 1, so that most shifts are left to the loads.
-    constexpr Index words = product_depth / codes_a_word * rows;
-    alignas(cache_line) std::uint32_t even[words + 1], odd[words + 1];
-    alignas(cache_line) std::uint32_t scales[scales_at_once / 4 * rows];
-    Floats sum[tokens][vectors] = {};
-    for (Index k = 0; k < x.cols; k += product_depth) {
-        const Index depth = std::min(product_depth, x.cols - k);
-        if (k % scale_cols == 0)
-            turn_words<rows>(weight.scales, row, k / size, std::min(scales_at_once, weight.scales.cols - k / size), scales_ahead, [&](Index word, Index first, Words four) { store(scales + word * rows + first, four); });
-        turn_words<rows>(weight.codes, row, k / 2, depth / 2, codes_ahead, [&](Index word, Index first, Words eight) {
-            store(even + word * rows + first, eight);
-            store(odd + word * rows + first, eight >> 4u);
-        });
+    // Chains wait for themselves, so there are several; fewer where registers are.
+    constexpr Index w = simd::lanes, vectors = vector_bytes == 64 || tokens == 1 ? 4 : 2, size = Format::group_size;
+    for (Index row = 0; row < few_rows; row += vectors * w) {
         Floats chain[tokens][vectors] = {};
         for (Index c = 0; c < depth; c += size) {
-            const Index group = (k + c) % scale_cols / size;
             Floats steps[vectors];
-            for (Index v = 0; v < vectors; ++v)
-                steps[v] = group_steps<Format>(load(scales + group / 4 * rows + v * simd::lanes) >> static_cast<std::uint32_t>(8 * (group % 4)) & 0xFFu, weight.tensor_scale);
+            for (Index v = 0; v < vectors; ++v) steps[v] = step_of.of(weight.scales(c / size, row + v * w));
             for (Index word = c / codes_a_word; word < (c + size) / codes_a_word; ++word) {
-                const float* from = x.data + k + word * codes_a_word;
+                const float* const from = x.data + k + word * codes_a_word;
+                Words codes[vectors];
+                for (Index v = 0; v < vectors; ++v) codes[v] = weight.codes(word, row + v * w);
 #pragma GCC unroll 8
                 for (Index j = 0; j < codes_a_word; ++j)
                     for (Index v = 0; v < vectors; ++v) {
-                        const Floats value = steps[v] * decode_e2m1(words_from(j % 2 ? odd : even, word * rows + v * simd::lanes, j / 2));
+                        const Floats value = steps[v] * decode_e2m1(codes[v] >> static_cast<std::uint32_t>(4 * j));
                         for (Index t = 0; t < tokens; ++t) chain[t][v] = (Floats)mrgptq::fused((Vector<float>)value, mrgptq::splat(from[t * x.row_stride + j]), (Vector<float>)chain[t][v]);
                     }
             }
         }
         for (Index t = 0; t < tokens; ++t)
-            for (Index v = 0; v < vectors; ++v) sum[t][v] += chain[t][v];
+            for (Index v = 0; v < vectors; ++v) {
+                float* const to = sums + t * few_rows + row + v * w;
+                simd::store(to, simd::load(to) + chain[t][v]);
+            }
     }
-    for (Index t = 0; t < tokens; ++t)
-        for (Index v = 0; v < vectors; ++v) store(sums + t * rows + v * simd::lanes, sum[t][v]);
+}
+
+// For as many tokens as there are, up to few_tokens.
+template <class Format, Index tokens = few_tokens>
+void multiply_few(const Weight& weight, const Steps<Format>& step_of, MatrixView<const float> x, MatrixView<float> out, int threads) {
+    if constexpr (tokens > 1)
+        if (x.rows < tokens) return multiply_few<Format, tokens - 1>(weight, step_of, x, out, threads);
+    parallel_for_ranges(weight.rows, few_rows, threads, [&](Index row, Index end) {
+        FewRows rows(weight, Format::group_size, row);
+        alignas(cache_line) float sums[tokens * few_rows] = {};
+        for (Index k = 0; k < x.cols; k += product_depth) {
+            const Index depth = std::min(product_depth, x.cols - k);
+            rows.to(k, depth);
+            add_few<tokens>(rows, step_of, depth, x, k, sums);
+        }
+        for (Index t = 0; t < tokens; ++t) std::copy_n(sums + t * few_rows, end - row, out.row(t) + row);
+    });
 }
 
 }  // namespace mrgptq

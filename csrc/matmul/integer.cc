@@ -2,29 +2,23 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cstdint>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "base/buffer.h"
 #include "base/parallel.h"
 #include "formats/block_format.h"
-#include "matmul/relative_scales.h"
-#include "matmul/shapes.h"
+#include "matmul/few_rounded.h"
+#include "matmul/row_scales.h"
+#include "matmul/tile_reader.h"
 #include "matmul/tokens.h"
-#include "matmul/words.h"
 #include "simd/dot.h"
-#include "simd/e4m3.h"
 
 namespace mrgptq {
 namespace {
 
-constexpr Index tile_rows = 32;
-constexpr Index codes_ahead = 512;   // bytes of a row: what is sent for
-constexpr Index many_tokens = 64;    // whose chunks of columns are read from far away: several tiles of rows then take one before the next
-constexpr Index tiles_together = 4;
+constexpr Index many_tokens = 64;  // whose chunks of columns are read from far away: several tiles of rows then take one before the next
 
 // Some columns of 32 rows in lanes: of each four columns a word of lifted codes, of each group a scale.
 template <class Format>
@@ -33,52 +27,32 @@ struct Decoded {
     alignas(cache_line) float scales[depth_at_once / Format::group_size * tile_rows];
 };
 
-// 32 rows of packed weights.
+// 32 rows of a weight.
 template <class Format>
 class WeightTile {
 public:
     std::array<double, tile_rows> factors;  // what the sums are to be multiplied by beside the tokens' own
 
-    WeightTile(const PackedMatrix& weight, Index row) : weight_(weight), row_(row), scale_words_((weight.scales.cols + 4 * simd::lanes - 1) / (4 * simd::lanes) * simd::lanes * tile_rows) {
-        alignas(cache_line) std::uint32_t largest[tile_rows] = {};  // of each of a word's bytes
-        turn_words<tile_rows>(weight.scales, row, 0, weight.scales.cols, weight.scales.cols, [&](Index word, Index first, simd::Words bytes) {
-            simd::store(scale_words_.data() + word * tile_rows + first, bytes);
-            if constexpr (relative) simd::store(largest + first, larger_bytes(simd::load(largest + first), bytes));
-        });
-        for (std::size_t r = 0; r < tile_rows; ++r) {
-            const auto bytes = std::bit_cast<std::array<std::uint8_t, 4>>(largest[r]);
-            largest_[r] = *std::max_element(bytes.begin(), bytes.end());
-            factors[r] = relative ? power_of_row(static_cast<int>(largest_[r]) - e8m0::bias) : 1.0;
-        }
+    WeightTile(const Weight& weight, Index row) noexcept : scales_(weight, row), reader_(weight, Format::group_size, row) {
+        for (Index r = 0; r < tile_rows; ++r) factors[static_cast<std::size_t>(r)] = scales_.factor(r);
     }
 
-    void decode(Index k, Index depth, Decoded<Format>& to) const noexcept {
-        turn_words<tile_rows>(weight_.codes, row_, k / 2, depth / 2, codes_ahead, [&](Index word, Index first, simd::Words codes) {
-            std::uint32_t* const lifted = to.lifted + 2 * word * tile_rows + first;
-            simd::store(lifted, simd::lifted(codes & low_nibbles));
-            simd::store(lifted + tile_rows, simd::lifted(codes >> 4 & low_nibbles));
-        });
-        for (Index g = 0; g < depth / Format::group_size; ++g) {
-            const Index group = k / Format::group_size + g;
-            for (Index first = 0; first < tile_rows; first += simd::lanes) {
-                const simd::Words bytes = simd::load(scale_words_.data() + group / 4 * tile_rows + first) >> static_cast<std::uint32_t>(8 * (group % 4)) & 0xFFu;
-                if constexpr (relative)
-                    simd::store(to.scales + g * tile_rows + first, relative_scales(bytes, simd::load(largest_.data() + first)));
-                else
-                    simd::store(to.scales + g * tile_rows + first, simd::decode_e4m3(bytes));
+    void decode(Index k, Index depth, Decoded<Format>& to) noexcept {
+        reader_.to(k, depth);
+        for (Index first = 0; first < tile_rows; first += simd::lanes) {
+            for (Index word = 0; word < depth / codes_a_word; ++word) {
+                const simd::Words codes = reader_.codes(word, first);
+                std::uint32_t* const lifted = to.lifted + 2 * word * tile_rows + first;
+                simd::store(lifted, simd::lifted(codes & low_nibbles));
+                simd::store(lifted + tile_rows, simd::lifted(codes >> 4 & low_nibbles));
             }
+            for (Index g = 0; g < depth / Format::group_size; ++g) simd::store(to.scales + g * tile_rows + first, scales_.of(reader_.scales(g, first), first));
         }
     }
 
 private:
-    static constexpr bool relative = std::is_same_v<Format, Mxfp4>;
-
-    static simd::Words larger_bytes(simd::Words a, simd::Words b) noexcept { return (simd::Words)((simd::Bytes)a > (simd::Bytes)b ? (simd::Bytes)a : (simd::Bytes)b); }
-
-    const PackedMatrix& weight_;
-    Index row_;
-    Buffer<std::uint32_t> scale_words_;
-    std::array<std::uint32_t, tile_rows> largest_;
+    RowScales<Format, tile_rows> scales_;
+    TileReader<1, depth_at_once> reader_;
 };
 
 // Adds the products of 32 rows with a tile's tokens to `sums`, 32 a token.
@@ -122,15 +96,10 @@ void add_tokens(const Decoded<Format>& weights, const std::uint32_t* from, Index
     add_tile<Format, group, exact, tokens>(weights, from, groups, sums);
 }
 
-// Rows that a thread takes at a time: fewer where there would be too few pieces to share; no byte depends on it.
-Index rows_of_piece(Index rows, int threads) noexcept {
-    const Index team = threads > 0 ? threads : default_threads();
-    return tile_rows * std::clamp<Index>(rows / (4 * tile_rows * team), 1, tiles_together);
-}
-
 template <class Format, bool exact, Index group>
-void multiply(const PackedTokens<group>& x, const PackedMatrix& weight, MatrixView<float> out, int threads) {
-    parallel_for_ranges(weight.codes.rows, rows_of_piece(weight.codes.rows, threads), threads, [&](Index begin, Index end) {
+void multiply(const PackedTokens<group>& x, const Weight& weight, MatrixView<float> out, int threads) {
+    if (x.tokens > 0 && x.tokens <= tile_tokens) return multiply_few<Format, exact>(x, weight, out, threads);
+    parallel_for_ranges(weight.rows, rows_of_piece(weight.rows, threads), threads, [&](Index begin, Index end) {
         const Index together = x.tokens > many_tokens ? tiles_together : 1;
         // Sums of a token are adjacent here; in `out` tokens may lie a power of two apart, which would share one set of the caches.
         const Buffer<float> sums(x.tokens * tile_rows * together);
@@ -143,7 +112,7 @@ void multiply(const PackedTokens<group>& x, const PackedMatrix& weight, MatrixVi
             for (Index k = 0; k < x.cols; k += depth_at_once) {
                 const Index depth = std::min(depth_at_once, x.cols - k);
                 float* to = sums.data();
-                for (const WeightTile<Format>& tile : tiles) {
+                for (WeightTile<Format>& tile : tiles) {
                     tile.decode(k, depth, decoded);
                     for (Index token = 0; token < x.tokens; token += tile_tokens)
                         add_tokens<Format, group, exact>(decoded, x.tile(k, token, depth), depth / group, std::min(tile_tokens, x.tokens - token), to + token * tile_rows);
@@ -174,12 +143,12 @@ MatrixView<T> rows_of(MatrixView<T> matrix, Index first, Index count) noexcept {
 
 }  // namespace
 
-void matmul_packed(const PackedMatrix& x, const PackedMatrix& weight, MatrixView<float> out, int threads) {
+void matmul_packed(const PackedMatrix& x, const Weight& weight, MatrixView<float> out, int threads) {
     check_shapes(x.codes.rows, x.codes.cols * 2, weight, out);
     with_format(x.format, [&]<class Inputs>(Inputs) {
         with_format(weight.format, [&]<class Format>(Format) {
             check_scales(x, Inputs::group_size, "x");
-            check_scales(weight, Format::group_size, "the weight");
+            check_weight(weight, Format::group_size);
             for_most_tokens(x.codes.rows, [&](Index first, Index count) {
                 const PackedInputs<Inputs> source(rows_of(x.codes, first, count), rows_of(x.scales, first, count));
                 const PackedTokens<std::min(Inputs::group_size, Format::group_size)> packed(source, count, x.codes.cols * 2, 0.25 / (static_cast<double>(x.tensor_scale) * weight.tensor_scale), threads);
@@ -189,10 +158,10 @@ void matmul_packed(const PackedMatrix& x, const PackedMatrix& weight, MatrixView
     });
 }
 
-void matmul_int8(MatrixView<const float> x, const PackedMatrix& weight, MatrixView<float> out, int threads) {
+void matmul_int8(MatrixView<const float> x, const Weight& weight, MatrixView<float> out, int threads) {
     check_shapes(x.rows, x.cols, weight, out);
     with_format(weight.format, [&]<class Format>(Format) {
-        check_scales(weight, Format::group_size, "the weight");
+        check_weight(weight, Format::group_size);
         for_most_tokens(x.rows, [&](Index first, Index count) {
             const RoundedInputs<Format> source(rows_of(x, first, count), threads);
             multiply<Format, false>(PackedTokens<Format::group_size>(source, count, x.cols, 0.5 / weight.tensor_scale, threads), weight, rows_of(out, first, count), threads);

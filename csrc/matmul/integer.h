@@ -15,15 +15,15 @@
 // ISA level.
 #pragma once
 
-#include "codecs/codec.h"
+#include "matmul/weight.h"
 
 namespace mrgptq {
 
 // x (tokens, cols), weight (rows, cols), out (tokens, rows).
-void matmul_packed(const PackedMatrix& x, const PackedMatrix& weight, MatrixView<float> out, int threads);
+void matmul_packed(const PackedMatrix& x, const Weight& weight, MatrixView<float> out, int threads);
 
 // x (tokens, cols), finite, is rounded first: each of the weight's groups of columns has the step t = fl32(amax / 127), and b = x / t, rounded to float32 and then to the nearest whole number, ties to
 // even, held within -127 and 127; all zero where the step is. `out` may not overlap x.
-void matmul_int8(MatrixView<const float> x, const PackedMatrix& weight, MatrixView<float> out, int threads);
+void matmul_int8(MatrixView<const float> x, const Weight& weight, MatrixView<float> out, int threads);
 
 }  // namespace mrgptq

@@ -16,6 +16,7 @@
 #include "codecs/chunk.h"
 #include "formats/block_format.h"
 #include "matmul/relative_scales.h"
+#include "matmul/weight.h"
 #include "simd/dot.h"
 
 namespace mrgptq {
@@ -23,7 +24,6 @@ namespace mrgptq {
 inline constexpr Index tile_tokens = simd::lanes == 16 ? 4 : 2;  // by two vectors of rows: as many sums as leave registers for the rest
 inline constexpr Index depth_at_once = 512;                      // columns: of 32 rows they fill half of the first cache
 inline constexpr Index most_tokens = 512;                        // packed at once
-inline constexpr Index codes_a_word = 8;
 inline constexpr std::uint32_t low_nibbles = 0x0F0F0F0Fu;
 
 // Inputs in four bits.

@@ -165,6 +165,17 @@ MRGPTQ_INLINE Words load_bytes(const std::uint8_t* from) noexcept {
 #endif
 }
 
+// Of eight words, which a vector of sixteen lanes holds twice, the ones that each lane's low three bits say; only where there are as many lanes.
+MRGPTQ_INLINE Words one_of_eight([[maybe_unused]] Words which, Words eight) noexcept {
+#if defined(MRGPTQ_AVX512)
+    return (Words)_mm512_permutexvar_epi32((__m512i)which, (__m512i)eight);
+#elif defined(MRGPTQ_AVX2)
+    return (Words)_mm256_permutevar8x32_epi32((__m256i)eight, (__m256i)which);
+#else
+    return eight;
+#endif
+}
+
 MRGPTQ_INLINE std::uint32_t largest_lane(Words v) noexcept {
     v = max(v, exchange<1>(v));
     v = max(v, exchange<2>(v));

@@ -104,15 +104,16 @@ Matrix<float> product(const Operand& x, const Operand& w, double constant) {
     return out;
 }
 
-constexpr std::pair<unsigned, unsigned> usual = {100, 20}, all = {0, 127};
+constexpr std::pair<unsigned, unsigned> usual = {100, 20}, all = {0, 127}, upper = {128, 127};  // E4M3's upper ones are negative
 
 TEST(IntegerProducts, OfPackedOperandsAreAsDefined) {
     for (const auto& [format, size] : formats)
         for (const auto& [inputs, inputs_size] : formats)
-            for (const auto& [least, kinds] : {usual, all})
-                for (const Index cols : {32, 160, 544, 1056})
-                    for (const Index rows : {1, 31, 40})
-                        for (const Index tokens : {1, 2, 3, 4, 9}) {
+            for (const auto& [least, kinds] : {usual, all, upper})
+                for (const Index cols : {32, 160, 544, 1056, 2208})
+                    for (const Index rows : {1, 31, 40, 133})
+                        for (const Index tokens : {1, 2, 3, 4, 5, 9}) {
+                            if (rows > 40 && cols < 1056) continue;
                             const Blocks w(format, size, rows, cols, least, kinds), x(inputs, inputs_size, tokens, cols, least, kinds, 0.7f);
                             Matrix<float> out(tokens, rows, layouts[0], nan);
                             matmul_packed(x.view(), w.view(), out.view(), 1);
@@ -122,9 +123,9 @@ TEST(IntegerProducts, OfPackedOperandsAreAsDefined) {
 
 TEST(IntegerProducts, OfEightBitInputsAreAsDefined) {
     for (const auto& [format, size] : formats)
-        for (const Index cols : {32, 160, 544, 1056})
-            for (const Index rows : {1, 31, 40})
-                for (const Index tokens : {1, 2, 3, 4, 9}) {
+        for (const Index cols : {32, 160, 544, 1056, 2208})
+            for (const Index rows : {1, 31, 40, 133})
+                for (const Index tokens : {1, 2, 3, 4, 5, 9}) {
                     const Blocks w(format, size, rows, cols, 100, 20);
                     Matrix<float> x = random_matrix(tokens, cols), out(tokens, rows, layouts[0], nan);
                     for (Index c = 0; c < 32; ++c) x(0, c) = std::ldexp(x(0, c), -140);  // too small to count, or alone
@@ -188,27 +189,42 @@ TEST(IntegerProducts, OfTheLargestNumbersAreExact) {
 }
 
 TEST(IntegerProducts, DoNotDependOnLayoutAndNumberOfThreads) {
-    const Index rows = 71, cols = 544, tokens = 13;
-    for (const auto& [format, size] : formats) {
-        const Blocks w(format, size, rows, cols, 100, 20), x("nvfp4", 16, tokens, cols, 100, 20);
-        const Matrix<float> values = random_matrix(tokens, cols);
-        Matrix<float> expected(tokens, rows), of_bytes(tokens, rows);
-        matmul_packed(x.view(), w.view(), expected.view(), 1);
-        matmul_int8(values.view(), w.view(), of_bytes.view(), 1);
-        for (const Layout layout : layouts)
-            for (const int threads : thread_counts) {
-                const Matrix<float> in(values, layout, nan);
-                const Matrix<std::uint8_t> codes(w.codes, layout, 0x77), scales(w.scales, layout, 0x77), in_codes(x.codes, layout, 0x77), in_scales(x.scales, layout, 0x77);
-                const PackedMatrix weight{format, codes.view(), scales.view(), w.tensor_scale};
-                Matrix<float> out(tokens, rows, layout, nan);
-                matmul_packed({x.format, in_codes.view(), in_scales.view(), x.tensor_scale}, weight, out.view(), threads);
-                EXPECT_EQ(out, expected);
-                EXPECT_TRUE(out.padding_untouched());
-                matmul_int8(in.view(), weight, out.view(), threads);
-                EXPECT_EQ(out, of_bytes);
-                EXPECT_TRUE(out.padding_untouched());
-            }
-    }
+    const Index rows = 331, cols = 1184;
+    for (const auto& [format, size] : formats)
+        for (const Index tokens : {1, 2, 3, 4, 13}) {
+            const Blocks w(format, size, rows, cols, 100, 20), x("nvfp4", 16, tokens, cols, 100, 20);
+            const Matrix<float> values = random_matrix(tokens, cols);
+            Matrix<float> expected(tokens, rows), of_bytes(tokens, rows);
+            matmul_packed(x.view(), w.view(), expected.view(), 1);
+            matmul_int8(values.view(), w.view(), of_bytes.view(), 1);
+            for (const Layout layout : layouts)
+                for (const int threads : thread_counts) {
+                    const Matrix<float> in(values, layout, nan);
+                    const Matrix<std::uint8_t> codes(w.codes, layout, 0x77), scales(w.scales, layout, 0x77), in_codes(x.codes, layout, 0x77), in_scales(x.scales, layout, 0x77);
+                    const PackedMatrix weight{format, codes.view(), scales.view(), w.tensor_scale};
+                    Matrix<float> out(tokens, rows, layout, nan);
+                    matmul_packed({x.format, in_codes.view(), in_scales.view(), x.tensor_scale}, weight, out.view(), threads);
+                    EXPECT_EQ(out, expected);
+                    EXPECT_TRUE(out.padding_untouched());
+                    matmul_int8(in.view(), weight, out.view(), threads);
+                    EXPECT_EQ(out, of_bytes);
+                    EXPECT_TRUE(out.padding_untouched());
+                }
+        }
+}
+
+// NVFP4 alone has rows of 16 columns, or of an odd number of groups.
+TEST(IntegerProducts, OfHalfWords) {
+    for (const Index cols : {16, 48, 112, 1040})
+        for (const Index tokens : {1, 3, 4, 5}) {
+            const Blocks w("nvfp4", 16, 70, cols, 40, 60), x("nvfp4", 16, tokens, cols, 40, 60, 0.7f);
+            const Matrix<float> values = random_matrix(tokens, cols);
+            Matrix<float> out(tokens, 70, layouts[0], nan);
+            matmul_packed(x.view(), w.view(), out.view(), 1);
+            EXPECT_EQ(out, product(operand_of(x), operand_of(w), 0.25 / (0.7f * 3.0)));
+            matmul_int8(values.view(), w.view(), out.view(), 1);
+            EXPECT_EQ(out, product(operand_of(values, 16), operand_of(w), 0.5 / 3));
+        }
 }
 
 TEST(IntegerProducts, OfNothing) {

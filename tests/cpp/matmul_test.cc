@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <random>
@@ -21,62 +22,104 @@ using testing::chained, testing::expect_refused, testing::Layout, testing::layou
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-struct Weight {
+struct Blocks {
     std::string_view format;
     Matrix<std::uint8_t> codes, scales;
-    float tensor_scale = 3;
+    float tensor_scale;
 
-    Weight(std::string_view format, Index rows, Index cols, Index group_size) : format(format), codes(rows, cols / 2), scales(rows, cols / group_size) {
+    // Scales from `least` on, `kinds` of them; one format's usual ones unless told.
+    Blocks(std::string_view format, Index rows, Index cols, Index group_size, unsigned least, unsigned kinds, float tensor_scale = 3)
+        : format(format), codes(rows, cols / 2), scales(rows, cols / group_size), tensor_scale(tensor_scale) {
         std::mt19937 generator(7);
         for (Index r = 0; r < rows; ++r) {
             for (Index c = 0; c < codes.view().cols; ++c) codes(r, c) = static_cast<std::uint8_t>(generator());
-            for (Index c = 0; c < scales.view().cols; ++c) scales(r, c) = static_cast<std::uint8_t>((group_size == 16 ? 40 : 120) + generator() % 16);
+            for (Index c = 0; c < scales.view().cols; ++c) scales(r, c) = static_cast<std::uint8_t>(least + generator() % kinds);
         }
     }
+    Blocks(std::string_view format, Index rows, Index cols, Index group_size) : Blocks(format, rows, cols, group_size, group_size == 16 ? 40 : 120, 16) {}
     PackedMatrix view() const { return {format, codes.view(), scales.view(), tensor_scale}; }
 };
 
-constexpr std::pair<std::string_view, Index> formats[] = {{"nvfp4", 16}, {"mxfp4", 32}};
-
-// Of random tokens, against the definition.
-void expect_chains(const Weight& w, Index tokens) {
-    const Index rows = w.codes.view().rows, cols = 2 * w.codes.view().cols;
-    const Matrix<float> x = random_matrix(tokens, cols);
-    Matrix<float> values(rows, cols), expected(tokens, rows), out(tokens, rows, layouts[0], nan);
+// The definition.
+Matrix<float> product(const Matrix<float>& x, const Blocks& w) {
+    const Index tokens = x.view().rows, rows = w.codes.view().rows, cols = x.view().cols;
+    Matrix<float> values(rows, cols), y(tokens, rows);
     dequantize(w.format, w.codes.view(), w.scales.view(), w.tensor_scale, values.view(), 1);
     for (Index t = 0; t < tokens; ++t)
         for (Index r = 0; r < rows; ++r)
             for (Index begin = 0; begin < cols; begin += 128) {
                 float chain = 0;
                 for (Index c = begin; c < std::min<Index>(begin + 128, cols); ++c) chain = chained(values(r, c), x(t, c), chain);
-                expected(t, r) += chain;
+                y(t, r) += chain;
             }
-    matmul(x.view(), w.view(), out.view(), 1);
-    ASSERT_EQ(out, expected) << w.format << " " << rows << " x " << cols << ", " << tokens << " tokens";
+    return y;
 }
+
+// The answers to its first tokens alone, as many as are said.
+void expect_product(const Matrix<float>& x, const Blocks& w, const Matrix<float>& expected, Index tokens) {
+    const Index rows = w.codes.view().rows;
+    Matrix<float> out(tokens, rows, layouts[0], nan), first(tokens, rows);
+    for (Index t = 0; t < tokens; ++t) std::copy_n(expected.view().row(t), rows, first.view().row(t));
+    matmul({x.view().row(0), tokens, x.view().cols, x.view().row_stride}, w.view(), out.view(), 1);
+    ASSERT_EQ(out, first) << w.format << " " << rows << " x " << x.view().cols << ", " << tokens << " tokens, divisor " << w.tensor_scale;
+}
+
+constexpr std::pair<std::string_view, Index> formats[] = {{"nvfp4", 16}, {"mxfp4", 32}};
 
 TEST(Products, AreChainsOf128) {
     for (const auto& [format, group_size] : formats)
-        for (const Index cols : {32, 128, 160, 288, 2080})  // scales of up to four are turned a cache line of a row at a time, for 1024 or 2048 columns
-            for (const Index rows : {1, 31, 40, 131})
-                for (const Index tokens : {1, 2, 3, 4, 5, 8, 13}) expect_chains(Weight(format, rows, cols, group_size), tokens);
+        for (const Index cols : {16, 32, 112, 128, 160, 288, 1056, 2208})
+            for (const Index rows : {1, 31, 40, 64, 133}) {
+                if (cols % group_size != 0) continue;
+                const Blocks w(format, rows, cols, group_size);
+                const Matrix<float> x = random_matrix(13, cols), expected = product(x, w);
+                for (const Index tokens : {1, 2, 3, 4, 5, 8, 13}) expect_product(x, w, expected, tokens);
+            }
 }
 
-TEST(Products, OfEveryScaleThatStoresAFiniteStep) {
+// Zeros, subnormal steps, negative ones, and whatever the divisor makes of them: all scales that are numbers, and the usual ones with one among them that is none of these.
+TEST(Products, ReadEveryScale) {
+    const Index rows = 71, cols = 2208;
     for (const auto& [format, group_size] : formats)
-        for (const Index tokens : {1, 4, 5}) {
-            Weight w(format, 16, 512 * group_size / 16, group_size);
-            for (Index r = 0; r < 16; ++r)
-                for (Index g = 0; g < 32; ++g) w.scales(r, g) = static_cast<std::uint8_t>((32 * r + g) % (group_size == 16 ? 127 : 240));  // beyond 240 a sum overflows
-            expect_chains(w, tokens);
+        for (const float tensor_scale : {1.0f, 3.0f, 0.7f, 0x1p-60f, 0x1.8p100f, 0x1p-126f}) {
+            const Matrix<float> x = random_matrix(5, cols);
+            for (const auto& [least, kinds] : {std::pair{0u, 127u}, std::pair{group_size == 16 ? 128u : 60u, 127u}, std::pair{0u, 16u}}) {
+                const Blocks w(format, rows, cols, group_size, least, kinds, tensor_scale);
+                const Matrix<float> expected = product(x, w);
+                for (const Index tokens : {1, 2, 3, 4, 5}) expect_product(x, w, expected, tokens);
+            }
+            for (const Index group : {0, 9, 47, 64, 68}) {
+                Blocks w(format, rows, cols, group_size, group_size == 16 ? 40 : 120, 16, tensor_scale);
+                for (const Index r : {0, 17, 66}) w.scales(r, group) = static_cast<std::uint8_t>(r % 2 == 0 ? 0 : 3);
+                const Matrix<float> expected = product(x, w);
+                for (const Index tokens : {1, 4, 5}) expect_product(x, w, expected, tokens);
+            }
         }
 }
 
+TEST(Products, OfAScaleThatIsNoNumberAreNone) {
+    for (const auto& [format, group_size] : formats)
+        for (const int byte : {127, 255})
+            for (const Index tokens : {1, 4, 5}) {
+                if (byte == 127 && format == "mxfp4") continue;  // which is 1
+                Blocks w(format, 70, 2208, group_size);
+                const Matrix<float> x = random_matrix(tokens, 2208);
+                Matrix<float> expected = product(x, w), out(tokens, 70);
+                w.scales(33, 41) = static_cast<std::uint8_t>(byte);
+                matmul(x.view(), w.view(), out.view(), 1);
+                for (Index t = 0; t < tokens; ++t) {
+                    EXPECT_TRUE(std::isnan(out(t, 33)));
+                    out(t, 33) = expected(t, 33);
+                }
+                EXPECT_EQ(out, expected);
+            }
+}
+
 TEST(Products, DoNotDependOnLayoutAndNumberOfThreads) {
-    const Index rows = 71, cols = 288;
-    for (const Index tokens : {1, 3, 13})
-        for (const auto& [format, group_size] : formats) {
-            const Weight w(format, rows, cols, group_size);
+    const Index rows = 331, cols = 1184;
+    for (const auto& [format, group_size] : formats)
+        for (const Index tokens : {1, 2, 3, 4, 13}) {
+            const Blocks w(format, rows, cols, group_size);
             const Matrix<float> x = random_matrix(tokens, cols);
             Matrix<float> expected(tokens, rows);
             matmul(x.view(), w.view(), expected.view(), 1);
@@ -85,7 +128,7 @@ TEST(Products, DoNotDependOnLayoutAndNumberOfThreads) {
                     const Matrix<float> in(x, layout, nan);
                     const Matrix<std::uint8_t> codes(w.codes, layout, 0x77), scales(w.scales, layout, 0x77);
                     Matrix<float> out(tokens, rows, layout, nan);
-                    matmul(in.view(), {format, codes.view(), scales.view(), w.tensor_scale}, out.view(), threads);
+                    matmul(in.view(), PackedMatrix{format, codes.view(), scales.view(), w.tensor_scale}, out.view(), threads);
                     EXPECT_EQ(out, expected);
                     EXPECT_TRUE(out.padding_untouched());
                 }
@@ -93,18 +136,18 @@ TEST(Products, DoNotDependOnLayoutAndNumberOfThreads) {
 }
 
 TEST(Products, OfNothing) {
-    const Weight w("nvfp4", 5, 32, 16);
+    const Blocks w("nvfp4", 5, 32, 16);
     Matrix<float> out(0, 5);
     matmul(Matrix<float>(0, 32).view(), w.view(), out.view(), 2);
 }
 
 TEST(Products, Refuse) {
-    const Weight w("nvfp4", 5, 32, 16);
+    const Blocks w("nvfp4", 5, 32, 16);
     Matrix<float> out(2, 5), narrow(2, 4);
     expect_refused("x has 48 columns; the weight has 32", [&] { matmul(Matrix<float>(2, 48).view(), w.view(), out.view(), 1); });
     expect_refused("out has shape (2, 4); the product has (2, 5)", [&] { matmul(Matrix<float>(2, 32).view(), w.view(), narrow.view(), 1); });
-    expect_refused("scales do not have one entry for each group", [&] { matmul(Matrix<float>(2, 32).view(), {"mxfp4", w.codes.view(), w.scales.view()}, out.view(), 1); });
-    expect_refused("unknown format \"fp8\"", [&] { matmul(Matrix<float>(2, 32).view(), {"fp8", w.codes.view(), w.scales.view()}, out.view(), 1); });
+    expect_refused("scales do not have one entry for each group", [&] { matmul(Matrix<float>(2, 32).view(), PackedMatrix{"mxfp4", w.codes.view(), w.scales.view()}, out.view(), 1); });
+    expect_refused("unknown format \"fp8\"", [&] { matmul(Matrix<float>(2, 32).view(), PackedMatrix{"fp8", w.codes.view(), w.scales.view()}, out.view(), 1); });
 }
 
 }  // namespace
