@@ -59,7 +59,7 @@ def test_every_layer_is_the_product_of_what_is_stored(dialect, format, activatio
         logits = model(input_ids=PROBE).logits
     assert logits.isfinite().all() and set(seen) == set(layers)
     for name, (x, y) in seen.items():
-        layer, matrix = layers[name], layers[name].matrix
+        layer, matrix = layers[name], layers[name].matrix.unpack()
         assert (matrix.activations is None) == (not activations)
         turned = matrix.rotation.apply(x) if rotation else x
         if activations:
@@ -76,14 +76,15 @@ def test_weights_stay_packed_in_copies_files_and_states(tmp_path):
     layers, stored = packed_layers(model), mg.load(tmp_path / "out")
     for name, layer in layers.items():
         matrix = stored[f"{name}.weight"]
-        assert np.array_equal(layer.codes.numpy(), matrix.codes) and np.array_equal(layer.scales.numpy(), matrix.scales) and not hasattr(layer, "weight")
-        assert sum(buffer.nbytes for buffer in layer.buffers()) == matrix.codes.nbytes + matrix.scales.nbytes and all(name == "bias" for name, _ in layer.named_parameters())
+        own = layer.matrix.unpack()
+        assert np.array_equal(own.codes, matrix.codes) and np.array_equal(own.scales, matrix.scales) and not hasattr(layer, "weight")
+        assert sum(buffer.nbytes for buffer in layer.buffers()) == mg.prepack(matrix).nbytes and all(name == "bias" for name, _ in layer.named_parameters())
     assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
     with torch.no_grad():
         expected = model(input_ids=PROBE).logits
         other = hf.load_quantized(tmp_path / "out")
         for layer in packed_layers(other).values():
-            layer.codes.zero_()
+            layer.code_tiles.zero_()
         assert not torch.equal(other(input_ids=PROBE).logits, expected)
         other.load_state_dict(model.state_dict())
         for same in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu").eval()):
@@ -135,7 +136,7 @@ def test_a_state_brings_all_that_its_codes_mean(kind, tmp_path):
     turned = mg.quantize(np.random.default_rng(0).standard_normal((4, 32)), rotation=mg.Dense(np.diag([1.0, 2.0])))
     layer = hf.PackedLinear(mg.quantize(np.eye(4, 32)))
     layer.load_state_dict(hf.PackedLinear(turned).state_dict())
-    assert layer.rotation == turned.rotation and np.array_equal(layer.matrix.dequantize(unrotate=True), turned.dequantize(unrotate=True))
+    assert layer.rotation == turned.rotation and np.array_equal(layer.matrix.unpack().dequantize(unrotate=True), turned.dequantize(unrotate=True))
 
 
 def test_a_packed_model_runs_where_gradients_are_on_and_is_not_saved_as_what_it_is_not(tmp_path):
@@ -177,7 +178,7 @@ def test_a_layer_that_is_no_plain_linear_is_dequantised_with_a_warning(tmp_path,
     monkeypatch.setattr(hf.model, "AutoModelForCausalLM", Auto)
     partly = hf.load_quantized(folder)
     assert [record.message for record in caplog.records] == ["model.layers.1.mlp.down_proj is a Router and no plain Linear: its weight is dequantised"]
-    assert len(packed_layers(partly)) == 13 and np.array_equal(partly.model.layers[1].mlp.down_proj.weight.detach().numpy(), whole.model.layers[1].mlp.down_proj.matrix.dequantize())
+    assert len(packed_layers(partly)) == 13 and np.array_equal(partly.model.layers[1].mlp.down_proj.weight.detach().numpy(), whole.model.layers[1].mlp.down_proj.matrix.unpack().dequantize())
 
 
 def test_an_input_is_turned_once(tmp_path, monkeypatch):

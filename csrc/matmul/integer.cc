@@ -98,7 +98,7 @@ void add_tokens(const Decoded<Format>& weights, const std::uint32_t* from, Index
 
 template <class Format, bool exact, Index group>
 void multiply(const PackedTokens<group>& x, const Weight& weight, MatrixView<float> out, int threads) {
-    if (x.tokens > 0 && x.tokens <= tile_tokens) return multiply_few<Format, exact>(x, weight, out, threads);
+    if (weight.tiled && x.tokens > 0 && x.tokens <= tile_tokens) return multiply_few<Format, exact>(x, weight, out, threads);
     parallel_for_ranges(weight.rows, rows_of_piece(weight.rows, threads), threads, [&](Index begin, Index end) {
         const Index together = x.tokens > many_tokens ? tiles_together : 1;
         // Sums of a token are adjacent here; in `out` tokens may lie a power of two apart, which would share one set of the caches.

@@ -13,6 +13,7 @@ from .gptq import Factor, Hessian
 from .layer import make_factor, quantize_layer, shared_tensor_scale
 from .matmul import matmul
 from .packing import from_blocked, pack, to_blocked, unpack
+from .prepack import PrepackedMatrix, prepack
 from .recipe import Recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import Dense, Hadamard, Identity
@@ -26,6 +27,6 @@ def build_info() -> dict[str, object]:
 
 
 __all__ = [
-    "FORMATS", "MX_RULES", "Activations", "Dense", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "QuantizedMatrix", "Recipe", "StoredTensor", "alternating_tensor_scale", "build_info",
-    "from_blocked", "load", "make_factor", "matmul", "nvfp4_tensor_scale", "pack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "shared_tensor_scale", "to_blocked", "unpack",
+    "FORMATS", "MX_RULES", "Activations", "Dense", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "PrepackedMatrix", "QuantizedMatrix", "Recipe", "StoredTensor", "alternating_tensor_scale", "build_info",
+    "from_blocked", "load", "make_factor", "matmul", "nvfp4_tensor_scale", "pack", "prepack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "shared_tensor_scale", "to_blocked", "unpack",
 ]

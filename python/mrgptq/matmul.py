@@ -6,15 +6,15 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from .activations import quantize_activations
 from .arrays import as_float32, as_output, as_threads, choose
-from .codecs import PackedMatrix
 from .formats import FORMATS
+from .prepack import PrepackedMatrix
 from .result import Activations, QuantizedMatrix
 from .rotations import Identity
 
 
 def matmul(
     x: ArrayLike | QuantizedMatrix,
-    q: QuantizedMatrix,
+    q: QuantizedMatrix | PrepackedMatrix,
     *,
     activations: str | Activations | None = None,
     dtype: str | None = None,
@@ -27,7 +27,7 @@ def matmul(
     ----------
     x : (..., cols) array, dtypes as in :func:`quantize`, finite. Where ``q`` has a rotation x is turned first, by its ``dual``. Or a QuantizedMatrix (tokens, cols) in that basis, as
         ``quantize_activations(x, format, rotation=q.rotation.dual)`` makes it: inputs that several weights share are then rounded once.
-    q : (rows, cols).
+    q : (rows, cols). As :func:`prepack` gives it, it is read faster.
     activations : how x, turned, is rounded.
 
         - None: not at all.
@@ -53,8 +53,8 @@ def matmul(
     ValueError : "x has 64 columns; the weight has 96", the first entry of x that is not finite, an unknown name, a packed x in another basis, or an ``out`` that cannot be filled. TypeError : another dtype, no
         QuantizedMatrix, or ``activations`` beside an x that is packed.
     """
-    if not isinstance(q, QuantizedMatrix):
-        raise TypeError(f"q is {type(q).__name__}; it must be a QuantizedMatrix")
+    if not isinstance(q, QuantizedMatrix | PrepackedMatrix):
+        raise TypeError(f"q is {type(q).__name__}; it must be a QuantizedMatrix or a PrepackedMatrix")
     rows, cols = q.shape
     turn = q.rotation.dual
     if isinstance(x, QuantizedMatrix):
@@ -77,19 +77,15 @@ def matmul(
     out = as_output(np.empty((*lead, rows), dtype=np.float32) if out is None else out, (*lead, rows))
     to, team = out.reshape(-1, rows), as_threads(threads)
     if packed is not None:
-        _core.matmul_packed(_parts(packed), _parts(q), to, team)
+        _core.matmul_packed(packed.core_arrays(), q.core_arrays(), to, team)
         return out
     if q.rotation != Identity():
         values = turn.apply(values, threads=threads)
     elif np.may_share_memory(out, values):
         values = values.copy()
     multiply = _core.matmul if activations is None else _core.matmul_int8
-    multiply(values.reshape(-1, cols), _parts(q), to, team)
+    multiply(values.reshape(-1, cols), q.core_arrays(), to, team)
     return out
-
-
-def _parts(q: QuantizedMatrix) -> PackedMatrix:
-    return q.format, np.ascontiguousarray(q.codes), np.ascontiguousarray(q.scales), q.tensor_scale
 
 
 def _as_activations(activations: str | Activations | None) -> Activations | None:

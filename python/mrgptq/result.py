@@ -185,10 +185,13 @@ class QuantizedMatrix(Shown):
 
     def dequantize(self, out: NDArray[np.float32] | None = None, *, unrotate: bool = False, threads: int | None = None) -> NDArray[np.float32]:
         """The values as (rows, cols) float32, in the rotated basis, or with ``unrotate=True`` in the original one. ``out``: an array to write them into; new memory costs more than the values."""
-        codes, scales = (np.ascontiguousarray(a) for a in (self.codes, self.scales))
         values = np.empty(self.shape, dtype=np.float32) if out is None else as_output(out, self.shape)
-        _core.dequantize_into(self.format, codes, scales, self.tensor_scale, values, as_threads(threads))
+        _core.dequantize_into(*self.core_arrays(), values, as_threads(threads))
         return self.rotation.apply_inverse(values, out=values, threads=threads) if unrotate and self.rotation != Identity() else values
+
+    def core_arrays(self) -> tuple[str, NDArray[np.uint8], NDArray[np.uint8], float]:
+        """What the core takes: format, codes, scales and tensor scale."""
+        return self.format, np.ascontiguousarray(self.codes), np.ascontiguousarray(self.scales), self.tensor_scale
 
     def _title(self) -> str:
         return f"QuantizedMatrix {self.format}, {self.shape[0]} x {self.shape[1]}"

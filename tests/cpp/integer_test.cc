@@ -14,11 +14,12 @@
 #include "matmul/integer.h"
 #include "matrices.h"
 #include "refusal.h"
+#include "tiled.h"
 
 namespace mrgptq {
 namespace {
 
-using testing::expect_refused, testing::Layout, testing::layouts, testing::Matrix, testing::random_matrix, testing::thread_counts;
+using testing::expect_refused, testing::in_both_forms, testing::Layout, testing::layouts, testing::Matrix, testing::random_matrix, testing::thread_counts, testing::Tiled;
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 constexpr std::pair<std::string_view, Index> formats[] = {{"nvfp4", 16}, {"mxfp4", 32}};
@@ -115,9 +116,12 @@ TEST(IntegerProducts, OfPackedOperandsAreAsDefined) {
                         for (const Index tokens : {1, 2, 3, 4, 5, 9}) {
                             if (rows > 40 && cols < 1056) continue;
                             const Blocks w(format, size, rows, cols, least, kinds), x(inputs, inputs_size, tokens, cols, least, kinds, 0.7f);
-                            Matrix<float> out(tokens, rows, layouts[0], nan);
-                            matmul_packed(x.view(), w.view(), out.view(), 1);
-                            ASSERT_EQ(out, product(operand_of(x), operand_of(w), 0.25 / (0.7f * 3.0))) << format << " by " << inputs << ", " << rows << " x " << cols << ", " << tokens << " tokens";
+                            const Matrix<float> expected = product(operand_of(x), operand_of(w), 0.25 / (0.7f * 3.0));
+                            in_both_forms(w.view(), [&](const Weight& weight) {
+                                Matrix<float> out(tokens, rows, layouts[0], nan);
+                                matmul_packed(x.view(), weight, out.view(), 1);
+                                ASSERT_EQ(out, expected) << format << " by " << inputs << ", " << rows << " x " << cols << ", " << tokens << " tokens" << (weight.tiled ? ", tiled" : "");
+                            });
                         }
 }
 
@@ -127,10 +131,14 @@ TEST(IntegerProducts, OfEightBitInputsAreAsDefined) {
             for (const Index rows : {1, 31, 40, 133})
                 for (const Index tokens : {1, 2, 3, 4, 5, 9}) {
                     const Blocks w(format, size, rows, cols, 100, 20);
-                    Matrix<float> x = random_matrix(tokens, cols), out(tokens, rows, layouts[0], nan);
+                    Matrix<float> x = random_matrix(tokens, cols);
                     for (Index c = 0; c < 32; ++c) x(0, c) = std::ldexp(x(0, c), -140);  // too small to count, or alone
-                    matmul_int8(x.view(), w.view(), out.view(), 1);
-                    ASSERT_EQ(out, product(operand_of(x, size), operand_of(w), 0.5 / 3)) << format << " " << rows << " x " << cols << ", " << tokens << " tokens";
+                    const Matrix<float> expected = product(operand_of(x, size), operand_of(w), 0.5 / 3);
+                    in_both_forms(w.view(), [&](const Weight& weight) {
+                        Matrix<float> out(tokens, rows, layouts[0], nan);
+                        matmul_int8(x.view(), weight, out.view(), 1);
+                        ASSERT_EQ(out, expected) << format << " " << rows << " x " << cols << ", " << tokens << " tokens" << (weight.tiled ? ", tiled" : "");
+                    });
                 }
 }
 
@@ -178,13 +186,15 @@ TEST(IntegerProducts, OfTheLargestNumbersAreExact) {
                     dot += w.doubled(0, c) * x.doubled(0, c);
                     dot_of_bytes += w.doubled(0, c) * 127 * sign;
                 }
-                matmul_packed(x.view(), w.view(), out.view(), 1);
-                matmul_int8(bytes.view(), w.view(), of_bytes.view(), 1);
-                for (Index t = 0; t < 2; ++t)
-                    for (Index r = 0; r < 3; ++r) {
-                        EXPECT_EQ(out(t, r), static_cast<float>(dot) / 4);
-                        EXPECT_EQ(of_bytes(t, r), static_cast<float>(dot_of_bytes) / 2);
-                    }
+                in_both_forms(w.view(), [&](const Weight& weight) {
+                    matmul_packed(x.view(), weight, out.view(), 1);
+                    matmul_int8(bytes.view(), weight, of_bytes.view(), 1);
+                    for (Index t = 0; t < 2; ++t)
+                        for (Index r = 0; r < 3; ++r) {
+                            EXPECT_EQ(out(t, r), static_cast<float>(dot) / 4);
+                            EXPECT_EQ(of_bytes(t, r), static_cast<float>(dot_of_bytes) / 2);
+                        }
+                });
             }
 }
 
@@ -201,14 +211,17 @@ TEST(IntegerProducts, DoNotDependOnLayoutAndNumberOfThreads) {
                 for (const int threads : thread_counts) {
                     const Matrix<float> in(values, layout, nan);
                     const Matrix<std::uint8_t> codes(w.codes, layout, 0x77), scales(w.scales, layout, 0x77), in_codes(x.codes, layout, 0x77), in_scales(x.scales, layout, 0x77);
-                    const PackedMatrix weight{format, codes.view(), scales.view(), w.tensor_scale};
-                    Matrix<float> out(tokens, rows, layout, nan);
-                    matmul_packed({x.format, in_codes.view(), in_scales.view(), x.tensor_scale}, weight, out.view(), threads);
-                    EXPECT_EQ(out, expected);
-                    EXPECT_TRUE(out.padding_untouched());
-                    matmul_int8(in.view(), weight, out.view(), threads);
-                    EXPECT_EQ(out, of_bytes);
-                    EXPECT_TRUE(out.padding_untouched());
+                    const PackedMatrix by_rows{format, codes.view(), scales.view(), w.tensor_scale};
+                    const Tiled tiled(by_rows, layout);
+                    for (const Weight& weight : {Weight(by_rows), Weight(tiled.view())}) {
+                        Matrix<float> out(tokens, rows, layout, nan);
+                        matmul_packed({x.format, in_codes.view(), in_scales.view(), x.tensor_scale}, weight, out.view(), threads);
+                        EXPECT_EQ(out, expected);
+                        EXPECT_TRUE(out.padding_untouched());
+                        matmul_int8(in.view(), weight, out.view(), threads);
+                        EXPECT_EQ(out, of_bytes);
+                        EXPECT_TRUE(out.padding_untouched());
+                    }
                 }
         }
 }
@@ -219,11 +232,13 @@ TEST(IntegerProducts, OfHalfWords) {
         for (const Index tokens : {1, 3, 4, 5}) {
             const Blocks w("nvfp4", 16, 70, cols, 40, 60), x("nvfp4", 16, tokens, cols, 40, 60, 0.7f);
             const Matrix<float> values = random_matrix(tokens, cols);
-            Matrix<float> out(tokens, 70, layouts[0], nan);
-            matmul_packed(x.view(), w.view(), out.view(), 1);
-            EXPECT_EQ(out, product(operand_of(x), operand_of(w), 0.25 / (0.7f * 3.0)));
-            matmul_int8(values.view(), w.view(), out.view(), 1);
-            EXPECT_EQ(out, product(operand_of(values, 16), operand_of(w), 0.5 / 3));
+            in_both_forms(w.view(), [&](const Weight& weight) {
+                Matrix<float> out(tokens, 70, layouts[0], nan);
+                matmul_packed(x.view(), weight, out.view(), 1);
+                EXPECT_EQ(out, product(operand_of(x), operand_of(w), 0.25 / (0.7f * 3.0)));
+                matmul_int8(values.view(), weight, out.view(), 1);
+                EXPECT_EQ(out, product(operand_of(values, 16), operand_of(w), 0.5 / 3));
+            });
         }
 }
 

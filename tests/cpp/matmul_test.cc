@@ -14,11 +14,12 @@
 #include "matmul/matmul.h"
 #include "matrices.h"
 #include "refusal.h"
+#include "tiled.h"
 
 namespace mrgptq {
 namespace {
 
-using testing::chained, testing::expect_refused, testing::Layout, testing::layouts, testing::Matrix, testing::random_matrix, testing::thread_counts;
+using testing::chained, testing::expect_refused, testing::in_both_forms, testing::Layout, testing::layouts, testing::Matrix, testing::random_matrix, testing::thread_counts, testing::Tiled;
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
@@ -58,10 +59,13 @@ Matrix<float> product(const Matrix<float>& x, const Blocks& w) {
 // The answers to its first tokens alone, as many as are said.
 void expect_product(const Matrix<float>& x, const Blocks& w, const Matrix<float>& expected, Index tokens) {
     const Index rows = w.codes.view().rows;
-    Matrix<float> out(tokens, rows, layouts[0], nan), first(tokens, rows);
+    Matrix<float> first(tokens, rows);
     for (Index t = 0; t < tokens; ++t) std::copy_n(expected.view().row(t), rows, first.view().row(t));
-    matmul({x.view().row(0), tokens, x.view().cols, x.view().row_stride}, w.view(), out.view(), 1);
-    ASSERT_EQ(out, first) << w.format << " " << rows << " x " << x.view().cols << ", " << tokens << " tokens, divisor " << w.tensor_scale;
+    in_both_forms(w.view(), [&](const Weight& weight) {
+        Matrix<float> out(tokens, rows, layouts[0], nan);
+        matmul({x.view().row(0), tokens, x.view().cols, x.view().row_stride}, weight, out.view(), 1);
+        ASSERT_EQ(out, first) << w.format << " " << rows << " x " << x.view().cols << ", " << tokens << " tokens, divisor " << w.tensor_scale << (weight.tiled ? ", tiled" : "");
+    });
 }
 
 constexpr std::pair<std::string_view, Index> formats[] = {{"nvfp4", 16}, {"mxfp4", 32}};
@@ -104,14 +108,17 @@ TEST(Products, OfAScaleThatIsNoNumberAreNone) {
                 if (byte == 127 && format == "mxfp4") continue;  // which is 1
                 Blocks w(format, 70, 2208, group_size);
                 const Matrix<float> x = random_matrix(tokens, 2208);
-                Matrix<float> expected = product(x, w), out(tokens, 70);
+                const Matrix<float> expected = product(x, w);
                 w.scales(33, 41) = static_cast<std::uint8_t>(byte);
-                matmul(x.view(), w.view(), out.view(), 1);
-                for (Index t = 0; t < tokens; ++t) {
-                    EXPECT_TRUE(std::isnan(out(t, 33)));
-                    out(t, 33) = expected(t, 33);
-                }
-                EXPECT_EQ(out, expected);
+                in_both_forms(w.view(), [&](const Weight& weight) {
+                    Matrix<float> out(tokens, 70);
+                    matmul(x.view(), weight, out.view(), 1);
+                    for (Index t = 0; t < tokens; ++t) {
+                        EXPECT_TRUE(std::isnan(out(t, 33)));
+                        out(t, 33) = expected(t, 33);
+                    }
+                    EXPECT_EQ(out, expected);
+                });
             }
 }
 
@@ -127,10 +134,14 @@ TEST(Products, DoNotDependOnLayoutAndNumberOfThreads) {
                 for (const int threads : thread_counts) {
                     const Matrix<float> in(x, layout, nan);
                     const Matrix<std::uint8_t> codes(w.codes, layout, 0x77), scales(w.scales, layout, 0x77);
-                    Matrix<float> out(tokens, rows, layout, nan);
-                    matmul(in.view(), PackedMatrix{format, codes.view(), scales.view(), w.tensor_scale}, out.view(), threads);
-                    EXPECT_EQ(out, expected);
-                    EXPECT_TRUE(out.padding_untouched());
+                    const PackedMatrix by_rows{format, codes.view(), scales.view(), w.tensor_scale};
+                    const Tiled tiled(by_rows, layout);
+                    for (const Weight& weight : {Weight(by_rows), Weight(tiled.view())}) {
+                        Matrix<float> out(tokens, rows, layout, nan);
+                        matmul(in.view(), weight, out.view(), threads);
+                        EXPECT_EQ(out, expected);
+                        EXPECT_TRUE(out.padding_untouched());
+                    }
                 }
         }
 }
@@ -147,6 +158,9 @@ TEST(Products, Refuse) {
     expect_refused("x has 48 columns; the weight has 32", [&] { matmul(Matrix<float>(2, 48).view(), w.view(), out.view(), 1); });
     expect_refused("out has shape (2, 4); the product has (2, 5)", [&] { matmul(Matrix<float>(2, 32).view(), w.view(), narrow.view(), 1); });
     expect_refused("scales do not have one entry for each group", [&] { matmul(Matrix<float>(2, 32).view(), PackedMatrix{"mxfp4", w.codes.view(), w.scales.view()}, out.view(), 1); });
+    const Matrix<std::uint32_t> tiles(1, 4 * 32), scale_tiles(1, 32);
+    for (const TiledMatrix& wrong : {TiledMatrix{"nvfp4", 33, tiles.view(), scale_tiles.view()}, TiledMatrix{"nvfp4", 32, tiles.view(), tiles.view()}})
+        expect_refused("tiles of codes and scales do not fit", [&] { matmul(Matrix<float>(2, 32).view(), wrong, Matrix<float>(2, wrong.rows).view(), 1); });
     expect_refused("unknown format \"fp8\"", [&] { matmul(Matrix<float>(2, 32).view(), PackedMatrix{"fp8", w.codes.view(), w.scales.view()}, out.view(), 1); });
 }
 

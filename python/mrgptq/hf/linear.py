@@ -3,10 +3,12 @@
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 
 from ..activations import quantize_activations
 from ..matmul import matmul
+from ..prepack import PrepackedMatrix, prepack
 from ..result import Activations, QuantizedMatrix
 from ..rotations import Dense, Identity, rotation_of
 from .activations import to_numpy
@@ -14,10 +16,10 @@ from .shared import SharedInput
 
 
 class PackedLinear(torch.nn.Module):
-    """x W^T + b in place of a ``torch.nn.Linear``, W packed: half a byte a weight and its share of scales.
+    """x W^T + b in place of a ``torch.nn.Linear``, W packed: half a byte a weight and its share of scales, in the order of :func:`mrgptq.prepack`.
 
-    ``codes`` and ``scales`` are buffers, so that the layer is copied, counted and stored like any other; what else the codes mean goes with them in ``state_dict()``. ``weight`` there is none. It answers in
-    x's dtype, computed in float32, and is for inference: on the CPU, without gradients. Takes torch's number of threads; the answer is the same for any.
+    ``code_tiles`` and ``scale_tiles`` are buffers, so that the layer is copied, counted and stored like any other; what else the codes mean goes with them in ``state_dict()``. ``weight`` there is none. It answers
+    in x's dtype, computed in float32, and is for inference: on the CPU, without gradients. Takes torch's number of threads; the answer is the same for any.
 
     Parameters
     ----------
@@ -28,22 +30,24 @@ class PackedLinear(torch.nn.Module):
     RuntimeError : an input that wants a gradient, or one that is not on the CPU. TypeError : an input of whole numbers. ValueError : what ``mrgptq.matmul`` refuses, such as values that are not finite.
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
+    code_tiles: torch.Tensor
+    scale_tiles: torch.Tensor
 
     def __init__(self, matrix: QuantizedMatrix, bias: torch.nn.Parameter | None = None, shared: SharedInput | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
         self.format, self.tensor_scale, self.rotation, self.activations = matrix.format, matrix.tensor_scale, matrix.rotation, matrix.activations
-        self.register_buffer("codes", torch.from_numpy(matrix.codes.copy()))
-        self.register_buffer("scales", torch.from_numpy(matrix.scales.copy()))
+        tiles = prepack(matrix, threads=torch.get_num_threads())
+        self.register_buffer("code_tiles", torch.from_numpy(tiles.code_tiles.view(np.int32)))  # torch does little with uint32
+        self.register_buffer("scale_tiles", torch.from_numpy(tiles.scale_tiles.view(np.int32)))
         self.bias = bias
         self._shared = SharedInput() if shared is None else shared
 
     @property
-    def matrix(self) -> QuantizedMatrix:
-        """The weight, sharing memory with the buffers."""
-        return QuantizedMatrix(self.format, self.codes.numpy(), self.scales.numpy(), self.tensor_scale, self.rotation, self.activations)
+    def matrix(self) -> PrepackedMatrix:
+        """The weight, sharing memory with the buffers; ``matrix.unpack()`` is the one that it was made from."""
+        codes, scales = self.code_tiles.numpy().view(np.uint32), self.scale_tiles.numpy().view(np.uint32)
+        return PrepackedMatrix(self.format, (self.out_features, self.in_features), codes, scales, self.tensor_scale, self.rotation, self.activations)
 
     def get_extra_state(self) -> torch.Tensor:
         """What the codes need beside them, JSON as uint8: a tensor, which any file of tensors can hold."""
@@ -60,8 +64,8 @@ class PackedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
-        if x.device.type != "cpu" or self.codes.device.type != "cpu":
-            raise RuntimeError(f"a packed layer runs on the CPU; its input is on {x.device}, its weight on {self.codes.device}: load the checkpoint with kernels=False for another device")
+        if x.device.type != "cpu" or self.code_tiles.device.type != "cpu":
+            raise RuntimeError(f"a packed layer runs on the CPU; its input is on {x.device}, its weight on {self.code_tiles.device}: load the checkpoint with kernels=False for another device")
         if not x.is_floating_point():
             raise TypeError(f"a packed layer's input is {x.dtype}; it must be a floating-point tensor")
         if torch.is_grad_enabled() and x.requires_grad:
