@@ -1,7 +1,7 @@
 """Products with packed weights, DRAM-cold, for 1 to 512 tokens, against NumPy's and torch's with the same weight unpacked, and ggml's; run by run.py.
 
 Rates count 2 tokens rows cols operations. The packed weight and the peers' dense ones are each read from copies that together are four times the last-level cache. "bound: read" is what reading
-the packed weight once would take, "bound: FMA" the machine's fused multiply-adds in float32. W4A4 and int8 are given float32 tokens too, and their time has the rounding in it.
+the packed weight once would take, "bound: FMA" the machine's fused multiply-adds in float32. W4A4 and int8 are given float32 tokens too, and their time has the rounding in it. "prepacked": of the same weight in the order of ``mg.prepack``, as ggml's repacked ones are.
 """
 
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ TOKENS = (1, 2, 4, 16, 64, 256, 512)
 NUMPY, TORCH = "NumPy x @ W.T", "torch, float32"
 TORCH_BF16 = "torch, bfloat16"
 OURS = ("W4A16", "W4A4", "int8")
+FORMS = ("", ", prepacked")
 PEERS = {"W4A16": (NUMPY, TORCH, TORCH_BF16, "ggml F16", "ggml MXFP4 repacked", "ggml NVFP4"), "W4A4": (NUMPY, TORCH, TORCH_BF16, *TYPES), "int8": (NUMPY, TORCH, TORCH_BF16, "ggml Q4_0 repacked", "ggml MXFP4 repacked", "ggml NVFP4")}
 
 
@@ -45,10 +46,10 @@ def check():
             raise SystemExit(f"the product of {format} with itself is not that of its values: the measurement is worth nothing")
 
 
-def rounded(kind, format, x, weight, out, threads):
-    """The product of float32 tokens that are rounded first, as ``mg.matmul`` composes it."""
-    if kind == "int8":
-        return _core.matmul_int8(x, weight, out, threads)
+def product(kind, format, x, weight, out, threads):
+    """The product of float32 tokens, as ``mg.matmul`` composes it."""
+    if kind != "W4A4":
+        return (_core.matmul if kind == "W4A16" else _core.matmul_int8)(x, weight, out, threads)
     divisor = _core.nvfp4_tensor_scale(_core.amax(x, 0, threads)) if format == "nvfp4" else 1.0
     codes, scales, _ = _core.quantize(format, "absmax", "even", False, x, 0, divisor, threads)
     return _core.matmul_packed((format, codes, scales, divisor), weight, out, threads)
@@ -61,7 +62,8 @@ def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) 
     rng = np.random.default_rng(0)
     weight = rng.standard_t(5, (rows, cols)).astype(np.float32) * np.float32(0.02)
     packed = {format: mg.quantize(weight, format, threads=threads) for format in mg.FORMATS}
-    turns = {format: copies(lambda q=q: (q.format, q.codes.copy(), q.scales.copy(), q.tensor_scale), q.nbytes, quick) for format, q in packed.items()}
+    makers = {"": lambda q: (q.format, q.codes.copy(), q.scales.copy(), q.tensor_scale), ", prepacked": lambda q: mg.prepack(q).core_arrays()}
+    turns = {format + form: copies(lambda q=q, make=make: make(q), q.nbytes, quick) for format, q in packed.items() for form, make in makers.items()}
     dense = packed["nvfp4"].dequantize(threads=threads)
     torch_turns, found = {}, []
     if compare:
@@ -78,10 +80,9 @@ def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) 
     peak, reading = bounds.bound("FMA float32", threads, quick), bounds.bound("read", threads, quick)
     for tokens in (1, 9) if quick else TOKENS:
         x, amount = rng.standard_normal((tokens, cols), dtype=np.float32), 2 * tokens * rows * cols / 1e9
-        outs = {(kind, format): np.empty((tokens, rows), np.float32) for kind in OURS for format in packed}
-        calls = {f"W4A16 {format}": lambda format=format: _core.matmul(x, turns[format](), outs["W4A16", format], threads) for format in packed}
-        calls |= {
-            f"{kind} {format}": lambda kind=kind, format=format: rounded(kind, format, x, turns[format](), outs[kind, format], threads) for kind in OURS[1:] for format in packed
+        outs = {(kind, format): np.empty((tokens, rows), np.float32) for kind in OURS for format in turns}
+        calls = {
+            f"{kind} {format}": lambda kind=kind, format=format: product(kind, format.split(",")[0], x, turns[format](), outs[kind, format], threads) for kind in OURS for format in turns
         }
         answers = {}
         if compare:
@@ -97,15 +98,19 @@ def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) 
         for format in packed:  # energies: rounding adds one or two hundredths at four bits and less than a ten-thousandth at eight, and chance more in a few rows
             for kind, tolerance in (("W4A4", 0.2), ("int8", 0.02)):
                 agree(f"the product {kind} {format}", float(np.square(outs[kind, format]).sum()), float(np.square(outs["W4A16", format]).sum()), tolerance)
+        for kind in OURS:
+            for format in packed:
+                if outs[kind, format].tobytes() != outs[kind, format + FORMS[1]].tobytes():
+                    raise SystemExit(f"the product {kind} with prepacked {format} is another: the measurement is worth nothing")
         if compare:
             agree("the product", float(np.square(outs["W4A16", "nvfp4"]).sum()), float(np.square(answers["numpy"]).sum()), 1e-4)
         for name, answer in peer_answers.items():  # as W4A4: what they round to four and to eight bits is the weight and the tokens
             agree(name, float(np.square(answer()).sum()), float(np.square(outs["W4A16", "nvfp4"]).sum()), 0.2)
-        against = {f"{kind} {format}": (*PEERS[kind], *([f"W4A16 {format}"] if kind != "W4A16" else [])) for kind in OURS for format in packed}
+        against = {f"{kind} {format}{form}": (*PEERS[kind], *([f"W4A16 {format}{form}"] if kind != "W4A16" else []), *([f"{kind} {format}"] if form else [])) for kind in OURS for format in packed for form in FORMS}
         found += records(ROOM, work, shape, unit, threads, timings, amount=amount, against=against, bound=("bound: FMA", peak))
         for row in found[-len(calls) :]:
             if row["contender"] in against:
-                row["ratios"]["bound: read"] = row["median"] / (amount * reading / (packed[row["contender"].split()[1]].nbytes / 1e9))
+                row["ratios"]["bound: read"] = row["median"] / (amount * reading / (packed[row["contender"].split()[1].rstrip(",")].nbytes / 1e9))
         if compare and not torch_turns:
             found.append(absent(ROOM, work, TORCH, shape, unit, threads, "torch is not installed"))
         for name in TYPES if compare and not quick else ():
