@@ -1,4 +1,4 @@
-// The float32 step that each stored scale stands for, of as many rows as a vector has lanes.
+// Half of the float32 step that each stored scale stands for, of as many rows as a vector has lanes.
 #pragma once
 
 #include <array>
@@ -17,10 +17,10 @@ namespace mrgptq {
 // Eight bytes on, E4M3's step has an exponent one higher and E8M0's one eight higher, and nothing else has changed, unless there is a sign or a step is zero, subnormal or no number. So eight steps are a
 // table that fits a vector and gives nearly all of them, for any divisor; the others are looked up one by one.
 template <class Format>
-class Steps {
+class HalfSteps {
 public:
-    explicit Steps(float tensor_scale) noexcept {
-        for (std::size_t byte = 0; byte < of_.size(); ++byte) of_[byte] = group_step<Format>(static_cast<std::uint8_t>(byte), tensor_scale);
+    explicit HalfSteps(float tensor_scale) noexcept {
+        for (std::size_t byte = 0; byte < of_.size(); ++byte) of_[byte] = 0.5f * group_step<Format>(static_cast<std::uint8_t>(byte), tensor_scale);
         constexpr int begin = std::is_same_v<Format, Mxfp4> ? 120 : 56;  // amid those that the table gives
         for (std::size_t i = 0; i < eight_.size(); ++i) eight_[i] = bits(begin + static_cast<int>(i) % 8) - exponent_part(begin);
         int first = begin, last = begin - 1;

@@ -81,20 +81,34 @@ private:
 #endif
 };
 
-// Values of codes, of which the low four bits count: e2m1::decode.
+// Values of codes, of which the low four bits count: e2m1::decode. Or `times` as much.
+template <int times = 1>
 MRGPTQ_INLINE Floats decode_e2m1(Words code) noexcept {
+    constexpr float t = times;
 #if defined(MRGPTQ_AVX512)
-    return _mm512_permutexvar_ps((__m512i)code, _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f));
+    return _mm512_permutexvar_ps((__m512i)code, _mm512_setr_ps(0.0f, 0.5f * t, t, 1.5f * t, 2 * t, 3 * t, 4 * t, 6 * t, -0.0f, -0.5f * t, -t, -1.5f * t, -2 * t, -3 * t, -4 * t, -6 * t));
 #else
     const Words sign = code << 28 & 0x80000000u;
 #if defined(MRGPTQ_AVX2)
-    const Floats magnitude = _mm256_permutevar8x32_ps(_mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f), (__m256i)code);
+    const Floats magnitude = _mm256_permutevar8x32_ps(_mm256_setr_ps(0.0f, 0.5f * t, t, 1.5f * t, 2 * t, 3 * t, 4 * t, 6 * t), (__m256i)code);
 #else
     // Exponent and mantissa of a code from 2 on are a float32's, shifted and rebased from 1 to 127; 0 and 1 are halves: what a float32 of [1, 2) has above one.
     const Words low = code & 7u;
-    const Floats magnitude = select(low < 2u, floats((low << 22) + (127u << 23)) - 1.0f, floats((low << 22) + (126u << 23)));
+    const Floats magnitude = t * select(low < 2u, floats((low << 22) + (127u << 23)) - 1.0f, floats((low << 22) + (126u << 23)));
 #endif
     return floats(bits(magnitude) | sign);
+#endif
+}
+
+// Twice the values of the codes in bits 16 to 19. The upper half of a float32 is all that they need, so halves are looked up where they belong, which spares the shift.
+MRGPTQ_INLINE Floats decode_upper_doubled(Words code) noexcept {
+#if defined(MRGPTQ_AVX512)
+    constexpr __mmask32 upper = 0xAAAAAAAAu;
+    const __m512i halves = _mm512_broadcast_i64x4(
+        _mm256_setr_epi16(0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40C0, 0x4100, 0x4140, -0x8000, -0x4080, -0x4000, -0x3FC0, -0x3F80, -0x3F40, -0x3F00, -0x3EC0));
+    return (Floats)_mm512_maskz_permutexvar_epi16(upper, (__m512i)code, halves);
+#else
+    return decode_e2m1<2>(code >> 16);
 #endif
 }
 

@@ -9,7 +9,7 @@
 #include <string_view>
 #include <utility>
 
-#include "codecs/codec.h"
+#include "codecs/scale_rule.h"
 #include "formats/block_format.h"
 #include "matmul/matmul.h"
 #include "matrices.h"
@@ -43,16 +43,21 @@ struct Blocks {
 
 // The definition.
 Matrix<float> product(const Matrix<float>& x, const Blocks& w) {
-    const Index tokens = x.view().rows, rows = w.codes.view().rows, cols = x.view().cols;
-    Matrix<float> values(rows, cols), y(tokens, rows);
-    dequantize(w.format, w.codes.view(), w.scales.view(), w.tensor_scale, values.view(), 1);
-    for (Index t = 0; t < tokens; ++t)
-        for (Index r = 0; r < rows; ++r)
-            for (Index begin = 0; begin < cols; begin += 128) {
-                float chain = 0;
-                for (Index c = begin; c < std::min<Index>(begin + 128, cols); ++c) chain = chained(values(r, c), x(t, c), chain);
-                y(t, r) += chain;
-            }
+    const Index tokens = x.view().rows, rows = w.codes.view().rows, cols = x.view().cols, size = cols / w.scales.view().cols;
+    Matrix<float> y(tokens, rows);
+    with_format(w.format, [&]<class Format>(Format) {
+        for (Index t = 0; t < tokens; ++t)
+            for (Index r = 0; r < rows; ++r)
+                for (Index begin = 0; begin < cols; begin += 128) {
+                    float chunk = 0;
+                    for (Index group = begin / size; group < std::min<Index>(begin + 128, cols) / size; ++group) {
+                        float sum = 0;
+                        for (Index c = group * size; c < (group + 1) * size; ++c) sum = chained(2 * e2m1::decode(static_cast<std::uint8_t>(w.codes(r, c / 2) >> (c % 2 * 4) & 15)), x(t, c), sum);
+                        chunk = chained(sum, group_step<Format>(w.scales(r, group), w.tensor_scale) / 2, chunk);
+                    }
+                    y(t, r) += chunk;
+                }
+    });
     return y;
 }
 
@@ -70,7 +75,7 @@ void expect_product(const Matrix<float>& x, const Blocks& w, const Matrix<float>
 
 constexpr std::pair<std::string_view, Index> formats[] = {{"nvfp4", 16}, {"mxfp4", 32}};
 
-TEST(Products, AreChainsOf128) {
+TEST(Products, AreSumsOfGroupsAndChunks) {
     for (const auto& [format, group_size] : formats)
         for (const Index cols : {16, 32, 112, 128, 160, 288, 1056, 2208})
             for (const Index rows : {1, 31, 40, 64, 133}) {
