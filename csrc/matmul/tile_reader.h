@@ -60,7 +60,7 @@ public:
 
 private:
     static constexpr Index line_words = 16;      // of a row's scales: a cache line of them
-    static constexpr Index codes_ahead = 8192;  // bytes of a tile
+    static constexpr Index codes_ahead = 4096;  // bytes of a tile
 
     void turn(MatrixView<const std::uint8_t> from, Index byte, Index bytes, Index ahead, std::uint32_t* to, Index stride) const noexcept {
         turn_words<tiles * tile_rows>(from, row_, byte, bytes, ahead, [&](Index word, Index first, simd::Words turned) {

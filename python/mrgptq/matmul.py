@@ -40,8 +40,9 @@ def matmul(
     -------
     (..., rows) float32. A token's answer depends neither on the tokens beside it (but where they decide NVFP4's tensor scale) nor on the number of threads.
 
-    Inputs as they are: an element is the sum, in float32 and from left to right, of chains of 128 products, each a chain of fused multiply-adds (multiplied and added on level v2), promised for each ISA level.
-    Within gamma_n sum |x| |w|, n = 128 + ceil(cols / 128), of the exact product of x, turned, and ``q.dequantize()``, subnormal numbers included (Higham, Accuracy and Stability, section 3.1).
+    Inputs as they are: twice the values of a group's codes are multiplied with the inputs and added up, the group's sum is multiplied by half its step and added to those of its 128 columns, and these are
+    added from left to right: all in float32, the first two by chains of fused multiply-adds (multiplied and added on level v2). The bytes are promised for each ISA level. Within gamma_n sum |x| |w|, n = 40 + ceil(cols / 128), of the exact product of x,
+    turned, and ``q.dequantize()``, subnormal inputs included (Higham, Accuracy and Stability, section 3.1); subnormal steps may add 2^-146 sum |x|. Inputs up to 2^119 overflow only where the result does.
 
     Rounded inputs: inside a group, of the smaller of both formats' sizes, products of codes are added up in whole numbers. Each sum is multiplied by its two scales, and these m = cols / group numbers are added
     in float32 from left to right; tensor scales come last. The same bytes on every ISA level. Within gamma_n sum |b| |w|, n = m + 1 with four bits and m + 3 with eight, of the exact product of b, what x was rounded
