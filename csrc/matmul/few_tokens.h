@@ -27,6 +27,9 @@ void add_few(const FewRows& weight, const HalfSteps<Format>& step_of, Index dept
     // Chains wait for themselves, so there are several; fewer where registers are.
     constexpr Index w = simd::lanes, vectors = (vector_bytes == 64 ? tokens < few_tokens : tokens == 1) ? 4 : 2, size = Format::group_size, half_word = codes_a_word / 2;
     for (Index row = 0; row < few_rows; row += vectors * w) {
+        alignas(cache_line) float half_steps[product_depth / size][vectors * w];
+        for (Index g = 0; g < depth / size; g += scales_a_word)
+            for (Index v = 0; v < vectors; ++v) step_of.of_four(weight.four_scales(g / scales_a_word, row + v * w), half_steps[g] + v * w, vectors * w);
         Floats sum[tokens][vectors] = {};
         for (Index c = 0; c < depth; c += size) {
             Floats chain[tokens][vectors] = {};
@@ -48,7 +51,7 @@ void add_few(const FewRows& weight, const HalfSteps<Format>& step_of, Index dept
                     for (Index v = 0; v < vectors; ++v) add(half_word + j, v, upper[j][v]);
             }
             for (Index v = 0; v < vectors; ++v) {
-                const Floats half_step = step_of.of(weight.scales(c / size, row + v * w));
+                const Floats half_step = simd::load(half_steps[c / size] + v * w);
                 for (Index t = 0; t < tokens; ++t) sum[t][v] = fused_sum(chain[t][v], half_step, sum[t][v]);
             }
         }

@@ -32,7 +32,7 @@ struct Decoded {
 
     void decode(const TileRows& weight, const HalfSteps<Format>& step_of, Index depth) noexcept {
         for (Index first = 0; first < lanes; first += simd::lanes) {
-            for (Index g = 0; g < depth / size; ++g) simd::store(half_steps + g * lanes + first, step_of.of(weight.scales(g, first)));
+            for (Index g = 0; g < depth / size; g += scales_a_word) step_of.of_four(weight.four_scales(g / scales_a_word, first), half_steps + g * lanes + first, lanes);
             for (Index column = 0; column < depth; column += codes_a_word) {
                 const simd::Words codes = weight.codes(column / codes_a_word, first);
                 for (Index j = 0; j < codes_a_word; ++j) simd::store(doubled + (column + j) * lanes + first, simd::decode_e2m1<2>(codes >> static_cast<std::uint32_t>(4 * j)));

@@ -1,4 +1,4 @@
-// Half of the float32 step that each stored scale stands for, of as many rows as a vector has lanes.
+// Half of the float32 steps that stored scales stand for, of as many rows as a vector has lanes.
 #pragma once
 
 #include <array>
@@ -10,6 +10,8 @@
 #include "codecs/codec.h"
 #include "codecs/scale_rule.h"
 #include "formats/block_format.h"
+#include "matmul/weight.h"
+#include "simd/dot.h"
 #include "simd/vector.h"
 
 namespace mrgptq {
@@ -26,33 +28,38 @@ public:
         int first = begin, last = begin - 1;
         while (first > 0 && given(first - 1)) --first;
         while (last < 255 && given(last + 1)) ++last;
-        first_ = static_cast<std::uint32_t>(first);
-        count_ = static_cast<std::uint32_t>(last - first + 1);
+        first_ = static_cast<std::uint8_t>(first);
+        count_ = static_cast<std::uint8_t>(last - first + 1);
     }
 
-    // Bytes are words of up to 255.
-    MRGPTQ_INLINE simd::Floats of(simd::Words bytes) const noexcept {
-        if (!has_table || simd::any_at_least(bytes - first_, count_)) [[unlikely]] return looked_up(bytes);
-        return simd::floats(simd::one_of_eight(bytes, simd::load(eight_.data())) + ((bytes & 0xF8u) << exponent_shift));
+    // Of words of four groups' scales: the first's to `to`, the others' `stride` apart.
+    MRGPTQ_INLINE void of_four(simd::Words four, float* to, Index stride) const noexcept {
+        using namespace simd;
+        if (!has_table || any_at_least((Words)((Bytes)four - first_ >= count_), 1)) [[unlikely]] return look_up(four, to, stride);
+        const Words eight = load(eight_.data());
+#pragma GCC unroll 4
+        for (std::uint32_t i = 0; i < scales_a_word; ++i) {
+            const Words byte = four >> (8 * i), exponent = exponent_shift >= 8 * i ? four << (exponent_shift - 8 * i) : four >> (8 * i - exponent_shift);
+            store(to + i * stride, floats(one_of_eight(byte, eight) + (exponent & (0xF8u << exponent_shift))));
+        }
     }
 
 private:
     static constexpr bool has_table = simd::lanes >= 8;
-    static constexpr int exponent_shift = std::is_same_v<Format, Mxfp4> ? 23 : 20;
+    static constexpr std::uint32_t exponent_shift = std::is_same_v<Format, Mxfp4> ? 23 : 20;
 
     static constexpr std::uint32_t exponent_part(int byte) noexcept { return (static_cast<std::uint32_t>(byte) & 0xF8u) << exponent_shift; }
     std::uint32_t bits(int byte) const noexcept { return std::bit_cast<std::uint32_t>(of_[static_cast<std::size_t>(byte)]); }
     bool given(int byte) const noexcept { return bits(byte) == eight_[static_cast<std::size_t>(byte % 8)] + exponent_part(byte); }
 
-    simd::Floats looked_up(simd::Words bytes) const noexcept {
-        alignas(cache_line) float steps[simd::lanes];
-        for (int i = 0; i < simd::lanes; ++i) steps[i] = of_[bytes[i]];
-        return simd::load(steps);
+    void look_up(simd::Words four, float* to, Index stride) const noexcept {
+        for (Index i = 0; i < scales_a_word; ++i)
+            for (int lane = 0; lane < simd::lanes; ++lane) to[i * stride + lane] = of_[four[lane] >> (8 * i) & 0xFFu];
     }
 
     std::array<float, 256> of_;
     alignas(cache_line) std::array<std::uint32_t, simd::lanes < 8 ? 8 : simd::lanes> eight_;
-    std::uint32_t first_, count_;
+    std::uint8_t first_, count_;
 };
 
 }  // namespace mrgptq

@@ -52,10 +52,12 @@ public:
         return simd::load(from);
     }
 
-    // The stored scales of the group, `group` groups on.
+    // Stored scales of four groups, `word` words of them on.
+    MRGPTQ_INLINE simd::Words four_scales(Index word, Index row) const noexcept { return simd::load(scales_ + row / tile_rows * scale_stride_ + word * tile_rows + row % tile_rows); }
+
+    // Those of the group, `group` groups on.
     MRGPTQ_INLINE simd::Words scales(Index group, Index row) const noexcept {
-        const simd::Words four = simd::load(scales_ + row / tile_rows * scale_stride_ + group / scales_a_word * tile_rows + row % tile_rows);
-        return four >> static_cast<std::uint32_t>(8 * (group % scales_a_word)) & 0xFFu;
+        return four_scales(group / scales_a_word, row) >> static_cast<std::uint32_t>(8 * (group % scales_a_word)) & 0xFFu;
     }
 
 private:
