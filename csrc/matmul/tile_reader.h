@@ -48,12 +48,16 @@ public:
     // Eight columns' codes of as many rows as a vector has lanes, `word` words on from where `to` went.
     MRGPTQ_INLINE simd::Words codes(Index word, Index row) const noexcept {
         const std::uint32_t* const from = codes_ + row / tile_rows * code_stride_ + word * tile_rows + row % tile_rows;
-        if (row * 4 % static_cast<Index>(cache_line) == 0) __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(ahead_)));
+        send_for_line(from, row, ahead_);
         return simd::load(from);
     }
 
     // Stored scales of four groups, `word` words of them on.
-    MRGPTQ_INLINE simd::Words four_scales(Index word, Index row) const noexcept { return simd::load(scales_ + row / tile_rows * scale_stride_ + word * tile_rows + row % tile_rows); }
+    MRGPTQ_INLINE simd::Words four_scales(Index word, Index row) const noexcept {
+        const std::uint32_t* const from = scales_ + row / tile_rows * scale_stride_ + word * tile_rows + row % tile_rows;
+        send_for_line(from, row, ahead_ / 4);
+        return simd::load(from);
+    }
 
     // Those of the group, `group` groups on.
     MRGPTQ_INLINE simd::Words scales(Index group, Index row) const noexcept {
@@ -61,6 +65,11 @@ public:
     }
 
 private:
+    // Asks for what lies `ahead` bytes from where a line begins, which may be where nothing is: of two or four streams a core, each read with much arithmetic between, processors foresee too little.
+    MRGPTQ_INLINE static void send_for_line(const std::uint32_t* from, Index row, Index ahead) noexcept {
+        if (row * 4 % static_cast<Index>(cache_line) == 0) __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(ahead)));
+    }
+
     static constexpr Index line_words = 16;      // of a row's scales: a cache line of them
     static constexpr Index codes_ahead = 4096;  // bytes of a tile
 
