@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import pickle
+import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -240,6 +241,15 @@ def test_a_layer_answers_alike_for_any_number_of_threads(tmp_path):
         hf.use_threads(before)
 
 
+def test_a_state_of_another_shape_is_refused_and_nothing_of_it_taken():
+    rng = np.random.default_rng(0)
+    eight, twenty = (hf.PackedLinear(mg.quantize(rng.standard_normal((rows, 32), dtype=np.float32), "nvfp4")) for rows in (8, 20))
+    model, before = torch.nn.Sequential(eight), eight.matrix.unpack().codes.copy()
+    with pytest.raises(RuntimeError, match="0 has 8 x 32 weights; the state is of 20 x 32"):  # a tile has room for both
+        model.load_state_dict(torch.nn.Sequential(twenty).state_dict())
+    assert np.array_equal(eight.matrix.unpack().codes, before)
+
+
 def test_what_a_layer_takes_and_refuses(tmp_path):
     for activations in (False, True):
         layer = hf.load_quantized(checkpoint(tmp_path / f"{activations}", activations=activations)).get_submodule("model.layers.1.mlp.up_proj")
@@ -249,8 +259,16 @@ def test_what_a_layer_takes_and_refuses(tmp_path):
             assert y.shape == (2, 3, 96) and y.dtype == torch.float32 and torch.equal(layer(x.transpose(0, 1)).transpose(0, 1), y) and layer(x[:0]).shape == (0, 3, 96)
             brief = layer(x.bfloat16())
             assert brief.dtype == torch.bfloat16 and torch.equal(brief, layer(x.bfloat16().float()).bfloat16()) and layer(x.half()).dtype == torch.float16
-            with pytest.raises(ValueError, match="x has 32 columns|not fit|32"):
-                layer(torch.randn(1, 32))
+            for wrong in (torch.randn(1, 32), torch.zeros(3, 0), torch.zeros(0, 32), torch.tensor(1.0)):
+                with pytest.raises(ValueError, match=rf"input has shape {re.escape(str(tuple(wrong.shape)))}; its last dimension must be 64"):
+                    layer(wrong)
+            torch.set_default_dtype(torch.float64)
+            try:
+                assert torch.equal(layer(x), y) and layer(x).dtype == torch.float32
+            finally:
+                torch.set_default_dtype(torch.float32)
+            with torch.device("meta"):
+                assert torch.equal(layer(x), y)
             with pytest.raises(ValueError, match="not finite|nan"):
                 layer(torch.full((1, 64), float("nan")))
         with pytest.raises(RuntimeError, match="has no gradient: run it under torch.no_grad"):
@@ -318,6 +336,27 @@ def test_a_text_ends_where_the_models_settings_say(leaf_quantised, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids[2]], "num_beams": 4, "do_sample": True, "top_k": 5, "temperature": 0.7}))
     done = hf.generate(hf.load_quantized(tmp_path), tokenizer, "It was a dark night, and", tokens=8)
     assert done.new_tokens == 3 and free.text.startswith(done.text) and done.text == tokenizer.decode(ids[:3])
+
+
+def test_nothing_but_the_temperature_bends_a_drawing(leaf_quantised, tmp_path):
+    tokenizer, prompt = hf.load_tokenizer(leaf_quantised), "It was a dark night, and"
+    plain = hf.generate(hf.load_quantized(leaf_quantised), tokenizer, prompt, tokens=12, temperature=3.0, seed=1)
+    for path in leaf_quantised.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    bent = {"top_k": 1, "top_p": 0.01, "min_p": 0.99, "typical_p": 0.01, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5}
+    for said in ({name: value} for name, value in bent.items()):
+        (tmp_path / "generation_config.json").unlink()
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "do_sample": True, "return_dict_in_generate": True} | said))
+        assert hf.generate(hf.load_quantized(tmp_path), tokenizer, prompt, tokens=12, temperature=3.0, seed=1).text == plain.text, said
+    greedy = hf.generate(hf.load_quantized(leaf_quantised), tokenizer, prompt, tokens=8)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "stop_strings": [greedy.text[:6]]}))
+    assert hf.generate(hf.load_quantized(tmp_path), tokenizer, prompt, tokens=8).new_tokens < 8
+
+
+@pytest.mark.parametrize(("options", "message"), [({"tokens": 2.5}, "tokens is 2.5; it must be a whole number"), ({"tokens": True}, "tokens is True"), ({"seed": 1.5}, "seed is 1.5")])
+def test_numbers_of_tokens_are_whole(options, message, leaf_quantised):
+    with pytest.raises(TypeError, match=message):
+        hf.generate(hf.load_quantized(leaf_quantised), hf.load_tokenizer(leaf_quantised), "It", **options)
 
 
 @pytest.mark.parametrize(("prompt", "options", "message"), [("", {}, "the prompt is empty"), ("It", {"tokens": 0}, "tokens is 0; it must be 1 or more"), ("It", {"temperature": -1.0}, "temperature is -1.0"), ("It", {"temperature": 1e-40}, "it must be 0 or a finite number from 1e-6 on"), ("It", {"temperature": float("nan")}, "temperature is nan"), ("It", {"temperature": 1.0, "seed": 2**64}, "seed is 18446744073709551616; it must be from 0"), ("It", {"tokens": 10**6}, "longer than the model's")])

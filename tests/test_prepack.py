@@ -64,6 +64,16 @@ def test_tiles_need_not_lie_as_they_were_made():
     assert mg.matmul(x, apart).tobytes() == mg.matmul(x, q).tobytes()
 
 
+def test_no_rows_and_no_tokens():
+    none = QuantizedMatrix("nvfp4", np.zeros((0, 32), np.uint8), np.zeros((0, 4), np.uint8), 1.0)
+    assert mg.prepack(none).unpack().shape == (0, 64)
+    q = weight(40, 64, "nvfp4")
+    for given in (q, mg.prepack(q)):
+        assert mg.matmul(none, given).shape == (0, 40)
+    for empty in (none, mg.prepack(none)):
+        assert mg.matmul(np.ones((3, 64), np.float32), empty).shape == (3, 0)
+
+
 def test_refusals():
     q = weight(40, 64, "nvfp4")
     p = mg.prepack(q)
@@ -77,7 +87,13 @@ def test_refusals():
         mg.matmul(np.zeros((2, 32), np.float32), p)
     with pytest.raises(ValueError, match=r"code_tiles is int32 of shape \(2, 8, 32\); nvfp4 of 40 x 64 has uint32 of \(2, 8, 32\)"):
         PrepackedMatrix("nvfp4", (40, 64), p.code_tiles.view(np.int32), p.scale_tiles, 1.0)
-    with pytest.raises(ValueError, match=r"scale_tiles is uint32 of shape \(2, 1, 32\); mxfp4 of 80 x 64 has uint32 of \(3, 1, 32\)|code_tiles is uint32 of shape \(2, 8, 32\); mxfp4 of 80 x 64 has uint32 of \(3, 8, 32\)"):
+    with pytest.raises(ValueError, match=r"code_tiles is uint32 of shape \(2, 8, 32\); mxfp4 of 80 x 64 has uint32 of \(3, 8, 32\)"):
         PrepackedMatrix("mxfp4", (80, 64), p.code_tiles, p.scale_tiles, 1.0)
+    with pytest.raises(ValueError, match=r"scale_tiles is uint32 of shape \(2, 8, 32\); nvfp4 of 40 x 64 has uint32 of \(2, 1, 32\)"):
+        PrepackedMatrix("nvfp4", (40, 64), p.code_tiles, p.code_tiles, 1.0)
+    with pytest.raises(ValueError, match=r"shape is \(32, 20\); nvfp4 has one scale for 16 columns"):
+        PrepackedMatrix("nvfp4", (32, 20), p.code_tiles[:1, :2], p.scale_tiles[:1], 1.0)
+    with pytest.raises(ValueError, match="64 columns"):
+        PrepackedMatrix("nvfp4", (40, 64), p.code_tiles, p.scale_tiles, 1.0, Hadamard(128))
     with pytest.raises(ValueError, match="threads is 0"):
         mg.prepack(q, threads=0)

@@ -324,6 +324,7 @@ def test_matrices_compare_and_do_not_change():
     ("call", "kind", "message"),
     [
         (lambda: mg.Dense(np.ones((3, 3))), ValueError, "matrix is singular in float32"),
+        (lambda: mg.Dense([[np.float32(1e-42)]]), ValueError, "matrix is singular in float32"),  # whose inverse float32 lacks
         (lambda: mg.Dense(np.ones((3, 2))), ValueError, r"matrix has shape \(3, 2\); it must be square"),
         (lambda: mg.Dense(np.ones(3)), ValueError, "matrix has rank 1"),
         (lambda: mg.Dense(np.full((2, 2), np.nan)), ValueError, "matrix is nan at row 0, column 0"),

@@ -121,7 +121,7 @@ def as_output(out: NDArray[Any], shape: tuple[int, ...], name: str = "out", dtyp
     if not out.flags.writeable:
         raise ValueError(f"{name} is read-only")
     size = out.itemsize
-    if out.ndim != 2 and not out.flags.c_contiguous or out.ndim == 2 and (out.strides[1] != size or out.strides[0] % size):
+    if out.size and (out.ndim != 2 and not out.flags.c_contiguous or out.ndim == 2 and (out.strides[1] != size or out.strides[0] % size)):
         raise ValueError(f"{name} has strides {out.strides} bytes; its columns must be adjacent")
     if not out.flags.aligned:
         raise ValueError(f"{name} is not aligned to its {size}-byte elements")

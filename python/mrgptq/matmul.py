@@ -1,5 +1,7 @@
 """Products with packed weights."""
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -42,16 +44,17 @@ def matmul(
 
     Inputs as they are: twice the values of a group's codes are multiplied with the inputs and added up, the group's sum is multiplied by half its step and added to those of its 128 columns, and these are
     added from left to right: all in float32, the first two by chains of fused multiply-adds (multiplied and added on level v2). The bytes are promised for each ISA level. Within gamma_n sum |x| |w|, n = 40 + ceil(cols / 128), of the exact product of x,
-    turned, and ``q.dequantize()``, subnormal inputs included (Higham, Accuracy and Stability, section 3.1); subnormal steps may add 2^-146 sum |x|. Inputs up to 2^119 overflow only where the result does.
+    turned, and ``q.dequantize()``, subnormal inputs included (Higham, Accuracy and Stability, section 3.1), and of what falls below float32's normal range: 2^-150 for each group, and 2^-146 sum |x| where W's
+    steps do. Inputs up to 2^119 overflow only where sum |x| |w| over some of the columns does.
 
     Rounded inputs: inside a group, of the smaller of both formats' sizes, products of codes are added up in whole numbers. Each sum is multiplied by its two scales, and these m = cols / group numbers are added
     in float32 from left to right; tensor scales come last. The same bytes on every ISA level. Within gamma_n sum |b| |w|, n = m + 1 with four bits and m + 3 with eight, of the exact product of b, what x was rounded
-    to, and the values of W's codes. Steps of MXFP4 and of eight bits that are less than 2^-108 of the largest in their row count as zero, so that nothing overflows before the
+    to, and the values of W's codes, both by their scales and tensor scales as they are (``dequantize()`` rounds a step), and 2^-150 of a subnormal result. Steps of MXFP4 and of eight bits that are less than 2^-108 of the largest in their row count as zero, so that nothing overflows before the
     result does; that may add 2^-101 (s sum |b| + t sum |w|), s and t being the largest steps of both rows.
 
     Raises
     ------
-    ValueError : "x has 64 columns; the weight has 96", the first entry of x that is not finite, an unknown name, a packed x in another basis, or an ``out`` that cannot be filled. TypeError : another dtype, no
+    ValueError : "x has 64 columns; the weight has 96", the first entry of x that is not finite, an unknown name, a packed x in another basis, an x that overflows when it is turned, or an ``out`` that cannot be filled. TypeError : another dtype, no
         QuantizedMatrix, or ``activations`` beside an x that is packed.
     """
     if not isinstance(q, QuantizedMatrix | PrepackedMatrix):
@@ -76,7 +79,7 @@ def matmul(
     if given != cols:
         raise ValueError(f"x has {given} columns; the weight has {cols}")
     out = as_output(np.empty((*lead, rows), dtype=np.float32) if out is None else out, (*lead, rows))
-    to, team = out.reshape(-1, rows), as_threads(threads)
+    to, team = out.reshape(math.prod(lead), rows), as_threads(threads)
     if packed is not None:
         _core.matmul_packed(packed.core_arrays(), q.core_arrays(), to, team)
         return out

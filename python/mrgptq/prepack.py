@@ -37,6 +37,10 @@ class PrepackedMatrix(Shown):
     activations: Activations | None = None
 
     def __post_init__(self) -> None:
+        group = block_format(self.format).group_size
+        if self.shape[1] % group:
+            raise ValueError(f"shape is {self.shape}; {self.format} has one scale for {group} columns")
+        self.rotation.check_columns(self.shape[1], "the matrix")
         for name, expected in zip(("code_tiles", "scale_tiles"), _tile_shapes(self.format, self.shape), strict=True):
             array = getattr(self, name)
             if array.dtype != np.uint32 or array.shape != expected:
@@ -44,11 +48,11 @@ class PrepackedMatrix(Shown):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory: those of the QuantizedMatrix and what fills up the last tile."""
+        """Bytes in memory: those of the QuantizedMatrix's arrays and what fills up the last tile and the last words of scales."""
         return self.code_tiles.nbytes + self.scale_tiles.nbytes
 
     def unpack(self, *, threads: int | None = None) -> QuantizedMatrix:
-        """The QuantizedMatrix again, without its recipe and report."""
+        """The QuantizedMatrix again, without its recipe, report and clip mask."""
         rows, cols = self.shape
         codes, scales = np.empty((rows, cols // 2), np.uint8), np.empty((rows, cols // block_format(self.format).group_size), np.uint8)
         _core.read_tiles(self.core_arrays(), codes, scales, as_threads(threads))

@@ -152,9 +152,11 @@ class Dense:
         if self.matrix.shape[0] != self.matrix.shape[1]:
             raise ValueError(f"matrix has shape {self.matrix.shape}; it must be square")
         wide = self.matrix.astype(np.float64)
-        if not np.linalg.cond(wide) < 1 / np.finfo(np.float32).eps:
+        regular = np.linalg.cond(wide) < 1 / np.finfo(np.float32).eps
+        with np.errstate(over="ignore"):
+            self._inverse = np.linalg.inv(wide).astype(np.float32) if regular else np.array(np.inf, np.float32)
+        if not np.isfinite(self._inverse).all():
             raise ValueError("matrix is singular in float32; no inverse could turn back what it turns")
-        self._inverse = np.linalg.inv(wide).astype(np.float32)
         self.matrix.flags.writeable = self._inverse.flags.writeable = False
 
     @property

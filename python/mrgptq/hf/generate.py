@@ -64,8 +64,13 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 128, temp
 
     Raises
     ------
-    ValueError : an empty prompt, a temperature between 0 and 1e-6 or below 0, a seed that is negative or beyond 63 bits, ``tokens`` below 1, or more tokens than the model has positions.
+    TypeError : ``tokens`` or ``seed`` that are no whole numbers. ValueError : an empty prompt, a temperature between 0 and 1e-6 or below 0, a seed that is negative or beyond 63 bits, ``tokens`` below 1, or more tokens than the model has positions.
     """
+    for name, value in (("tokens", tokens), ("seed", seed)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it must be a whole number")
+    if not prompt:
+        raise ValueError("the prompt is empty; a model needs a text to go on from")
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; it must be 1 or more")
     if temperature != 0 and not 1e-6 <= temperature < float("inf"):  # logits divided by less might overflow
@@ -87,13 +92,16 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 128, temp
             write(text)
 
     stream = _Stream(tokenizer, hand_over)
-    drawing: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    # Whatever else would bend the predictions, by names of which not every transformers has all.
+    off = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None} if temperature else dict.fromkeys(("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"))
+    drawing: dict[str, Any] = {name: value for name, value in off.items() if hasattr(model.generation_config, name)} | {"do_sample": temperature > 0, "temperature": temperature or None}
     device, prompted = next(model.parameters()).device, inputs["input_ids"]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         begin = time.perf_counter()
         ids = model.generate(
             prompted.to(device), attention_mask=torch.ones_like(prompted, device=device), max_new_tokens=tokens, streamer=stream, use_cache=True, num_beams=1, num_return_sequences=1,
+            return_dict_in_generate=False, tokenizer=tokenizer,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0, **drawing,
         )  # fmt: skip
         end = time.perf_counter()

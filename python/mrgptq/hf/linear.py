@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class PackedLinear(torch.nn.Module):
 
     Raises
     ------
-    RuntimeError : an input that wants a gradient, or one that is not on the CPU. TypeError : an input of whole numbers. ValueError : what ``mrgptq.matmul`` refuses, such as values that are not finite.
+    RuntimeError : an input that wants a gradient, or one that is not on the CPU; a state of another shape. TypeError : an input of whole numbers. ValueError : another number of columns, and what ``mrgptq.matmul`` refuses, such as values that are not finite.
     """
 
     code_tiles: torch.Tensor
@@ -52,7 +53,7 @@ class PackedLinear(torch.nn.Module):
     def get_extra_state(self) -> torch.Tensor:
         """What the codes need beside them, JSON as uint8: a tensor, which any file of tensors can hold."""
         rotation = self.rotation.matrix.tolist() if isinstance(self.rotation, Dense) else self.rotation.block_size
-        said = {"format": self.format, "tensor_scale": self.tensor_scale, "rotation": rotation, "activations": None if self.activations is None else asdict(self.activations)}
+        said = {"shape": [self.out_features, self.in_features], "format": self.format, "tensor_scale": self.tensor_scale, "rotation": rotation, "activations": None if self.activations is None else asdict(self.activations)}
         return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -62,15 +63,25 @@ class PackedLinear(torch.nn.Module):
         self.rotation = Dense(said["rotation"]) if isinstance(said["rotation"], list) else rotation_of(said["rotation"])
         self.activations = None if said["activations"] is None else Activations(**said["activations"])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        """Refuses another shape's state before any of it is taken: tiles alone do not tell how many rows are in the last."""
+        said = state_dict.get(f"{prefix}_extra_state")
+        if said is not None and (shape := json.loads(bytes(said.tolist()))["shape"]) != [self.out_features, self.in_features]:
+            error_msgs.append(f"{prefix.rstrip('.') or 'the packed layer'} has {self.out_features} x {self.in_features} weights; the state is of {shape[0]} x {shape[1]}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
         if x.device.type != "cpu" or self.code_tiles.device.type != "cpu":
             raise RuntimeError(f"a packed layer runs on the CPU; its input is on {x.device}, its weight on {self.code_tiles.device}: load the checkpoint with kernels=False for another device")
         if not x.is_floating_point():
             raise TypeError(f"a packed layer's input is {x.dtype}; it must be a floating-point tensor")
+        if not x.ndim or x.shape[-1] != self.in_features:
+            raise ValueError(f"a packed layer's input has shape {tuple(x.shape)}; its last dimension must be {self.in_features}")
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("a packed layer has no gradient: run it under torch.no_grad(), or load the checkpoint with kernels=False")
-        out = torch.empty(*x.shape[:-1], self.out_features)
+        out = torch.empty(*x.shape[:-1], self.out_features, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
         if x.numel():
             self._multiply(x, out.view(-1, self.out_features))
         if self.bias is not None:
