@@ -26,7 +26,8 @@ Q = mg.quantize(W, "nvfp4")
 FACTOR = mg.Factor(H)
 CORE = FACTOR.core
 PACKED = ("nvfp4", Q.codes, Q.scales, Q.tensor_scale)
-TILES = mg.prepack(Q).core_arrays()
+MANY = mg.quantize(np.resize(X, (2048, 1024)), "nvfp4")  # for what only copies
+TILES = mg.prepack(MANY).core_arrays()
 
 
 def room_of(hessian):
@@ -51,8 +52,8 @@ def core_calls():
         "dequantize_into": lambda: (_core.dequantize_into, ("nvfp4", Q.codes, Q.scales, Q.tensor_scale, np.empty_like(W), 1)),
         "round_to_grid": lambda: (_core.round_to_grid, ("nvfp4", "absmax", "even", False, X, 16, 1.0, np.empty_like(X), 1)),
         "matmul": lambda: (_core.matmul, (X[:300], PACKED, np.empty((300, len(W)), np.float32), 1)),
-        "make_tiles": lambda: (_core.make_tiles, (PACKED, np.empty(TILES[2].shape, np.uint32), np.empty(TILES[3].shape, np.uint32), 1)),
-        "read_tiles": lambda: (_core.read_tiles, (TILES, np.empty_like(PACKED[1]), np.empty_like(PACKED[2]), 1)),
+        "make_tiles": lambda: (_core.make_tiles, (MANY.core_arrays(), np.empty(TILES[2].shape, np.uint32), np.empty(TILES[3].shape, np.uint32), 1)),
+        "read_tiles": lambda: (_core.read_tiles, (TILES, np.empty_like(MANY.codes), np.empty_like(MANY.scales), 1)),
         "matmul_packed": lambda: (_core.matmul_packed, (PACKED, PACKED, np.empty((len(W), len(W)), np.float32), 1)),
         "matmul_int8": lambda: (_core.matmul_int8, (X[:300], PACKED, np.empty((300, len(W)), np.float32), 1)),
         "pack": lambda: (_core.pack, (np.zeros((2048, 512), np.uint8), 1)),
