@@ -6,7 +6,6 @@
 
 #include "base/parallel.h"
 #include "formats/block_format.h"
-#include "linalg/vector.h"
 #include "matmul/row_scales.h"
 #include "matmul/tile_reader.h"
 #include "matmul/tokens.h"
@@ -14,18 +13,17 @@
 
 namespace mrgptq {
 
-inline constexpr Index few_rounded_rows = std::max(tile_rows, 4 * Index{simd::lanes});  // in hand together
-using FewRoundedRows = TileReader<few_rounded_rows / tile_rows, depth_at_once>;
+using FewRoundedRows = TileReader<few_rows / tile_rows, depth_at_once>;
 
-// Adds the products of some columns of these rows with a tile's tokens to `sums`, few_rounded_rows a token.
+// Adds the products of some columns of these rows with a tile's tokens to `sums`, few_rows a token.
 template <class Format, Index group, bool exact, Index tokens>
-void add_few(const FewRoundedRows& weight, const RowScales<Format, few_rounded_rows>& scale_of, Index depth, const std::uint32_t* from, float* sums) noexcept {
+void add_few(const FewRoundedRows& weight, const RowScales<Format, few_rows>& scale_of, Index depth, const std::uint32_t* from, float* sums) noexcept {
     using namespace simd;
-    constexpr Index w = simd::lanes, vectors = vector_bytes == 64 ? 4 : 2, words_a_group = group / codes_a_word, groups_a_scale = Format::group_size / group;
-    for (Index row = 0; row < few_rounded_rows; row += vectors * w) {
+    constexpr Index w = simd::lanes, vectors = w == 16 ? 4 : 2, words_a_group = group / codes_a_word, groups_a_scale = Format::group_size / group;
+    for (Index row = 0; row < few_rows; row += vectors * w) {
         Floats sum[tokens][vectors];
         for (Index t = 0; t < tokens; ++t)
-            for (Index v = 0; v < vectors; ++v) sum[t][v] = simd::load(sums + t * few_rounded_rows + row + v * w);
+            for (Index v = 0; v < vectors; ++v) sum[t][v] = simd::load(sums + t * few_rows + row + v * w);
         const std::uint32_t* token = from;
         for (Index g = 0; g < depth / group; ++g, token += tokens * PackedTokens<group>::words_a_group) {
             const std::uint32_t *const scales = token + tokens, *const bytes = scales + tokens;
@@ -46,7 +44,7 @@ void add_few(const FewRoundedRows& weight, const RowScales<Format, few_rounded_r
             }
         }
         for (Index t = 0; t < tokens; ++t)
-            for (Index v = 0; v < vectors; ++v) simd::store(sums + t * few_rounded_rows + row + v * w, sum[t][v]);
+            for (Index v = 0; v < vectors; ++v) simd::store(sums + t * few_rows + row + v * w, sum[t][v]);
     }
 }
 
@@ -55,10 +53,10 @@ template <class Format, bool exact, Index group, Index tokens = tile_tokens>
 void multiply_few(const PackedTokens<group>& x, const Weight& weight, MatrixView<float> out, int threads) {
     if constexpr (tokens > 1)
         if (x.tokens < tokens) return multiply_few<Format, exact, group, tokens - 1>(x, weight, out, threads);
-    parallel_for_ranges(weight.rows, few_rounded_rows, threads, [&](Index row, Index end) {
-        const RowScales<Format, few_rounded_rows> scale_of(weight, row);
+    parallel_for_ranges(weight.rows, few_rows, threads, [&](Index row, Index end) {
+        const RowScales<Format, few_rows> scale_of(weight, row);
         FewRoundedRows rows(weight, Format::group_size, row);
-        alignas(cache_line) float sums[tokens * few_rounded_rows] = {};
+        alignas(cache_line) float sums[tokens * few_rows] = {};
         for (Index k = 0; k < x.cols; k += depth_at_once) {
             const Index depth = std::min(depth_at_once, x.cols - k);
             rows.to(k, depth);
@@ -66,7 +64,7 @@ void multiply_few(const PackedTokens<group>& x, const Weight& weight, MatrixView
         }
         for (Index t = 0; t < tokens; ++t)
             for (Index r = 0; r < end - row; ++r)
-                out.row(t)[row + r] = static_cast<float>(sums[t * few_rounded_rows + r] * (x.factors[static_cast<std::size_t>(t)] * scale_of.factor(r)));
+                out.row(t)[row + r] = static_cast<float>(sums[t * few_rows + r] * (x.factors[static_cast<std::size_t>(t)] * scale_of.factor(r)));
     });
 }
 

@@ -6,26 +6,26 @@
 #include <algorithm>
 
 #include "linalg/lanes.h"
-#include "matmul/steps.h"
+#include "matmul/half_steps.h"
 #include "matmul/tile_reader.h"
 #include "simd/e2m1.h"
 
 namespace mrgptq {
 
-inline constexpr Index few_tokens = 4;                                    // with more the decoded weights are worth storing
-inline constexpr Index few_rows = std::max(tile_rows, 4 * Index{simd::lanes});  // in hand together
+inline constexpr Index few_tokens = 4;  // with more the decoded weights are worth storing
+
+using FewRows = TileReader<few_rows / tile_rows, product_depth>;
+
 // linalg's operation in this room's vectors.
 MRGPTQ_INLINE simd::Floats fused_sum(simd::Floats a, simd::Floats b, simd::Floats c) noexcept { return (simd::Floats)mrgptq::fused((Vector<float>)a, (Vector<float>)b, (Vector<float>)c); }
 MRGPTQ_INLINE simd::Floats fused_sum(simd::Floats a, float b, simd::Floats c) noexcept { return fused_sum(a, simd::splat(b), c); }
-
-using FewRows = TileReader<few_rows / tile_rows, product_depth>;
 
 // Adds the products of some columns of few_rows rows with tokens' inputs, x's from column k on, to `sums`, few_rows a token.
 template <Index tokens, class Format>
 void add_few(const FewRows& weight, const HalfSteps<Format>& step_of, Index depth, MatrixView<const float> x, Index k, float* sums) noexcept {
     using namespace simd;
     // Chains wait for themselves, so there are several; fewer where registers are.
-    constexpr Index w = simd::lanes, vectors = (vector_bytes == 64 ? tokens < few_tokens : tokens == 1) ? 4 : 2, size = Format::group_size, half_word = codes_a_word / 2;
+    constexpr Index w = simd::lanes, vectors = (w == 16 ? tokens < few_tokens : tokens == 1) ? 4 : 2, size = Format::group_size, half_word = codes_a_word / 2;
     for (Index row = 0; row < few_rows; row += vectors * w) {
         alignas(cache_line) float half_steps[product_depth / size][vectors * w];
         for (Index g = 0; g < depth / size; g += scales_a_word)

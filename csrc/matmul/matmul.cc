@@ -9,7 +9,7 @@
 #include "formats/block_format.h"
 #include "linalg/lanes.h"
 #include "matmul/few_tokens.h"
-#include "matmul/steps.h"
+#include "matmul/half_steps.h"
 #include "matmul/tile_reader.h"
 #include "simd/e2m1.h"
 

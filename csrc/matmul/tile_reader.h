@@ -82,12 +82,14 @@ private:
     const Weight& weight_;
     Index group_size_, row_, code_stride_, scale_stride_, ahead_;
     const std::uint32_t *codes_ = nullptr, *scales_ = nullptr;
-    // A square of the narrowest level's is turned whole, so a chunk's last words have room.
+    // A square is turned whole, also where fewer words are wanted: 16 words at most, which divide both.
     alignas(cache_line) std::uint32_t code_words_[tiles * most_depth / codes_a_word * tile_rows];
     alignas(cache_line) std::uint32_t scale_words_[tiles * line_words * tile_rows];
 };
 
-inline constexpr Index tiles_together = 4;
+inline constexpr Index few_rows = std::max(tile_rows, 4 * Index{simd::lanes});  // in hand together where tokens are few: whole tiles, and vectors enough that no chain waits for itself
+
+inline constexpr Index tiles_together = 4;  // that take the same columns of many tokens, which lie far away
 
 // Rows that a thread takes at a time: fewer where there would be too few pieces to share; no byte depends on it.
 inline Index rows_of_piece(Index rows, int threads) noexcept {

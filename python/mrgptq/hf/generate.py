@@ -93,8 +93,9 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 128, temp
 
     stream = _Stream(tokenizer, hand_over)
     # Whatever else would bend the predictions, by names of which not every transformers has all.
-    off = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None} if temperature else dict.fromkeys(("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"))
-    drawing: dict[str, Any] = {name: value for name, value in off.items() if hasattr(model.generation_config, name)} | {"do_sample": temperature > 0, "temperature": temperature or None}
+    off = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
+    drawing: dict[str, Any] = {name: value if temperature else None for name, value in off.items() if hasattr(model.generation_config, name)}
+    drawing |= {"do_sample": temperature > 0, "temperature": temperature or None}
     device, prompted = next(model.parameters()).device, inputs["input_ids"]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
