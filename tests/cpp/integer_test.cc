@@ -198,6 +198,19 @@ TEST(IntegerProducts, OfTheLargestNumbersAreExact) {
             }
 }
 
+// With so many tokens one thread takes up to four tiles of rows together, here four, one, and a part of another.
+TEST(IntegerProducts, OfManyTokensTakeSeveralTilesTogether) {
+    for (const auto& [format, size] : formats) {
+        const Blocks w(format, size, 530, 544, 100, 20), x("nvfp4", 16, 67, 544, 100, 20, 0.7f);
+        const Matrix<float> expected = product(operand_of(x), operand_of(w), 0.25 / (0.7f * 3.0));
+        in_both_forms(w.view(), [&](const Weight& weight) {
+            Matrix<float> out(67, 530, layouts[0], nan);
+            matmul_packed(x.view(), weight, out.view(), 1);
+            ASSERT_EQ(out, expected) << format << (weight.tiled ? ", tiled" : "");
+        });
+    }
+}
+
 TEST(IntegerProducts, DoNotDependOnLayoutAndNumberOfThreads) {
     const Index rows = 331, cols = 1184;
     for (const auto& [format, size] : formats)

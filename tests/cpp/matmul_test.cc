@@ -11,6 +11,8 @@
 
 #include "codecs/scale_rule.h"
 #include "formats/block_format.h"
+#include "guarded.h"
+#include "matmul/integer.h"
 #include "matmul/matmul.h"
 #include "matrices.h"
 #include "refusal.h"
@@ -127,6 +129,32 @@ TEST(Products, OfAScaleThatIsNoNumberAreNone) {
             }
 }
 
+// With so many tokens one thread takes up to four tiles of rows together, here four, one, and a part of another.
+TEST(Products, OfManyTokensTakeSeveralTilesTogether) {
+    for (const auto& [format, group_size] : formats) {
+        const Blocks w(format, 530, 288, group_size);
+        const Matrix<float> x = random_matrix(67, 288);
+        expect_product(x, w, product(x, w), 67);
+    }
+}
+
+#if defined(__linux__)
+// A last tile that has none beside it, before memory that nobody may read.
+TEST(Products, ReadNothingBehindTheLastTile) {
+    const Blocks w("nvfp4", 70, 288, 16);  // three tiles, of which two are in hand together
+    const Tiled tiled(w.view());
+    const testing::Guarded codes(tiled.codes), scales(tiled.scales);
+    const TiledMatrix guarded{"nvfp4", 70, codes.view(), scales.view(), w.tensor_scale};
+    for (const Index tokens : {1, 4, 5}) {
+        const Matrix<float> x = random_matrix(tokens, 288);
+        Matrix<float> out(tokens, 70);
+        matmul(x.view(), guarded, out.view(), 1);
+        EXPECT_EQ(out, product(x, w));
+        matmul_int8(x.view(), guarded, out.view(), 1);
+    }
+}
+#endif
+
 TEST(Products, DoNotDependOnLayoutAndNumberOfThreads) {
     const Index rows = 331, cols = 1184;
     for (const auto& [format, group_size] : formats)
@@ -163,8 +191,8 @@ TEST(Products, Refuse) {
     expect_refused("x has 48 columns; the weight has 32", [&] { matmul(Matrix<float>(2, 48).view(), w.view(), out.view(), 1); });
     expect_refused("out has shape (2, 4); the product has (2, 5)", [&] { matmul(Matrix<float>(2, 32).view(), w.view(), narrow.view(), 1); });
     expect_refused("scales do not have one entry for each group", [&] { matmul(Matrix<float>(2, 32).view(), PackedMatrix{"mxfp4", w.codes.view(), w.scales.view()}, out.view(), 1); });
-    const Matrix<std::uint32_t> tiles(1, 4 * 32), scale_tiles(1, 32);
-    for (const TiledMatrix& wrong : {TiledMatrix{"nvfp4", 33, tiles.view(), scale_tiles.view()}, TiledMatrix{"nvfp4", 32, tiles.view(), tiles.view()}})
+    const Matrix<std::uint32_t> tiles(1, 4 * 32), scale_tiles(1, 32), two_tiles(2, 32);
+    for (const TiledMatrix& wrong : {TiledMatrix{"nvfp4", 33, tiles.view(), scale_tiles.view()}, TiledMatrix{"nvfp4", 32, tiles.view(), tiles.view()}, TiledMatrix{"nvfp4", 32, tiles.view(), two_tiles.view()}})
         expect_refused("tiles of codes and scales do not fit", [&] { matmul(Matrix<float>(2, 32).view(), wrong, Matrix<float>(2, wrong.rows).view(), 1); });
     expect_refused("unknown format \"fp8\"", [&] { matmul(Matrix<float>(2, 32).view(), PackedMatrix{"fp8", w.codes.view(), w.scales.view()}, out.view(), 1); });
 }
