@@ -73,7 +73,7 @@ class PrepackedMatrix(Shown):
 def prepack(q: QuantizedMatrix, *, threads: int | None = None) -> PrepackedMatrix:
     """``q`` for many products with few tokens: :func:`matmul` then reads it from the first byte to the last, a row a lane, and turns nothing.
 
-    One to four tokens gain most, 1.3 to 2 times the speed, more of them a twentieth or nothing. It takes about as long as three products of one token, and the same memory once more where ``q`` is kept; a matrix
+    One to four tokens gain most, 1.3 to 2.2 times the speed, more of them a twentieth or nothing. It takes about as long as three products of one token, and the same memory once more where ``q`` is kept; a matrix
     whose rows are no multiple of 32 takes that of the next.
 
     Raises
