@@ -137,17 +137,18 @@ def test_a_merged_stream_goes_on_where_it_was():
 
 def test_equal_merges_in_equal_order_give_equal_bytes_and_other_orders_agree_to_rounding():
     rng = np.random.default_rng(10)
-    parts = [tokens_of(rng, n, 30) for n in (300, 77, 512)]
+    cols = 290  # two blocks of columns and a rest
+    parts = [tokens_of(rng, n, cols) for n in (300, 77, 512)]
 
-    def merged(order):
-        total = mg.Hessian(30)
+    def merged(order, threads=None):
+        total = mg.Hessian(cols)
         for i in order:
-            h = mg.Hessian(30)
+            h = mg.Hessian(cols)
             h.update(parts[i])
-            total.merge(h)
+            total.merge(h, threads=threads)
         return total.matrix
 
-    assert merged([0, 1, 2]).tobytes() == merged([0, 1, 2]).tobytes()
+    assert merged([0, 1, 2]).tobytes() == merged([0, 1, 2], 1).tobytes() == merged([0, 1, 2], 3).tobytes()
     x = np.concatenate(parts)
     for order in ([2, 1, 0], [1, 0, 2]):  # the panels are the same, their float64 sum is not: 6 additions at most
         assert (np.abs(merged(order) - merged([0, 1, 2])) <= 12 * 2.0**-53 * (np.abs(x).T.astype(np.float64) @ np.abs(x)) / len(x)).all()

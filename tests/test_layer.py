@@ -182,6 +182,8 @@ def test_a_factor_made_for_another_recipe_is_refused_by_name(change, words):
         mg.quantize_layer(w, None, replace(recipe, **change), factor=factor)
     with pytest.raises(ValueError, match="factor was made with columns 128; the layer and its recipe need 64"):
         mg.quantize_layer(w[:, :64], None, recipe, factor=factor)
+    with pytest.raises(ValueError, match=r"hessian has shape \(64, 64\); a weight of 128 columns"):
+        mg.quantize_layer(w, np.eye(64), recipe, factor=factor)
     assert mg.quantize_layer(w, None, replace(recipe, precision="float32", scales="absmax"), factor=factor).report.method == "gptq"  # what the factor does not depend on, or is good enough for
     single = mg.make_factor(second_moment(x), replace(recipe, precision="float32"))
     with pytest.raises(ValueError, match="factor was made with precision float32; the recipe needs float64"):

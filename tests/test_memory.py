@@ -17,7 +17,7 @@ import mrgptq as mg
 def resident(field):
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
-rows, cols, name, given = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+rows, cols, threads, name, given = *map(int, sys.argv[1:4]), *sys.argv[4:]
 rng = np.random.default_rng(0)
 weight = rng.standard_normal((rows, cols), dtype=np.float32)
 if given == "running":
@@ -28,31 +28,39 @@ else:
     hessian += 0.01
     if given == "skewed":
         hessian[0, 1] += 1e-9
+    elif given == "float32":
+        hessian = hessian.astype(np.float32)
+    elif given == "by columns":
+        hessian = np.asfortranarray(hessian)
+    elif given == "strided":
+        hessian = hessian[::-1, ::-1]
 recipe = replace(mg.Recipe.named(name), cross=0.0, output_hessian=None)
-mg.quantize_layer(weight[:64, :256].copy(), np.identity(256), recipe, threads=2)  # threads, their stacks and what is imported late
+mg.quantize_layer(weight[:64, :256].copy(), np.identity(256), recipe, threads=threads)  # threads, their stacks and what is imported late
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-mg.quantize_layer(weight, hessian, recipe, threads=2)
+mg.quantize_layer(weight, hessian, recipe, threads=threads)
 print(resident("VmHWM") - before)
 """
 
 
-def growth(rows, cols, name, given):
+def growth(rows, cols, threads, name, given):
     """Bytes at most beside what was there before."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(rows), str(cols), name, given], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(rows), str(cols), str(threads), name, given], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("given", ["array", "skewed", "running"])
+@pytest.mark.parametrize(
+    ("given", "threads"), [("array", 2), ("array", 5), ("skewed", 2), ("float32", 2), ("by columns", 2), ("strided", 2), ("running", 2)], ids=lambda value: str(value).replace(" ", "-")
+)
 @pytest.mark.parametrize(("name", "share"), [("mr-gptq", 6), ("best", 3)])
 @pytest.mark.parametrize(("rows", "cols"), [(512, 2048), (8192, 1024)])
-def test_a_layer_takes_its_factor_and_a_share_of_its_rows_in_hand(rows, cols, name, share, given):
-    """Beside W and H, report included: the factor, 8 bytes a pair of columns, and no second H, whether it was given as a running sum, as an array or as one to be made symmetric; nor a rotated W,
-    which is turned row by row where it is read. Then the rows in hand, a third of them in float32 and a sixth in float64, but at least eight or four tiles of 32 a thread: errors and gradients (8 bytes either way), codes
-    (1), scales and steps (5 a group). Then codes and scales, 9 / 16 of a byte, of the answer and of plain rounding; sums of 128 columns a row; strips below a panel of the factor; and 6 MiB for what
-    is packed of it, for pieces of rows and the allocator."""
-    factor, in_hand = 8 * cols**2, (max(rows // share, 2 * 32 * 24 // share) + 2 * 32) * cols * 10
-    most = factor + in_hand + 2 * rows * cols * 9 // 16 + rows * 128 * 8 + 2 * 8 * 128 * cols + (6 << 20)
-    assert factor < growth(rows, cols, name, given) < most  # less, and the measurement saw nothing
+def test_a_layer_takes_its_factor_and_a_share_of_its_rows_in_hand(rows, cols, name, share, given, threads):
+    """Beside W and H, report included: the factor, 8 bytes a pair of columns, and no second H, however it was given: as a running sum, as an array of any layout and dtype or as one to be made symmetric; nor a
+    rotated W, which is turned row by row where it is read. Then the rows in hand, a third of them in float32 and a sixth in float64, but at least eight or four tiles of 32 a thread: errors and gradients (8 bytes
+    either way), codes (1), scales and steps (5 a group). Then codes and scales, 9 / 16 of a byte, of the answer and of plain rounding; sums of 128 columns a row; strips below a panel of the factor; and 6 MiB for
+    what is packed of it, for pieces of rows and the allocator."""
+    factor, in_hand = 8 * cols**2, min(rows + 32, max(rows // share, threads * 32 * 24 // share) + threads * 32) * cols * 10
+    most = factor + in_hand + 2 * rows * cols * 9 // 16 + rows * 128 * 8 + threads * 8 * 128 * cols + (6 << 20)
+    assert factor < growth(rows, cols, threads, name, given) < most  # less, and the measurement saw nothing

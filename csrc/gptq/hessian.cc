@@ -182,7 +182,11 @@ void Hessian::merge(const Hessian& other, int threads) {
     make_room();
     // The other's unfinished panel is added as it stands; this stream's own goes on filling, so its later panels stay where they were.
     if (other.panel_tokens_ > 0) add_products(other.panel_.data(), 1, view(), threads);
-    for (std::size_t i = 0; i < other.sum_.size(); ++i) sum_[i] += other.sum_[i];
+    if (!other.sum_.empty())
+        parallel_for_ranges(cols_, block, threads, [&](Index first, Index last) {
+            for (Index r = first; r < last; ++r)
+                for (Index i = r * cols_; i < r * cols_ + last; ++i) sum_[static_cast<std::size_t>(i)] += other.sum_[static_cast<std::size_t>(i)];
+        });
     tokens_ += other.tokens();
 }
 

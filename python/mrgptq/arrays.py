@@ -181,8 +181,11 @@ def as_symmetric(hessian: ArrayLike, cols: int | None, name: str = "hessian", *,
         given = matrix = values = values.as_array(out=out, threads=threads)
     else:
         own = values.dtype == np.float64 and values.flags.c_contiguous and values.flags.aligned  # the caller's
-        given = values if own else values.astype(np.float64, order="C")
-        matrix = out if out is not None else given if not own else np.empty_like(given) if copy else None
+        if own:
+            given, matrix = values, out if out is not None else np.empty_like(values) if copy else None
+        else:  # widened where it will stay
+            given = matrix = np.empty(values.shape) if out is None else out
+            np.copyto(given, values)
     nonfinite, largest, apart, row, col = _core.make_symmetric(given, matrix, as_threads(threads))
     if nonfinite >= 0:
         row, col = divmod(nonfinite, len(values))

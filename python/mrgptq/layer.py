@@ -86,7 +86,7 @@ def quantize_layer(
     ----------
     weight : (rows, cols) array, rows = out_features, cols = in_features; float32 / float16 / bfloat16 / float64, finite, any strides.
     hessian : Hessian or (cols, cols) array, symmetric, in the original (not rotated) basis; any positive multiple of it gives the same codes.
-        None is allowed for the solver "rtn" with scales that do without, whose report then has no relative error, and where ``factor`` is given.
+        None is allowed for the solver "rtn" with scales that do without, whose report then has no relative error, and where ``factor`` is given: then only its shape is looked at.
     recipe : Recipe, or a name ("rtn", "gptq", "mr-gptq", "best", "best-online") with ``format`` ("nvfp4" by default).
     tensor_scale : the NVFP4 divisor, where several layers share one (:func:`shared_tensor_scale`); None takes the recipe's own of the rotated weight.
     factor : what :func:`make_factor` made of the same Hessian and recipe, shared by layers with one input; one of precision float64 serves recipes of float32 too.
@@ -138,6 +138,8 @@ def quantize_layer(
             if hessian is None:
                 raise ValueError('hessian is None; only a recipe with the solver "rtn" does without')
             factor = make_factor(as_square(hessian, cols), recipe, threads=threads)
+        elif hessian is not None:
+            as_square(hessian, cols)
         _check_factor(factor, recipe, cols)
         second_moment, tokens = factor.core.second_moment(), factor.tokens
     elif factor is not None:
@@ -237,17 +239,16 @@ def _shifted(
         raise TypeError(f"cross is not a matrix of numbers that NumPy reads: {error}") from None
     if given.dtype.kind not in "fiu":
         raise TypeError(f"cross is {given.dtype}; it must be a matrix of real numbers")
-    matrix = np.ascontiguousarray(given, dtype=np.float64)
     if given.shape != (cols, cols):
         raise ValueError(f"cross has shape {given.shape}; a weight of {cols} columns needs ({cols}, {cols})")
-    if not np.isfinite(matrix).all():
-        raise ValueError(f"cross[{', '.join(map(str, np.argwhere(~np.isfinite(matrix))[0]))}] is not finite")
+    if not np.isfinite(given).all():
+        raise ValueError(f"cross[{', '.join(map(str, np.argwhere(~np.isfinite(given))[0]))}] is not finite")
     missing = None if stream is None else as_float32(stream, "stream", rank=2, threads=threads)
     if missing is not None and missing.shape != weight.shape:
         raise ValueError(f"stream has shape {missing.shape}; the weight's is {weight.shape}")
     if not factor.usable:
         return weight, turn
-    target = _core.shift_to_inputs(weight, turn, factor.rotation.apply_both(matrix, threads=threads), missing, factor.core, recipe.cross, as_threads(threads))
+    target = _core.shift_to_inputs(weight, turn, factor.rotation.apply_both(given, threads=threads), missing, factor.core, recipe.cross, as_threads(threads))
     if _core.first_nonfinite(target, as_threads(threads)) >= 0:
         raise ValueError("cross moves the target beyond float32; it and stream must be of the size of the hessian")
     return target, 0

@@ -1,5 +1,7 @@
 """Rotations: orthogonal maps T on the columns of a matrix, under which x W^T = (x T) (W T)^T. All of them are block-diagonal."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -26,9 +28,10 @@ class Identity:
         """A float64 copy of ``hessian`` (cols, cols), in ``out`` where it is given."""
         return as_symmetric(hessian, None, out=out, threads=threads)
 
-    def apply_both(self, matrix: NDArray[np.float64], *, threads: int | None = None) -> NDArray[np.float64]:
-        """``matrix`` (cols, cols) itself."""
-        return matrix
+    def apply_both(self, matrix: NDArray[Any], *, threads: int | None = None) -> NDArray[np.float64]:
+        """``matrix`` (cols, cols) itself where it is float64 and its columns are adjacent, else a copy that is."""
+        as_threads(threads)
+        return np.ascontiguousarray(matrix, dtype=np.float64)
 
     @property
     def dual(self) -> "Identity":
@@ -110,9 +113,9 @@ class Hadamard:
         _core.rotate_hessian(rotated, self.block_size, as_threads(threads))
         return rotated
 
-    def apply_both(self, matrix: NDArray[np.float64], *, threads: int | None = None) -> NDArray[np.float64]:
-        """T^T M T of a (cols, cols) float64 matrix that need not be symmetric, such as X^T X̃: both inputs rotated."""
-        rotated = matrix.copy()
+    def apply_both(self, matrix: NDArray[Any], *, threads: int | None = None) -> NDArray[np.float64]:
+        """T^T M T, float64, of a (cols, cols) matrix of real numbers that need not be symmetric, such as X^T X̃: both inputs rotated. ``matrix`` is left as it is."""
+        rotated = np.array(matrix, dtype=np.float64, order="C")
         self.check_columns(rotated.shape[0], "matrix")
         _core.rotate_both(rotated, self.block_size, as_threads(threads))
         return rotated
@@ -186,8 +189,9 @@ class Dense:
         rotated = self.apply_both(as_symmetric(hessian, None, threads=threads))
         return (rotated + rotated.T) / 2
 
-    def apply_both(self, matrix: NDArray[np.float64], *, threads: int | None = None) -> NDArray[np.float64]:
-        """T^T M T of a (cols, cols) float64 matrix that need not be symmetric."""
+    def apply_both(self, matrix: NDArray[Any], *, threads: int | None = None) -> NDArray[np.float64]:
+        """T^T M T, float64, of a (cols, cols) matrix of real numbers that need not be symmetric; NumPy's threads, whatever ``threads`` says."""
+        as_threads(threads)
         cols, k, block = matrix.shape[0], self.block_size, self.matrix.astype(np.float64)
         self.check_columns(cols, "matrix")
         columns = (matrix.reshape(-1, k) @ block).reshape(cols, cols)
