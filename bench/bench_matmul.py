@@ -15,14 +15,15 @@ from ggml_products import TYPES, Ggml
 from timing import absent, agree, interleaved, records
 
 import mrgptq as mg
-from mrgptq import _core
+from mrgptq import _core, reference
 
 ROOM = "matmul"
 TOKENS = (1, 2, 4, 16, 64, 256, 512)
 NUMPY, TORCH = "NumPy x @ W.T", "torch, float32"
 TORCH_BF16 = "torch, bfloat16"
 OURS = ("W4A16", "W4A4", "int8")
-FORMS = ("", ", prepacked")
+MAKERS = {"": lambda q: (q.format, q.codes.copy(), q.scales.copy(), q.tensor_scale), ", prepacked": lambda q: mg.prepack(q).core_arrays()}
+FORMS = tuple(MAKERS)
 PEERS = {"W4A16": (NUMPY, TORCH, TORCH_BF16, "ggml F16", "ggml MXFP4 repacked", "ggml NVFP4"), "W4A4": (NUMPY, TORCH, TORCH_BF16, *TYPES), "int8": (NUMPY, TORCH, TORCH_BF16, "ggml Q4_0 repacked", "ggml MXFP4 repacked", "ggml NVFP4")}
 
 
@@ -31,39 +32,58 @@ def copies(make, nbytes, quick):
     return cycle([make() for _ in range(max(1, -(-cold_bytes(quick) // nbytes)))]).__next__
 
 
-def check():
-    """The core's products against float64 on a small problem; the measurement ends here where they differ by more than float32 explains."""
-    rng = np.random.default_rng(3)
-    for format in mg.FORMATS:
-        q, x = mg.quantize(rng.standard_normal((70, 288), dtype=np.float32), format), rng.standard_normal((9, 288), dtype=np.float32)
-        wide, values = x.astype(np.float64), q.dequantize().astype(np.float64)
-        if not (np.abs(mg.matmul(x, q) - wide @ values.T) <= 43 * 2.0**-24 * (np.abs(wide) @ np.abs(values).T)).all():
-            raise SystemExit(f"the product with {format} is not that of its values: the measurement is worth nothing")
-        packed = mg.quantize_activations(x, format)
-        wide = packed.dequantize().astype(np.float64)
-        # At most 18 groups and one rounding of the answer; of either operand's values, the step's and their own.
-        if not (np.abs(mg.matmul(packed, q) - wide @ values.T) <= 1.01 * (18 + 1 + 4) * 2.0**-24 * (np.abs(wide) @ np.abs(values).T)).all():
-            raise SystemExit(f"the product of {format} with itself is not that of its values: the measurement is worth nothing")
-
-
 def product(kind, format, x, weight, out, threads):
-    """The product of float32 tokens, as ``mg.matmul`` composes it."""
+    """``out``, the product of float32 tokens as ``mg.matmul`` composes it."""
     if kind != "W4A4":
-        return (_core.matmul if kind == "W4A16" else _core.matmul_int8)(x, weight, out, threads)
+        (_core.matmul if kind == "W4A16" else _core.matmul_int8)(x, weight, out, threads)
+        return out
     divisor = _core.nvfp4_tensor_scale(_core.amax(x, 0, threads)) if format == "nvfp4" else 1.0
     codes, scales, _ = _core.quantize(format, "absmax", "even", False, x, 0, divisor, threads)
-    return _core.matmul_packed((format, codes, scales, divisor), weight, out, threads)
+    _core.matmul_packed((format, codes, scales, divisor), weight, out, threads)
+    return out
+
+
+def rounded(kind, format, x):
+    """float64 values of what the definition rounds tokens to: not at all, to the format's codes, or to eight bits with a step for each group."""
+    if kind == "W4A16":
+        return x.astype(np.float64)
+    if kind == "W4A4":
+        codes, scales, divisor = reference.quantize(x, format)
+        return reference.dequantize(codes, scales, format, divisor).astype(np.float64)
+    groups = x.reshape(len(x), -1, mg.FORMATS[format].group_size)
+    steps = np.abs(groups).max(-1, keepdims=True) / np.float32(127)
+    return (np.clip(np.rint(groups / steps), -127, 127) * steps.astype(np.float64)).reshape(x.shape)
+
+
+# Of 288 columns: 40 + 3 roundings (mg.matmul), and at most 18 groups and one rounding of the answer, three with eight bits; of either operand's values, the step's and their own.
+ROUNDINGS = {"W4A16": 43, "W4A4": 1.01 * (18 + 1 + 4), "int8": 1.01 * (18 + 3 + 2)}
+
+
+def check(counts, threads):
+    """Every product against float64 on a small problem, for these numbers of tokens; the measurement ends here where they differ by more than float32 explains."""
+    rng = np.random.default_rng(3)
+    for format in mg.FORMATS:
+        codes, scales, divisor = reference.quantize(rng.standard_normal((70, 288), dtype=np.float32), format)
+        q, w = mg.QuantizedMatrix(format, reference.pack(codes), scales, float(divisor)), reference.dequantize(codes, scales, format, divisor).astype(np.float64)
+        for tokens in counts:
+            x = rng.standard_normal((tokens, 288), dtype=np.float32)
+            for kind, roundings in ROUNDINGS.items():
+                values = rounded(kind, format, x)
+                for form, make in MAKERS.items():
+                    out = product(kind, format, x, make(q), np.full((tokens, 70), np.nan, np.float32), threads)
+                    if not (np.abs(out - values @ w.T) <= roundings * 2.0**-24 * (np.abs(values) @ np.abs(w).T)).all():
+                        raise SystemExit(f"the product {kind} of {tokens} tokens with {format}{form} is not that of its values: the measurement is worth nothing")
 
 
 def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) -> list[dict]:
     """Records of both formats and their peers for every number of tokens; ``ggml``: the folder of its libraries."""
-    check()
+    counts = (1, 9) if quick else TOKENS
+    check(counts, threads)
     rows, cols = (64, 256) if quick else (4096, 14336)
     rng = np.random.default_rng(0)
     weight = rng.standard_t(5, (rows, cols)).astype(np.float32) * np.float32(0.02)
     packed = {format: mg.quantize(weight, format, threads=threads) for format in mg.FORMATS}
-    makers = {"": lambda q: (q.format, q.codes.copy(), q.scales.copy(), q.tensor_scale), ", prepacked": lambda q: mg.prepack(q).core_arrays()}
-    turns = {format + form: copies(lambda q=q, make=make: make(q), q.nbytes, quick) for format, q in packed.items() for form, make in makers.items()}
+    turns = {format + form: copies(lambda q=q, make=make: make(q), q.nbytes, quick) for format, q in packed.items() for form, make in MAKERS.items()}
     dense = packed["nvfp4"].dequantize(threads=threads)
     torch_turns, found = {}, []
     if compare:
@@ -78,7 +98,7 @@ def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) 
         if (tensors := peer.weights(name, weight, max(1, -(-cold_bytes(quick) // (dense.nbytes // (2 if name == "ggml F16" else 8)))))) is not None:
             peer_weights[name] = tensors
     peak, reading = bounds.bound("FMA float32", threads, quick), bounds.bound("read", threads, quick)
-    for tokens in (1, 9) if quick else TOKENS:
+    for tokens in counts:
         x, amount = rng.standard_normal((tokens, cols), dtype=np.float32), 2 * tokens * rows * cols / 1e9
         outs = {(kind, format): np.empty((tokens, rows), np.float32) for kind in OURS for format in turns}
         calls = {

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -63,18 +64,27 @@ def cold_bytes(quick: bool = False) -> int:
 
 
 class Cold:
-    """Copies of a (rows, cols) float32 matrix, together ``cold_bytes`` at least: ``next()`` gives the one that was not touched for longest."""
+    """Copies of a (rows, cols) float32 matrix, together ``cold_bytes`` at least, and as many targets: ``next()`` gives the copy, ``target()`` the target that was not touched for longest."""
 
     def __init__(self, rows: int, cols: int, quick: bool = False) -> None:
         first = (np.random.default_rng(0).standard_t(5, (rows, cols)) * 0.02).astype(np.float32)
         self.matrices = [first] + [first.copy() for _ in range(max(1, -(-cold_bytes(quick) // first.nbytes) - 1))]
         self.next = cycle(self.matrices).__next__
+        self.target = cycle([np.full_like(first, np.nan) for _ in self.matrices]).__next__  # written, so that no page is cleared under a measurement
+
+    def copies(self, *arrays: np.ndarray) -> Callable[[], tuple[np.ndarray, ...]]:
+        """The turn of as many copies of other arrays: what is read or written beside a matrix."""
+        return cycle([tuple(array.copy() for array in arrays) for _ in self.matrices]).__next__
 
 
 @cache
 def _rows(threads: int, quick: bool) -> tuple[dict, ...]:
     bound, count = library(), cold_bytes(quick) // 4
     x, y = np.ones(count, np.float32), np.zeros(count, np.float32)
+    bound.bound_copy(y, x, count, threads)
+    bound.bound_scale(y, count, 2.0, threads)
+    if not (y == 2).all() or bound.bound_sum(x[:1000], 1000, threads) != 1000.0:
+        raise SystemExit("the bounds' own answers are wrong: they are worth nothing")
     n = 256 if quick else 4096
     a, b, c = (np.random.default_rng(seed).standard_normal((n, n), dtype=np.float32) for seed in range(3))
     rounds = 1000 if quick else 10_000_000
@@ -89,10 +99,6 @@ def _rows(threads: int, quick: bool) -> tuple[dict, ...]:
         "SGEMM, NumPy": (lambda: np.matmul(a, b, out=c), f"{n}³", "GFLOP/s", 2 * n**3 / 1e9),
     }
     timings = interleaved({name: call for name, (call, *_) in work.items()}, budget=0.01 if quick else 1.0)
-    bound.bound_copy(y, x, count, threads)
-    bound.bound_scale(y, count, 2.0, threads)
-    if not (y == 2).all() or bound.bound_sum(x[:1000], 1000, threads) != 1000.0:
-        raise SystemExit("the bounds' own answers are wrong: they are worth nothing")
     return tuple(records("machine", name, shape, unit, threads, {"bound": timings[name]}, amount=amount)[0] for name, (_, shape, unit, amount) in work.items())
 
 

@@ -5,9 +5,12 @@ A record is a dict: room, work, contender, shape, unit, median, low, high, threa
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,9 @@ def agree(what: str, value: float, expected: float, tolerance: float) -> None:
     """End the benchmark where an answer is not what it should be: a fast wrong answer is no result. Written so that NaN fails."""
     if not abs(value - expected) <= tolerance * abs(expected):
         raise SystemExit(f"{what} is {value:.9g}, expected {expected:.9g} within {tolerance:g} of it: the measurement is worth nothing")
+
+
+def must_equal(what: str, answer: Iterable[ArrayLike], definition: Iterable[ArrayLike]) -> None:
+    """End the benchmark where arrays are not the definition's to the last bit."""
+    if not all(np.array_equal(mine, its) for mine, its in zip(answer, definition, strict=True)):
+        raise SystemExit(f"{what}: another answer than the definition's, mrgptq.reference: the measurement is worth nothing")
