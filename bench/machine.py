@@ -1,8 +1,12 @@
 """What a measurement was made on and with, as plain values."""
 
+import ctypes
+import hashlib
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -48,6 +52,35 @@ def _revision() -> str | None:
     return described.stdout.strip() or None
 
 
+def _fingerprint(files: Iterable[Path], folder: Path) -> str:
+    """The first digits of a SHA-256 over the files' names below ``folder`` and what is in them: wherever the folder lies, the same."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        for part in (path.relative_to(folder).as_posix().encode(), path.read_bytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:12]
+
+
+def installed() -> dict[str, object]:
+    """Fingerprints of what was imported: the extension, the package's Python files, and whether these are the checkout's."""
+    package, checkout = Path(mg.__file__).parent, ROOT / "python" / "mrgptq"
+    extension = Path(str(sys.modules[f"mrgptq._core_{mg.build_info()['isa']}"].__file__))
+    python, own = (_fingerprint(folder.rglob("*.py"), folder) for folder in (package, checkout))
+    return {"extension": _fingerprint([extension], extension.parent), "python": python, "as_checkout": python == own}
+
+
+def ggml_of(folder: Path) -> dict[str, str | None]:
+    """Version and commit, where the library tells them, and a fingerprint of the libraries in a folder."""
+    library = ctypes.CDLL(str(folder / "libggml-base.so"))
+    told: dict[str, str | None] = {}
+    for name in ("version", "commit"):
+        function = getattr(library, f"ggml_{name}", None)
+        if function is not None:
+            function.restype = ctypes.c_char_p
+        told[name] = function().decode() if function is not None else None
+    return told | {"fingerprint": _fingerprint(folder.glob("libggml-*.so"), folder)}
+
+
 def _blas() -> list[dict[str, object]]:
     """The BLAS libraries in this process with the kernel they chose and their threads, as threadpoolctl sees them."""
     from threadpoolctl import threadpool_info
@@ -56,8 +89,8 @@ def _blas() -> list[dict[str, object]]:
     return [{key: pool[key] for key in keys if key in pool} | {"library": Path(pool["filepath"]).name} for pool in threadpool_info() if pool["user_api"] == "blas"]
 
 
-def describe() -> dict[str, object]:
-    """The machine, the core's build, the peers' versions, the revision."""
+def describe(ggml: Path | None = None) -> dict[str, object]:
+    """The machine, the core's build, what was imported of it, the peers' versions, the checkout's revision; ``ggml``: the folder of its libraries."""
     flags = set(_cpu_field("flags").split()) | set(_cpu_field("Features").split())
     return {
         "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
@@ -71,6 +104,8 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "revision": _revision(),
         "build": mg.build_info(),
+        "installed": installed(),
         "packages": {package: _version(package) for package in PACKAGES},
+        "ggml": ggml_of(ggml) if ggml else None,
         "blas": _blas(),
     }

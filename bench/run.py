@@ -75,6 +75,8 @@ def main() -> None:
         parser.error(f"--json: there is no folder {args.json.parent}")
     if args.write and args.quick:
         parser.error("--quick measures nothing that a table should show")
+    if args.write and set(args.rooms) != set(known):
+        parser.error("--write puts this run's tables in the place of all, and --rooms leaves some out, which would be lost: use --json, and give tables.py that file behind those of the other rooms")
     unset = settled_environment()
 
     import machine
@@ -94,7 +96,7 @@ def main() -> None:
                 print(show(row), flush=True)
             print(f"{time.perf_counter() - start:6.0f} s  {room}, {threads} threads", file=sys.stderr, flush=True)
     command = "python bench/run.py " + " ".join(sys.argv[1:])
-    result = {"command": command, "machine": machine.describe(), "unset": unset, "wait_policy": os.environ["OMP_WAIT_POLICY"], "quick": args.quick, "seconds": time.perf_counter() - start, "rows": rows}
+    result = {"command": command, "machine": machine.describe(args.ggml), "unset": unset, "wait_policy": os.environ["OMP_WAIT_POLICY"], "quick": args.quick, "seconds": time.perf_counter() - start, "rows": rows}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.write:

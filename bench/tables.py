@@ -5,9 +5,45 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 BEGIN, END = "<!-- results: written by bench/tables.py -->", "<!-- end of results -->"
+
+
+# What is read of a result, by where it stands. Older ones do without "installed" and "ggml".
+NEEDED = {
+    (): ("command", "machine", "quick", "rows"),
+    ("machine",): ("blas", "build", "caches", "cores", "cpu", "flags", "governor", "hypervisor", "packages", "python", "revision"),
+    ("machine", "build"): ("compiler", "isa", "version"),
+}
+OF_A_ROW = ("contender", "high", "low", "median", "room", "shape", "threads", "unit", "work")
+
+
+def read(path: Path) -> dict:
+    """A result of run.py."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as JSON, nothing was written: {error}") from None
+    for place, names in NEEDED.items():
+        part = result
+        for name in place:
+            part = part[name]
+        require(path, ".".join(("the result", *place)), part, names)
+    if not isinstance(result["rows"], list):
+        raise SystemExit(f"{path} is no result of run.py: its rows are no list; nothing was written")
+    for number, row in enumerate(result["rows"]):
+        require(path, f"row {number}", row, OF_A_ROW)
+        require(path, f"row {number}", row, ("note",) if row["median"] is None else ("ratios",))
+    return result
+
+
+def require(path: Path, what: str, part: object, names: Sequence[str]) -> None:
+    """End with a sentence where a part of a file lacks what a result of run.py has."""
+    missing = [name for name in names if name not in part] if isinstance(part, dict) else names
+    if missing:
+        raise SystemExit(f"{path} is no result of run.py: {what} lacks {', '.join(missing)}; nothing was written")
 
 
 def number(value: float) -> str:
@@ -20,9 +56,15 @@ def about(machine: dict) -> str:
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
     kernels = sorted({f"{pool['internal_api']} {pool.get('version')} with the kernel {pool.get('architecture')}" for pool in machine["blas"]})
     versions = ", ".join(f"{name} {value or 'not installed'}" for name, value in machine["packages"].items() if name != "threadpoolctl")
+    if ggml := machine.get("ggml"):
+        versions += f", ggml {' '.join(filter(None, (ggml['version'], ggml['commit'])))} ({ggml['fingerprint']})"
+    build, revision = f"mrgptq {machine['build']['version']}", f"at revision {machine['revision']}"
+    if installed := machine.get("installed"):
+        build += f" (extension {installed['extension']}, Python files {installed['python']})"
+        revision = revision if installed["as_checkout"] else f"whose Python files are not those of the checkout {revision}"
     return (
         f"{machine['cores']} cores of {machine['cpu']}{' (virtual machine)' if machine['hypervisor'] else ''}, {' '.join(machine['flags'])}; caches {caches}; governor {machine['governor'] or 'not known'}. "
-        f"mrgptq {machine['build']['version']} at revision {machine['revision']}, ISA level {machine['build']['isa']}, {machine['build']['compiler']}. Python {machine['python']}; {versions}; {'; '.join(kernels)}."
+        f"{build} {revision}, ISA level {machine['build']['isa']}, {machine['build']['compiler']}. Python {machine['python']}; {versions}; {'; '.join(kernels)}."
     )
 
 
@@ -82,7 +124,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--readme", type=Path, default=Path(__file__).resolve().parent / "README.md")
     args = parser.parse_args()
-    write([json.loads(path.read_text(encoding="utf-8")) for path in args.results], args.readme)
+    write([read(path) for path in args.results], args.readme)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import ast
 import doctest
 import importlib
-import json
 import pkgutil
 import re
 import subprocess
@@ -176,53 +175,10 @@ def test_scripts_run(script, tmp_path):
 
 def test_every_script_is_run_above():
     files = list((ROOT / "bench").glob("*.py"))
-    scripts = {path.relative_to(ROOT).as_posix() for path in [*(ROOT / "examples").glob("*.py"), *(path for path in files if "__main__" in path.read_text())]} - {"bench/tables.py"}  # tested below
+    scripts = {path.relative_to(ROOT).as_posix() for path in [*(ROOT / "examples").glob("*.py"), *(path for path in files if "__main__" in path.read_text())]} - {"bench/tables.py"}  # tested in test_bench.py
     mark = next(mark for mark in test_scripts_run.pytestmark if mark.name == "parametrize")
     assert scripts == set(mark.args[1])
     measuring = {path.stem for path in files if "\ndef measure(" in path.read_text()}
     assert {"bench_codecs", "bench_gptq", "bench_matmul", "bench_rotations", "bounds"} <= measuring
     # Every benchmark is a program of its own or one that run.py finds.
     assert all(path.stem in measuring or "__main__" in path.read_text() for path in files if path.name.startswith("bench_"))
-
-
-@pytest.mark.parametrize(("amount", "medians", "ratios"), [(None, (2.0, 6.0), {"peer": 3.0, "bound": 0.5}), ({"ours": 4.0, "peer": 3.0}, (2.0, 0.5), {"peer": 4.0, "bound": 2.0})])
-def test_a_ratio_says_how_many_times_as_fast(amount, medians, ratios, monkeypatch):
-    """2 s against 6 s, then rates: 4 units in 2 s against 3 in 6 s; the bound is 1 s, then 1 unit a second."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    timing = importlib.import_module("timing")
-    timings = {"ours": timing.Timing((2.0, 2.0, 3.0)), "peer": timing.Timing((6.0,))}
-    ours, peer = timing.records("room", "work", "shape", "unit", 1, timings, amount=amount, against={"ours": ("peer", "absent")}, bound=("bound", 1.0))
-    assert (ours["median"], peer["median"]) == medians and ours["ratios"] == ratios and set(peer["ratios"]) == {"bound"}
-
-
-RESULT = {"room": "gptq", "work": "solve", "contender": "mrgptq", "shape": "4 × 4", "unit": "s", "median": 0.25, "low": 0.2, "high": 0.3, "threads": 1, "ratios": {"peer": 2.0, "bound": 0.5}}
-MACHINE = {"caches": {"L2": "1024K"}, "blas": [], "packages": {"numpy": "2", "torch": None}, "cores": 2, "cpu": "A", "hypervisor": True, "flags": ["fma"], "governor": None, "revision": "abc", "python": "3",
-           "build": {"version": "1", "isa": "v3", "compiler": "GNU"}}  # fmt: skip
-
-
-def test_tables_are_written_from_results(tmp_path):
-    peer = RESULT | {"contender": "peer", "median": None, "note": "peer is not installed"}
-    result = {"command": "python bench/run.py", "machine": MACHINE, "quick": False, "rows": [RESULT, RESULT | {"threads": 2, "median": 0.125}, {key: value for key, value in peer.items() if key != "ratios"}]}
-    (tmp_path / "a.json").write_text(json.dumps(result))
-    page = tmp_path / "README.md"
-    marks = re.findall(r"^<!-- .*results.* -->$", (ROOT / "bench" / "README.md").read_text(), re.MULTILINE)
-    page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
-    command = [sys.executable, str(ROOT / "bench" / "tables.py"), str(tmp_path / "a.json"), "--readme", str(page)]
-    subprocess.run(command, check=True)
-    written = page.read_text()
-    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
-    assert "| solve | 4 × 4 | mrgptq | s | 0.25 (0.2–0.3) | 2.00 peer, 0.50 bound | 0.125 (0.2–0.3) | 2.00 peer, 0.50 bound |" in written
-    assert "| peer | s | – | peer is not installed | – |  |" in written and "revision abc" in written and "torch not installed" in written
-    subprocess.run(command, check=True)
-    assert page.read_text() == written  # written again, it is the same page
-    # Another file has the room for 2 threads and a room of its own: rows of 1 thread stay, and each file's command is said.
-    later = result | {"command": "python bench/run.py --threads 2", "rows": [RESULT | {"threads": 2, "median": 0.1}, RESULT | {"room": "codecs", "threads": 2}]}
-    (tmp_path / "b.json").write_text(json.dumps(later))
-    subprocess.run([*command[:3], str(tmp_path / "b.json"), *command[3:]], check=True)
-    merged = page.read_text()
-    assert "| solve | 4 × 4 | mrgptq | s | 0.25 (0.2–0.3) | 2.00 peer, 0.50 bound | 0.1 (0.2–0.3) | 2.00 peer, 0.50 bound |" in merged
-    assert merged.index("`python bench/run.py`:") < merged.index("`python bench/run.py --threads 2`:") < merged.index("**gptq**") < merged.rindex("`python bench/run.py --threads 2`:") < merged.index("**codecs**")
-    page.write_text(written)
-    (tmp_path / "a.json").write_text(json.dumps(result | {"quick": True}))
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 1 and "measures nothing" in refused.stderr and page.read_text() == written
