@@ -75,6 +75,28 @@ void hadamard(benchmark::State& state) {
     count_elements(state);
 }
 
+void dense_rotation(benchmark::State& state) {
+    Matrix m;
+    const Index k = state.range(0);
+    const Rotation rotation({m.values.data(), k, k, k});
+    for (auto _ : state) rotate_columns(m.in(), rotation, m.to(), 1);
+    count_elements(state);
+    state.counters["FLOP/s"] = benchmark::Counter(2.0 * rows * cols * static_cast<double>(k), benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void largest_magnitude(benchmark::State& state) {
+    const Matrix m;
+    for (auto _ : state) benchmark::DoNotOptimize(amax(m.in(), 1));
+    count_elements(state);
+}
+
+void round_values(benchmark::State& state, const std::string& format) {
+    Matrix m;
+    const float g = divisor(format, m);
+    for (auto _ : state) round_to_grid(format, {}, m.in(), g, m.to(), 1);
+    count_elements(state);
+}
+
 void encode_e2m1(benchmark::State& state) {
     const Matrix m;
     std::vector<std::uint8_t> codes(rows * cols);
@@ -143,10 +165,16 @@ BENCHMARK_CAPTURE(find_scales_by, mxfp4_even, "mxfp4", ScaleSearch::absmax);
 BENCHMARK_CAPTURE(find_scales_by, nvfp4_absmax, "nvfp4", ScaleSearch::absmax);
 BENCHMARK_CAPTURE(find_scales_by, mxfp4_mse, "mxfp4", ScaleSearch::mse);
 BENCHMARK_CAPTURE(find_scales_by, nvfp4_mse, "nvfp4", ScaleSearch::mse);
+BENCHMARK_CAPTURE(find_scales_by, mxfp4_fpquant_mse, "mxfp4", ScaleSearch::fpquant_mse);
+BENCHMARK_CAPTURE(find_scales_by, nvfp4_fpquant_mse, "nvfp4", ScaleSearch::fpquant_mse);
+BENCHMARK(largest_magnitude);
 BENCHMARK_CAPTURE(encode_codes, mxfp4, "mxfp4");
 BENCHMARK_CAPTURE(encode_codes, nvfp4, "nvfp4");
 BENCHMARK_CAPTURE(decode_codes, mxfp4, "mxfp4");
 BENCHMARK_CAPTURE(decode_codes, nvfp4, "nvfp4");
+BENCHMARK_CAPTURE(round_values, mxfp4, "mxfp4");
+BENCHMARK_CAPTURE(round_values, nvfp4, "nvfp4");
+BENCHMARK(dense_rotation)->Arg(16)->Arg(32)->Arg(128);
 BENCHMARK(hadamard)->Arg(16)->Arg(32)->Arg(128);
 BENCHMARK_CAPTURE(rotate_and_quantize, mxfp4, "mxfp4")->Arg(32)->Arg(128);
 BENCHMARK_CAPTURE(rotate_and_quantize, nvfp4, "nvfp4")->Arg(16)->Arg(128);
