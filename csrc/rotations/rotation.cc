@@ -27,14 +27,18 @@ Words multiply_blocks(const float* x, const float* t, Index k, Index stride, flo
         for (Index i = 0; i < k; ++i)
             for (int b = 0; b < count; ++b)
                 for (int v = 0; v < across; ++v) sum[b][v] += splat(x[b * k + i]) * load(t + i * stride + first + v * lanes);
-        for (int b = 0; b < count; ++b) {
-            float values[width];
+        for (int b = 0; b < count; ++b)
             for (int v = 0; v < across; ++v) {
                 largest = max(largest, magnitude_bits(sum[b][v]));
-                store(values + v * lanes, sum[b][v]);
+                const Index place = first + v * lanes;
+                if (place + lanes <= k) {  // a copy of so many numbers compilers make a call of, or a slow instruction
+                    store(out + b * k + place, sum[b][v]);
+                } else if (place < k) {
+                    float values[lanes];
+                    store(values, sum[b][v]);
+                    std::copy_n(values, k - place, out + b * k + place);
+                }
             }
-            std::copy_n(values, std::min(width, k - first), out + b * k + first);
-        }
     }
     return largest;
 }
