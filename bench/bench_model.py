@@ -19,6 +19,7 @@ from unittest import mock
 
 import mrgptq as mg
 from mrgptq import hf, jobs
+from mrgptq.plan import make_plan
 from mrgptq.display import align, format_bytes
 
 SMALL_MODEL = Path(__file__).parents[1] / "examples" / "models" / "leaf"
@@ -39,6 +40,8 @@ PHASES = (  # (phase, where the function is looked up, its name)
     ("factors", calibrate, "make_factor"),
     ("solves and reports", calibrate, "quantize_layer"),
     ("values back into the model", mg.QuantizedMatrix, "dequantize"),
+    ("writing", jobs, "write_matrices"),
+    ("writing", jobs, "write_part"),
     ("writing", jobs, "save"),
 )
 NAMES = tuple(dict.fromkeys(phase for phase, _, _ in PHASES))
@@ -81,7 +84,7 @@ def resident(field):
 
 def run(args, recipe, calibration, out):
     """One run: seconds by phase, all of it, bytes at most and as planned."""
-    watch, plan = Stopwatch(), jobs.make_plan(args.model, out, recipe, tokens=args.tokens)
+    watch, plan = Stopwatch(), make_plan(args.model, out, recipe, tokens=args.tokens)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, start = resident("VmRSS"), time.perf_counter()
     with ExitStack() as patches:
@@ -124,7 +127,7 @@ def main():
         print(f"{name} …", file=sys.stderr, flush=True)
         recipe = mg.Recipe.named(name, args.format)
         with tempfile.TemporaryDirectory() as folder:
-            jobs.quantize_checkpoint(jobs.make_plan(SMALL_MODEL, Path(folder, "small"), recipe, tokens=512), calibration, threads=args.threads)  # brings in what is imported late
+            jobs.quantize_checkpoint(make_plan(SMALL_MODEL, Path(folder, "small"), recipe, tokens=512), calibration, threads=args.threads)  # brings in what is imported late
             results[name] = run(args, recipe, calibration, Path(folder, "out"))
     lines = [("phase", *results), *((phase, *(f"{result['seconds'][phase]:.1f} s" for result in results.values())) for phase in (*NAMES, "the rest"))]
     lines.append(("all", *(f"{result['total']:.1f} s" for result in results.values())))

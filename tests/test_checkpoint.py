@@ -195,7 +195,8 @@ def test_card_and_record(saved):
     matrix = tensors[f"{Q}.weight"]
     assert kind.dialect in card and kind.format.upper() in card and repr(matrix.recipe) in card
     assert record["dialect"] == kind.dialect and mg.Recipe.from_dict(record["recipe"]) == matrix.recipe
-    assert record["layers"] == {name: tensors[f"{name}.weight"].report.as_dict() for name in SHAPES}
+    # all but the seconds, so that the same run gives the same bytes
+    assert record["layers"] == {name: {key: value for key, value in tensors[f"{name}.weight"].report.as_dict().items() if key != "seconds"} for name in SHAPES}
     for name in SHAPES:  # {steps from absmax: groups}: plain rounding has absmax's own
         assert record["layers"][name]["scale_offsets"] == {"0": SHAPES[name][0] * SHAPES[name][1] // GROUP[kind.format]} and record["layers"][name]["damped_errors"] == []
     if kind.dialect == "mrgptq":

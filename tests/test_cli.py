@@ -273,14 +273,20 @@ def test_a_refusal_is_status_1_and_one_sentence_on_stderr_and_nothing_is_left(ca
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_interrupt_leaves_nothing(run, leaf_folder, tmp_path, monkeypatch):
+def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(run, leaf_folder, tmp_path, monkeypatch):
     def stop(self, stage, done, total):
         if done == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli._Progress, "__call__", stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Progress, "__call__", stop)
+        status, out, err = run("quantize", leaf_folder, tmp_path / "out", "--recipe", "rtn")
+    kept = tmp_path / ".out.partial"
+    assert (status, out) == (130, "") and f"interrupted; what is done is kept in {kept}: the same command goes on from there" in err and list(tmp_path.iterdir()) == [kept]
+    status, out, err = run("quantize", leaf_folder, tmp_path / "out", "--recipe", "rtn", "--format", "mxfp4")
+    assert (status, out) == (1, "") and f'{kept} was begun by a run with recipe.format "nvfp4"; this one has "mxfp4"' in err
     status, out, err = run("quantize", leaf_folder, tmp_path / "out", "--recipe", "rtn")
-    assert (status, out) == (130, "") and "interrupted; nothing was written" in err and list(tmp_path.iterdir()) == []
+    assert status == 0 and "28 layers" in out and list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["quantize"], ["quantize", "a"], ["quantize", "a", "b", "--format", "int4"], ["quantize", "a", "b", "--recipe", "better"], ["quantize", "a", "b", "--cross", "much"], ["quantize", "a", "b", "--tokens", "0"], ["quantize", "a", "b", "--tokens", "1e400"], ["quantize", "a", "b", "--tokens", "1.5"], ["quantize", "a", "b", "--dialect", "gguf"], ["quantize", "a", "b", "--unknown"], ["evaluate", "a"], ["generate", "a"], ["generate", "a", "b", "--tokens", "0"], ["inspect"]])

@@ -16,7 +16,8 @@ import safetensors.numpy
 import safetensors.torch
 
 import mrgptq as mg
-from mrgptq.jobs import make_plan, needs_calibration, quantize_checkpoint, with_rotation
+from mrgptq.jobs import quantize_checkpoint
+from mrgptq.plan import make_plan, needs_calibration, with_rotation
 
 SHAPES = {"self_attn.q_proj": (32, 64), "self_attn.k_proj": (16, 64), "self_attn.v_proj": (16, 64), "self_attn.o_proj": (64, 32), "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
 RTN = {format: mg.Recipe.named("rtn", format) for format in mg.FORMATS}
@@ -43,6 +44,11 @@ def listing(path):
     return sorted(p.name for p in path.iterdir())
 
 
+def contents(path):
+    """{name: bytes} of a folder's files."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
 def stored(path):
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in safetensors.torch.load_file(file).items()}
 
@@ -57,7 +63,7 @@ def test_the_plan_says_what_is_written(dialect, format, activations, rotation, s
     assert plan.shapes == {f"model.layers.{i}.{leaf}": shape for i in range(2) for leaf, shape in SHAPES.items()}
     assert plan.bytes_in == sum(tensor.nbytes for tensor in stored(folder).values())
     calls = []
-    reports = quantize_checkpoint(plan, progress=lambda *state: calls.append(state), max_shard_bytes=shard_bytes)
+    reports = quantize_checkpoint(plan, progress=lambda *state: calls.append(state))
     assert calls == [("quantise", i + 1, 14) for i in range(14)]
     written = stored(tmp_path / "out")
     small = {"fp_quant": 4 + 4 + 2 * 2 * 32**2, "compressed-tensors": 4 * (format == "nvfp4") + (2 * rotation**2 if rotation else 0)}[dialect]
@@ -170,41 +176,61 @@ def test_a_weight_that_cannot_be_quantised_is_named_and_nothing_is_left(dtype, f
 
 
 def test_no_room_for_the_result_is_refused_at_once(folder, tmp_path, monkeypatch):
+    """The layers as they are done, and then the checkpoint of them."""
     plan = make_plan(folder, tmp_path / "out", RTN["nvfp4"])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, plan.bytes_out - 1))
+    needed = plan.bytes_out + plan.parts_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, needed - 1))
     started = []
-    with pytest.raises(OSError, match=f"needs {plan.bytes_out} bytes") as refusal:
+    with pytest.raises(OSError, match=f"needs {needed} bytes while it is made, {plan.bytes_out} of them in the end") as refusal:
         quantize_checkpoint(plan, progress=lambda *state: started.append(state))
     assert refusal.value.errno == errno.ENOSPC and not started and listing(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("calls", range(6))
-def test_a_disk_that_fills_up_midway_leaves_nothing(calls, folder, tmp_path, monkeypatch):
-    """fsync is where a filesystem that allocates late says so: for the shards, the index and each side file in turn."""
-    real, count = os.fsync, [0]
+@pytest.mark.parametrize("calls", range(0, 30, 2))
+def test_a_disk_that_fills_up_midway_leaves_nothing_like_a_result_and_the_same_call_goes_on(calls, folder, tmp_path, monkeypatch):
+    """fsync is where a filesystem that allocates late says so: for the manifest, each layer and its folder, the shards, the index and each side file in turn. How many there are is counted first."""
+    real, count = os.fsync, [0, 10**9]
 
     def fsync(descriptor):
         count[0] += 1
-        if count[0] > calls:
+        if count[0] > count[1]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="could not write .*out.*No space left") as refusal:
-        quantize_checkpoint(make_plan(folder, tmp_path / "out", RTN["nvfp4"]), max_shard_bytes=20_000)
-    assert refusal.value.errno == errno.ENOSPC and count[0] == calls + 1 and listing(tmp_path) == ["model"]
+    plan = make_plan(folder, tmp_path / "whole", RTN["nvfp4"], max_shard_bytes=20_000)
+    quantize_checkpoint(plan)
+    assert count[0] == 30
+    count[:] = 0, min(calls, count[0] - 2)  # the last is the outer folder's, after the result has its name
+    plan = make_plan(folder, tmp_path / "out", RTN["nvfp4"], max_shard_bytes=20_000)
+    with pytest.raises(OSError, match="could not write .*No space left") as refusal:
+        quantize_checkpoint(plan)
+    assert refusal.value.errno == errno.ENOSPC and set(listing(tmp_path)) <= {".out.partial", "model", "whole"}
+    count[1] = 10**9
+    quantize_checkpoint(plan)
+    assert listing(tmp_path) == ["model", "out", "whole"] and contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
-def test_a_run_that_is_cut_short_leaves_nothing(error, folder, tmp_path):
+@pytest.mark.parametrize("at", [1, 9])
+def test_a_run_that_is_cut_short_keeps_what_is_done(at, error, folder, tmp_path, caplog):
+    quantize_checkpoint(make_plan(folder, tmp_path / "whole", RTN["mxfp4"], max_shard_bytes=10_000))
+
     def progress(stage, done, total):
-        if done == 9:
-            assert len(listing(tmp_path)) == 2  # the folder under way is there, hidden
+        if done == at:
+            assert listing(tmp_path) == [".out.partial", "model", "whole"]
             raise error("stop")
 
+    plan = make_plan(folder, tmp_path / "out", RTN["mxfp4"], max_shard_bytes=10_000)
     with pytest.raises(error, match="stop"):
-        quantize_checkpoint(make_plan(folder, tmp_path / "out", RTN["mxfp4"]), progress=progress, max_shard_bytes=10_000)
-    assert listing(tmp_path) == ["model"]
+        quantize_checkpoint(plan, progress=progress)
+    assert listing(tmp_path) == [".out.partial", "model", "whole"]
+    calls = []
+    quantize_checkpoint(plan, progress=lambda *state: calls.append(state))
+    assert calls == [("quantise", i + 1, 14) for i in range(14)]
+    done = {1: 1, 9: 10}[at]  # down alone is the first part; the ninth layer and the tenth are one
+    assert any(f"{done} of 14 layers are done" in record.getMessage() for record in caplog.records), caplog.records
+    assert listing(tmp_path) == ["model", "out", "whole"] and contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_with_rotation():
@@ -216,7 +242,8 @@ def test_with_rotation():
 MEASURE = """
 import sys, threading, time
 import mrgptq as mg
-from mrgptq.jobs import make_plan, quantize_checkpoint
+from mrgptq.jobs import quantize_checkpoint
+from mrgptq.plan import make_plan
 
 def used():
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -236,7 +263,7 @@ print(plan.memory_bytes, max(seen) - before)
 """
 
 
-@pytest.mark.parametrize(("format", "layers", "rows", "cols"), [("nvfp4", 28, 1024, 2048), ("mxfp4", 2, 4096, 2048)])
+@pytest.mark.parametrize(("format", "layers", "rows", "cols"), [("nvfp4", 2, 4096, 2048), ("mxfp4", 3, 4096, 2048)])
 def test_expected_memory_is_a_bound_and_not_twice_too_high(format, layers, rows, cols, tmp_path):
     """Against the anonymous memory of a process that does the run (the mapped model is the page cache's and can be dropped). Sampling may miss the very peak, so it is only bounded from above by the
     plan and by a few MB for what Python itself allocates, and from below by half."""
@@ -253,10 +280,12 @@ def test_a_damping_that_had_to_rise_is_said(leaf_folder, calibration_text, tmp_p
     """An indefinite moment, as rounding could leave one, instead of the gradients' own."""
 
     def indefinite(model, inputs, modules, **_):
-        moments = {name: np.eye(model.get_submodule(name).out_features) for name in modules}
-        for moment in moments.values():
+        moments = {}
+        for name in modules:
+            moment = np.eye(model.get_submodule(name).out_features)
             half = len(moment) // 2
             moment[:half, half:] = moment[half:, :half] = 1.3 * np.eye(half)  # eigenvalues -0.3
+            moments[name] = mg.Hessian.from_state(moment[np.tril_indices(len(moment))], np.empty((0, len(moment)), np.float32), 1)
         return moments
 
     monkeypatch.setattr(importlib.import_module("mrgptq.hf.calibrate"), "collect_output_hessians", indefinite)  # by its path: the package gives the name to the function

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import mrgptq as mg
 from mrgptq.checkpoint import compressed_tensors
-from mrgptq.jobs import make_plan, quantize_checkpoint, with_rotation
+from mrgptq.jobs import quantize_checkpoint
+from mrgptq.plan import make_plan, with_rotation
 
 SCHEMES = [(format, activations, rotation) for format, k in (("nvfp4", 16), ("mxfp4", 32)) for activations in (None, format) for rotation in (None, k)]
 

@@ -37,14 +37,16 @@ def test_moments_weights_and_layer_rows_are_the_layers_own(model_and_inputs):
         model(input_ids=inputs)
     for handle in handles:
         handle.remove()
-    hessians, weights = hf.collect_hessians(model, inputs, NAMES, batch_windows=2), hf.layer_weights(model, NAMES)
+    progress = []
+    hessians, weights = hf.collect_hessians(model, inputs, NAMES, batch_windows=2, progress=lambda *state: progress.append(state)), hf.layer_weights(model, NAMES)
+    assert progress[-1] == (len(inputs), len(inputs))
     for name in NAMES:
         x = seen[name]
         assert np.array_equal(weights[name], model.get_submodule(name).weight.detach().numpy())
         # batches of other sizes change the inputs' last bits, panels are summed in float32: 256 units of 2^-24 each way are ample
-        assert np.abs(hessians[name] - x.T @ x / len(x)).max() <= 512 * 2.0**-24 * np.abs(x).max() ** 2, name
+        assert np.abs(hessians[name].matrix - x.T @ x / len(x)).max() <= 512 * 2.0**-24 * np.abs(x).max() ** 2, name
     recipe = mg.Recipe("mxfp4", rotation=32, scales="gptq", order="group", rounds=1)
-    other = {name: h + np.diag(h.diagonal()) for name, h in hessians.items()}
+    other = {name: h.matrix + np.diag(h.matrix.diagonal()) for name, h in hessians.items()}
     (row,) = compare_layers(weights, hessians, other, [("mine", recipe)])
     matrices = {name: mg.quantize_layer(weights[name], hessians[name], recipe) for name in NAMES}
     assert row.relative_error == pytest.approx(np.mean([q.report.relative_error for q in matrices.values()]), rel=1e-12)

@@ -7,7 +7,8 @@ import pytest
 
 import mrgptq as mg
 from mrgptq import reference
-from mrgptq.jobs import make_plan, quantize_checkpoint
+from mrgptq.jobs import quantize_checkpoint
+from mrgptq.plan import make_plan
 from scales_by_hand import AWKWARD, squares
 
 

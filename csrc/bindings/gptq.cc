@@ -25,6 +25,20 @@ void register_gptq(py::module_& module) {
                  without_gil([&] { self.update(in, threads); });
              })
         .def("merge", [](Hessian& self, const Hessian& other, int threads) { without_gil([&] { self.merge(other, threads); }); })
+        .def(py::init([](const py::array& sum, const py::array& open, Index tokens) {
+            const auto in_sum = view<double>(sum);
+            const auto in_open = view<float>(open);
+            return without_gil([&] { return std::make_unique<Hessian>(in_sum, in_open, tokens); });
+        }))
+        .def("state",
+             [](const Hessian& self) {
+                 auto sum = matrix<double>(1, self.cols() * (self.cols() + 1) / 2);
+                 auto open = matrix<float>(self.open_tokens(), self.cols());
+                 const auto to_sum = writable<double>(sum);
+                 const auto to_open = writable<float>(open);
+                 without_gil([&] { self.state(to_sum, to_open); });
+                 return py::make_tuple(sum, open);
+             })
         .def("matrix",
              [](const Hessian& self, py::array& out, int threads) {
                  const auto to = writable<double>(out);

@@ -190,6 +190,24 @@ void Hessian::merge(const Hessian& other, int threads) {
     tokens_ += other.tokens();
 }
 
+void Hessian::state(MatrixView<double> sum, MatrixView<float> open) const {
+    const std::lock_guard lock(mutex_);
+    check(sum.rows == 1 && sum.cols == cols_ * (cols_ + 1) / 2 && open.cols == cols_ && open.rows == panel_tokens_, "hessian state: the sum or the open panel has another shape");
+    std::fill_n(sum.data, sum.cols, 0.0);
+    for (Index r = 0; r < cols_ && !sum_.empty(); ++r) std::copy_n(sum_.data() + r * cols_, r + 1, sum.data + r * (r + 1) / 2);
+    for (Index t = 0; t < open.rows; ++t)
+        for (Index c = 0; c < cols_; ++c) open.row(t)[c] = panel_.data()[c / lanes * lanes * panel_tokens + t * lanes + c % lanes];
+}
+
+Hessian::Hessian(MatrixView<const double> sum, MatrixView<const float> open, Index tokens) : Hessian(open.cols) {
+    check(sum.rows == 1 && sum.cols == cols_ * (cols_ + 1) / 2, "a sum of " + std::to_string(sum.cols) + " numbers is not the lower triangle of " + std::to_string(cols_) + " columns");
+    check(open.rows < panel_tokens && open.rows <= tokens, "an open panel of " + std::to_string(open.rows) + " tokens does not fit " + std::to_string(tokens) + " in all");
+    update(open, 1);
+    if (tokens > open.rows) make_room();
+    for (Index r = 0; r < cols_ && tokens > open.rows; ++r) std::copy_n(sum.data + r * (r + 1) / 2, r + 1, sum_.data() + r * cols_);
+    tokens_ = tokens;
+}
+
 void Hessian::matrix(MatrixView<double> out, int threads) const {
     check(out.rows == cols_ && out.cols == cols_, "hessian matrix: out has another shape");
     const std::lock_guard lock(mutex_);

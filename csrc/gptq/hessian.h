@@ -25,11 +25,18 @@ public:
     // Adds another stream's sum behind this one's. Merging is associative up to float64 rounding; equal merges in equal order give equal bytes.
     void merge(const Hessian& other, int threads);
 
+    // What update() and merge() have made of it: the sum over what is no panel under way, its lower triangle row by row, cols (cols + 1) / 2 numbers in one row, and the tokens of the panel under way.
+    void state(MatrixView<double> sum, MatrixView<float> open) const;
+
+    // One in that state, after so many tokens in all. Takes up where the other was: the same tokens later give the same bytes.
+    Hessian(MatrixView<const double> sum, MatrixView<const float> open, Index tokens);
+
     // Writes H, both triangles, (cols, cols). All zero where no token was seen.
     void matrix(MatrixView<double> out, int threads) const;
 
     Index cols() const noexcept { return cols_; }
     Index tokens() const noexcept { return tokens_; }
+    Index open_tokens() const noexcept { return panel_tokens_; }
 
 private:
     MatrixView<double> view() noexcept { return {sum_.data(), cols_, cols_, cols_}; }
@@ -41,7 +48,7 @@ private:
     std::atomic<Index> tokens_ = 0;
     std::vector<double> sum_;    // (cols, cols) row-major, lower triangle; empty until there is something in it
     Buffer<float> panel_;        // the panel under way, (256, 32) for each 32 columns, zero behind the last token
-    Index panel_tokens_ = 0;
+    std::atomic<Index> panel_tokens_ = 0;
 };
 
 }  // namespace mrgptq

@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 from . import _core
 from .activations import quantize_activations, round_activations
 from .arrays import default_threads as _default_threads
-from .checkpoint import load, save
+from .checkpoint import load, load_hessians, merge_hessians, save, save_hessians
 from .checkpoint.stored_tensor import StoredTensor
 from .codecs import alternating_tensor_scale, nvfp4_tensor_scale, quantize
 from .formats import FORMATS, MX_RULES
@@ -28,5 +28,5 @@ def build_info() -> dict[str, object]:
 
 __all__ = [
     "FORMATS", "MX_RULES", "Activations", "Dense", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "PrepackedMatrix", "QuantizedMatrix", "Recipe", "StoredTensor", "alternating_tensor_scale", "build_info",
-    "from_blocked", "load", "make_factor", "matmul", "nvfp4_tensor_scale", "pack", "prepack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "shared_tensor_scale", "to_blocked", "unpack",
+    "from_blocked", "load", "load_hessians", "make_factor", "matmul", "merge_hessians", "nvfp4_tensor_scale", "pack", "prepack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "save_hessians", "shared_tensor_scale", "to_blocked", "unpack",
 ]

@@ -14,12 +14,14 @@ import numpy as np
 
 from . import __version__
 from .checkpoint import DIALECTS, dialect_named, load
+from .checkpoint.partial_run import folder_of
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
 from .checkpoint.scheme import Scheme, common_scheme
 from .display import align, format_bytes
 from .formats import FORMATS, decode_e4m3
-from .jobs import make_plan, quantize_checkpoint, with_rotation
+from .jobs import quantize_checkpoint
 from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS
+from .plan import make_plan, with_rotation
 from .recipe import NAMES, Recipe
 from .result import QuantizedMatrix
 
@@ -196,7 +198,7 @@ def _quantize(args: argparse.Namespace) -> None:
     print(plan, file=sys.stderr)
     progress = _Progress()
     try:
-        reports = quantize_checkpoint(plan, text, device=args.device, threads=args.threads, progress=progress, max_shard_bytes=args.max_shard_bytes)
+        reports = quantize_checkpoint(plan, text, device=args.device, threads=args.threads, progress=progress)
     finally:
         progress.close()
     errors = [report.relative_error for report in reports.values() if report.relative_error is not None]
@@ -321,11 +323,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails again
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         print(f"mrgptq: {error}", file=sys.stderr)
+        if (kept := _kept(args)) and str(kept) not in str(error):
+            print(f"mrgptq: what is done is kept in {kept}: the same command goes on from there", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("mrgptq: interrupted" + ("; nothing was written" if args.command == "quantize" else ""), file=sys.stderr)
+        kept = _kept(args)
+        left = f"; what is done is kept in {kept}: the same command goes on from there" if kept else "; nothing was written" if args.command == "quantize" else ""
+        print(f"mrgptq: interrupted{left}", file=sys.stderr)
         return 130
     return 0
+
+
+def _kept(args: argparse.Namespace) -> Path | None:
+    """The folder from which a run that was cut short can go on; None where there is none."""
+    folder = folder_of(args.out) if args.command == "quantize" else None
+    return folder if folder and folder.is_dir() else None
 
 
 if __name__ == "__main__":

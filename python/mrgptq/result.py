@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,12 @@ class LayerReport(Shown):
         """Plain values by name as JSON has them: lists for tuples, strings for the offsets."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return values | {"damped_errors": list(self.damped_errors), "scale_offsets": {str(steps): count for steps, count in self.scale_offsets.items()}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`as_dict`; ``seconds``, which a checkpoint's record leaves out, are then 0."""
+        offsets = {int(steps): count for steps, count in values.get("scale_offsets", {}).items()}
+        return cls(**{**values, "damped_errors": tuple(values.get("damped_errors", ())), "scale_offsets": offsets})
 
     def _title(self) -> str:
         return f"{self.method}, {self.format}, {self.rows} x {self.cols}"

@@ -15,6 +15,7 @@ from ..recipe import Recipe
 from ..result import LayerReport, QuantizedMatrix
 from . import compressed_tensors, fp_quant, own
 from .card import RECORD_NAME, model_card
+from .hessians import load_hessians, merge_hessians, save_hessians
 from .reader import CheckpointReader
 from .scheme import Scheme, common_scheme
 from .stored_tensor import StoredTensor
@@ -39,6 +40,7 @@ def save(
     side_files: Iterable[str | os.PathLike[str]] = (),
     max_shard_bytes: int = 5_000_000_000,
     expected_bytes: int | None = None,
+    build_in: Path | None = None,
 ) -> None:
     """Write a checkpoint folder: weights, config.json, model card, record of the run. It appears whole or not at all.
 
@@ -52,6 +54,7 @@ def save(
     side_files : paths of small files to copy beside it, such as the tokenizer's.
     max_shard_bytes : a file is closed before it grows beyond that.
     expected_bytes : refuse at once if the filesystem has less room.
+    build_in : a folder on the same filesystem to build it in, which must not exist; None is a hidden one beside ``path``.
 
     Raises
     ------
@@ -63,7 +66,7 @@ def save(
         target.check(common_scheme(_quantized(tensors)))
     kept: list[tuple[str, tuple[int, ...]]] = []
     quantised: _Quantised = {}
-    with CheckpointWriter(path, max_shard_bytes) as writer:
+    with CheckpointWriter(path, max_shard_bytes, build_in) as writer:
         if expected_bytes is not None:
             writer.expect(expected_bytes)
         for name, value in pairs:
@@ -84,9 +87,15 @@ def save(
         recipe = next(iter(quantised.values()))[1]
         writer.write_json("config.json", {**target.model_config(config or {}), "quantization_config": target.config(scheme, ignore)})
         writer.write_json(RECORD_NAME, _record(quantised, recipe, dialect))
-        writer.write_text("README.md", model_card(scheme, dialect, target.loaders(scheme), recipe, Path(path).name))
+        writer.write_text("README.md", model_card(scheme, dialect, target.loaders(scheme), recipe, _title(config or {})))
         for file in side_files:
             writer.copy(file)
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    """What a model card calls the model: its architecture, not the folder's name, so that the same run gives the same bytes anywhere."""
+    architectures = config.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else str(config.get("model_type", "Model"))
 
 
 def _quantized(tensors: Mapping[str, Any]) -> dict[str, QuantizedMatrix]:
@@ -109,7 +118,8 @@ def _unquantised_linears(kept: list[tuple[str, tuple[int, ...]]]) -> list[str]:
 
 
 def _record(quantised: _Quantised, recipe: Recipe | None, dialect: str) -> dict[str, Any]:
-    layers = {module: report.as_dict() for module, (_, _, report) in quantised.items() if report is not None}
+    # Without the seconds, which no two runs share: the same run gives the same bytes.
+    layers = {module: {name: value for name, value in report.as_dict().items() if name != "seconds"} for module, (_, _, report) in quantised.items() if report is not None}
     return {"mrgptq": version("mrgptq"), "dialect": dialect, "recipe": recipe.as_dict() if recipe is not None else None, "layers": layers}
 
 

@@ -83,7 +83,13 @@ class CheckpointReader:
     def config(self) -> dict[str, Any]:
         """config.json as a dict, empty where there is none."""
         path = self.folder / "config.json"
-        return _read_json_object(path) if path.exists() else {}
+        return read_json_object(path) if path.exists() else {}
+
+    def files(self) -> list[Path]:
+        """All that a conversion reads: config.json, the weights with their index, the side files."""
+        weights = {self.folder / name for name in self._shard_of.values()}
+        extra = [path for path in (self.folder / "config.json", self.folder / _INDEX) if path.is_file()]
+        return sorted({*weights, *extra, *self.side_files()})
 
     def side_files(self) -> list[Path]:
         """The small files a user wants beside a converted checkpoint, sorted: tokenizer, generation settings, templates, licence.
@@ -151,7 +157,7 @@ def _find_weights(folder: Path) -> Path:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The index's map of tensor to shard, every shard a file beside the index."""
-    weight_map = _read_json_object(path).get("weight_map")
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{path} has weight_map {short_repr(weight_map)}; it must be an object that maps tensors to file names")
     missing: dict[str, bool] = {}
@@ -168,7 +174,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A file that must be one JSON object, of at most 64 MB; ValueError names it."""
     size_bytes = path.stat().st_size
     if size_bytes > _MAX_TEXT_BYTES:
         raise ValueError(f"{path} has {size_bytes} bytes; at most {_MAX_TEXT_BYTES} are read")

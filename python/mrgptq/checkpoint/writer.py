@@ -22,8 +22,8 @@ class CheckpointWriter:
             writer.add("lm_head.weight", weight)
             writer.write_json("config.json", config)
 
-    Everything goes to a hidden folder ``.out.partial-*`` beside ``out``, which is synced and renamed when the block ends, and removed when
-    it raises. One shard becomes ``model.safetensors``; more become ``model-00001-of-0000N.safetensors`` and an index.
+    Everything goes to a hidden folder ``.out.partial-*`` beside ``out``, or to ``build_in``, which is synced and renamed when the block ends, and removed
+    when it raises. One shard becomes ``model.safetensors``; more become ``model-00001-of-0000N.safetensors`` and an index.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class CheckpointWriter:
     ValueError : a limit, tensor or name that makes no sense; no tensor at all.
     """
 
-    def __init__(self, path: str | os.PathLike[str], max_shard_bytes: int = 5_000_000_000) -> None:
+    def __init__(self, path: str | os.PathLike[str], max_shard_bytes: int = 5_000_000_000, build_in: Path | None = None) -> None:
         self.path = Path(path).absolute()
         if max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes is {max_shard_bytes}; a shard needs at least 1 byte")
@@ -51,7 +51,7 @@ class CheckpointWriter:
             raise NotADirectoryError(f"{self.path} cannot be made: {parent} is not a folder")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(f"{self.path} cannot be made: the folder {parent} is not writable")
-        self._partial = self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
+        self._partial = build_in or self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
         self._in_block = False
         self._pending: dict[str, StoredTensor] = {}  # the shard that is not written yet
         self._pending_bytes = 0
@@ -135,11 +135,11 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             with new_file(self._partial / "model.safetensors.index.json") as file:
                 file.write((json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
-        _sync_folder(self._partial)
+        sync_folder(self._partial)
         # rename() would replace an empty folder that somebody made meanwhile; everything else it refuses by itself.
         self._refuse_existing()
         os.rename(self._partial, self.path)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def _require_block(self) -> None:
         if not self._in_block:
@@ -155,10 +155,12 @@ def _unnumbered(i: int) -> str:
     return f"shard-{i}.safetensors"
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Put a folder's entries on the disk, as fsync of a file does with its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write the folder {path}: {error.strerror or error}") from error
     finally:
         os.close(descriptor)

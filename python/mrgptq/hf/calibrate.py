@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -26,13 +26,40 @@ from .fisher import collect_output_hessians
 from .model import decoder_blocks
 
 
+class Ledger(Protocol):
+    """Where a run keeps what it has done, so that another can go on from there."""
+
+    def matrix(self, module: str) -> QuantizedMatrix | None:
+        """The module as an earlier run quantised it."""
+
+    def state(self) -> tuple[int, dict[str, NDArray[Any]]] | None:
+        """The last of :meth:`keep_state`."""
+
+    def keep_state(self, blocks: int, hidden: dict[str, NDArray[Any]]) -> None:
+        """So many blocks are done, and the next one's inputs are these."""
+
+    def output_hessians(self, first_block: int) -> dict[str, Hessian] | None:
+        """What the backward pass before that block gave."""
+
+    def keep_output_hessians(self, first_block: int, hessians: dict[str, Hessian]) -> None:
+        """The same to be kept."""
+
+
 class _FirstBlockReached(Exception):
     """Stops a forward pass once the first block's inputs are known."""
 
 
 @torch.no_grad()
 def calibrate(
-    model: Any, inputs: torch.Tensor, recipe: Recipe, modules: Sequence[str], *, batch_windows: int = 8, threads: int | None = None, progress: Callable[[str, int, int], None] | None = None
+    model: Any,
+    inputs: torch.Tensor,
+    recipe: Recipe,
+    modules: Sequence[str],
+    *,
+    batch_windows: int = 8,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    ledger: Ledger | None = None,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise a decoder's linear layers in order, and the model with them.
 
@@ -50,10 +77,11 @@ def calibrate(
     modules : names of the linear modules to quantise, all of them inside the decoder's blocks.
     batch_windows : windows in one forward pass of a block.
     progress : called as progress(stage, done, total): "gradients" counts the windows of a backward pass, "quantise" the modules.
+    ledger : where to go on from what an earlier call with the same arguments has done, and to keep what this one does.
 
     Yields
     ------
-    (module name, QuantizedMatrix), block by block. NVFP4 tensor scales, and activation scales, are equal within q/k/v and within gate/up.
+    (module name, QuantizedMatrix), block by block, without those that the ledger has. NVFP4 tensor scales, and activation scales, are equal within q/k/v and within gate/up.
 
     Raises
     ------
@@ -66,17 +94,34 @@ def calibrate(
     original_hidden = [batch.clone() for batch in hidden] if recipe.cross else []
     passes = _backward_passes(model, linears) if recipe.output_hessian else {}
     output_hessians: dict[str, Hessian] = {}
-    done = 0
+    done = start = first = 0
+    if ledger and (state := ledger.state()):
+        start, kept = state
+        _restore(hidden, "hidden", kept)
+        _restore(original_hidden, "original", kept)
     for index, block in enumerate(blocks):
-        if index in passes:
-            gradients_done = partial(progress, "gradients") if progress else None
-            output_hessians = collect_output_hessians(model, inputs, passes[index], threads=threads, progress=gradients_done)
         groups = fused_groups(linears.get(index, []))
         named = {name: model.get_submodule(name) for group in groups for name in group}
+        if index in passes:
+            first, output_hessians = index, {}
+        if index < start:
+            for group in groups:
+                _place(group, named, cast(Ledger, ledger), recipe, threads)
+            continue
+        if recipe.output_hessian and not output_hessians and groups:
+            output_hessians = (ledger and ledger.output_hessians(first)) or {}
+            if not output_hessians:
+                gradients_done = partial(progress, "gradients") if progress else None
+                output_hessians = collect_output_hessians(model, inputs, passes[first], threads=threads, progress=gradients_done)
+                if ledger:
+                    ledger.keep_output_hessians(first, output_hessians)
         original = copy.deepcopy(block) if recipe.cross else None
         hessians, activations, apart = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
         give_back_memory()
         for group in groups:
+            if ledger and _place(group, named, ledger, recipe, threads):
+                hessians.pop(group)
+                continue
             for name, matrix in _quantize_group(group, named, hessians.pop(group), apart, output_hessians, activations.get(group), recipe, threads):
                 done += 1
                 if progress:
@@ -87,6 +132,32 @@ def calibrate(
         if index + 1 < len(blocks):
             _run(block, hidden, block_kwargs[index], keep=True)
             give_back_memory()
+            if ledger:
+                arrays = {f"{name}.{i}": batch.cpu().numpy() for name, batches in (("hidden", hidden), ("original", original_hidden)) for i, batch in enumerate(batches)}
+                ledger.keep_state(index + 1, arrays)
+
+
+def _restore(batches: list[torch.Tensor], name: str, kept: dict[str, NDArray[Any]]) -> None:
+    """Hidden states as an earlier run kept them, in the place of those that the first block would get."""
+    for i, batch in enumerate(batches):
+        batch.copy_(torch.from_numpy(np.array(kept[f"{name}.{i}"])))
+
+
+def _place(group: Group, named: dict[str, Any], ledger: Ledger, recipe: Recipe, threads: int | None) -> bool:
+    """Put what an earlier run made of a group into the model; False where it had not come so far."""
+    matrices = {name: ledger.matrix(name) for name in group}
+    for name, matrix in matrices.items():
+        if matrix is None:
+            return False
+        _replace_weight(named[name], matrix, threads)
+    activations = next(iter(matrices.values())).activations  # type: ignore[union-attr]
+    if activations:
+        round_inputs([named[name] for name in group], activations, rotation_of(recipe.rotation))
+    return True
+
+
+def _replace_weight(module: Any, matrix: QuantizedMatrix, threads: int | None) -> None:
+    module.weight.copy_(torch.from_numpy(matrix.dequantize(unrotate=True, threads=threads)).to(module.weight.device))
 
 
 def _backward_passes(model: Any, linears: dict[int, list[str]]) -> dict[int, list[str]]:
@@ -227,6 +298,5 @@ def _quantize_group(
             stream, outputs = mean(apart.streams.pop(name, None)), output_hessians.pop(name, None)
             matrix = quantize_layer(weight, kept, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, stream=stream, output_hessian=outputs, threads=threads)
         matrix = replace(matrix, activations=activations)
-        parameter = named[name].weight
-        parameter.copy_(torch.from_numpy(matrix.dequantize(unrotate=True, threads=threads)).to(parameter.device))
+        _replace_weight(named[name], matrix, threads)
         yield name, matrix

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ..layer import make_factor, quantize_layer, shared_tensor_scale
 from ..modules import fused_groups
@@ -29,8 +29,8 @@ class LayerRow:
 
 def compare_layers(
     layers: Mapping[str, NDArray[np.float32]],
-    hessians: Mapping[str, NDArray[np.float64]],
-    held_out: Mapping[str, NDArray[np.float64]],
+    hessians: Mapping[str, ArrayLike],
+    held_out: Mapping[str, ArrayLike],
     recipes: Iterable[tuple[str, Recipe]],
     *,
     threads: int | None = None,
@@ -39,7 +39,7 @@ def compare_layers(
 
     Parameters
     ----------
-    layers : {module: (rows, cols) float32 weight}. hessians, held_out : {module: (cols, cols) float64}, see ``hf.collect_hessians``; modules that share an input share a factor.
+    layers : {module: (rows, cols) float32 weight}. hessians, held_out : {module: Hessian or (cols, cols) array}, see ``hf.collect_hessians``; modules that share an input share a factor.
     recipes : iterable of (label, Recipe).
 
     Yields

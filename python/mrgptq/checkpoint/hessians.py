@@ -1,0 +1,165 @@
+"""Hessians on disk: a folder with a file for each input that layers share, so that a model is calibrated today, or on several machines, and quantised later."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from reprlib import repr as short_repr
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import located
+from ..gptq import Hessian
+from .reader import read_json_object
+from .safetensors import SafetensorsFile, new_file, write_file
+from .writer import sync_folder
+
+_INDEX = "hessians.json"
+
+
+class StoredHessians(Mapping[str, Hessian]):
+    """{module: Hessian} of a folder that :func:`save_hessians` wrote. Each is read when it is asked for, anew each time.
+
+    Raises
+    ------
+    FileNotFoundError : no such folder, or a file of it is missing. ValueError : what is not of that form, by file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        index = self.path / _INDEX
+        if not index.is_file():
+            raise FileNotFoundError(f"{path} holds no Hessians: there is no {_INDEX} in it")
+        files = read_json_object(index).get("hessians")
+        if not isinstance(files, dict) or not files:
+            raise ValueError(f"{index} has hessians {short_repr(files)}; it must be an object that maps modules to file names")
+        for module, name in files.items():
+            if not isinstance(name, str) or set(name) & set("/\\:\0") or not name.endswith(".safetensors"):
+                raise ValueError(f"{index} places {module!r} in {short_repr(name)}; it must be the name of a safetensors file beside it")
+            if not (self.path / name).is_file():
+                raise FileNotFoundError(f"{index} places {module!r} in {name}, but {path} has no such file")
+        self._files: dict[str, str] = files
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Modules that share a Hessian, in the order of the first of each."""
+        groups: dict[str, list[str]] = {}
+        for module, name in self._files.items():
+            groups.setdefault(name, []).append(module)
+        return [tuple(group) for group in groups.values()]
+
+    def file(self, module: str) -> Path:
+        """Where a module's Hessian lies."""
+        return self.path / self._files[module]
+
+    def __getitem__(self, module: str) -> Hessian:
+        return read_hessian(self.file(module))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __repr__(self) -> str:
+        return f"StoredHessians({self.path}, {len(self)} modules, {len(self.groups)} inputs)"
+
+
+def save_hessians(path: str | os.PathLike[str], hessians: Mapping[str, Hessian]) -> None:
+    """Write running second moments to a folder, which appears whole or not at all.
+
+    Parameters
+    ----------
+    path : a folder that does not exist yet. hessians : {module: Hessian}; what modules share is stored once.
+
+    Raises
+    ------
+    FileExistsError : something is there. OSError : a write failed, with the file's name. ValueError : no Hessian at all. TypeError : another kind of value, by module.
+    """
+    groups: dict[int, list[str]] = {}
+    for module, hessian in hessians.items():
+        if not isinstance(hessian, Hessian):
+            raise TypeError(f"{module} has a {type(hessian).__name__}; only a Hessian knows how many tokens it saw")
+        groups.setdefault(id(hessian), []).append(module)
+    _write_groups(path, ((tuple(group), hessians[group[0]]) for group in groups.values()))
+
+
+def load_hessians(path: str | os.PathLike[str]) -> StoredHessians:
+    """Open a folder of :func:`save_hessians`: a mapping {module: Hessian} that reads each when it is asked for."""
+    return StoredHessians(path)
+
+
+def merge_hessians(path: str | os.PathLike[str], folders: Sequence[str | os.PathLike[str]], *, threads: int | None = None) -> None:
+    """Write the Hessians of all tokens that several folders' saw, as after ``Hessian.merge`` in the order of the folders; one Hessian and its sum are held at a time.
+
+    Raises ValueError where the folders hold other modules, or modules of other widths, by name, and what :func:`save_hessians` raises.
+    """
+    if not folders:
+        raise ValueError("folders is empty; there is nothing to merge")
+    stored = [StoredHessians(folder) for folder in folders]
+    for other in stored[1:]:
+        if other.groups != stored[0].groups:
+            apart = sorted(set(stored[0]) ^ set(other))
+            what = f"{apart[0]} is in one alone" if apart else "modules share other inputs"
+            raise ValueError(f"{stored[0].path} and {other.path} are not of one model: {what}")
+
+    def merged() -> Iterator[tuple[tuple[str, ...], Hessian]]:
+        for group in stored[0].groups:
+            total = stored[0][group[0]]
+            for other in stored[1:]:
+                with located(f"{group[0]} of {other.path}"):
+                    total.merge(other[group[0]], threads=threads)
+            yield group, total
+
+    _write_groups(path, merged())
+
+
+def hessian_tensors(hessian: Hessian) -> dict[str, NDArray[Any]]:
+    """What is stored of a Hessian: its sum, the panel under way and the number of tokens."""
+    sum, open, tokens = hessian.state()
+    return {"sum": sum, "open": open, "tokens": np.array([tokens], dtype=np.int64)}
+
+
+def hessian_of(file: SafetensorsFile, prefix: str = "") -> Hessian:
+    """The Hessian that :func:`hessian_tensors` took apart, its names behind a prefix; ValueError names the file."""
+    for name, dtype, rank in (("sum", "F64", 1), ("open", "F32", 2), ("tokens", "I64", 1)):
+        if (found := (file.dtype(prefix + name), len(file.shape(prefix + name)))) != (dtype, rank):
+            raise ValueError(f"{file.path}: {prefix}{name} is {found[0]} of rank {found[1]}; a Hessian's is {dtype} of rank {rank}")
+    with located(str(file.path)):
+        return Hessian.from_state(file.tensor(f"{prefix}sum").bits, file.tensor(f"{prefix}open").bits, int(file.tensor(f"{prefix}tokens").bits[0]))
+
+
+def read_hessian(path: Path) -> Hessian:
+    """The Hessian in a file of its own."""
+    return hessian_of(SafetensorsFile(path))
+
+
+def _write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str, ...], Hessian]]) -> None:
+    path = Path(path).absolute()
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be made: the folder {path.parent} does not exist")
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        files: dict[str, str] = {}
+        for number, (group, hessian) in enumerate(groups):
+            name = f"{number:05d}.safetensors"
+            write_file(partial / name, hessian_tensors(hessian))
+            files |= dict.fromkeys(group, name)
+        if not files:
+            raise ValueError(f"there is no Hessian to write to {path}")
+        with new_file(partial / _INDEX) as file:
+            file.write((json.dumps({"hessians": files}, indent=2, ensure_ascii=False) + "\n").encode())
+        sync_folder(partial)
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
+        os.rename(partial, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""What a run leaves when it is cut short and goes on from: a hidden folder beside its output, with a manifest of what the run is and a file for each part that is done."""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from numpy.typing import ArrayLike
+
+from .reader import read_json_object
+from .safetensors import new_file, write_file
+from .stored_tensor import StoredTensor
+from .writer import sync_folder
+
+_MANIFEST = "manifest.json"
+_LOCK = "lock"
+_ASSEMBLING = "assembling"  # there from when all parts are done: what then lies at OUT is the run's own
+
+
+class PartialRun:
+    """The folder ``.OUT.partial`` of a run to OUT, begun or gone on with::
+
+        with PartialRun(out, {"recipe": recipe.as_dict(), ...}) as run:
+            if not run.has("00007"):
+                write_part(run.part("00007"), tensors)
+
+    A part has its name only once it lies on the disk whole, so what has a name is done, whenever the process was killed. When the block ends, the folder is removed; where it raises, the folder is
+    kept for the next run if a part is in it. One process at a time works on it; its workers may be others, which write parts alone.
+
+    Parameters
+    ----------
+    out : where the result will be. identity : {what: JSON value}, all that the parts depend on.
+
+    Raises
+    ------
+    ValueError : the folder there was begun by a run of another identity; the first difference is named. BlockingIOError : another process is at it. OSError : it cannot be made or written.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        self.out = out.absolute()
+        self.folder = folder_of(self.out)
+        self.resumed = False
+        self._identity = json.loads(json.dumps(identity))  # as it will be read
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(exist_ok=True)
+        self._lock = open(self.folder / _LOCK, "w")
+        try:
+            self._take_lock()
+            manifest = self.folder / _MANIFEST
+            if manifest.is_file():
+                self._compare(read_json_object(manifest))
+                self.resumed = True
+            else:
+                with new_file(temporary(manifest)) as file:
+                    file.write((json.dumps(self._identity, indent=1, ensure_ascii=False) + "\n").encode())
+                    name = file.name
+                os.replace(name, manifest)
+                sync_folder(self.folder)
+                sync_folder(self.folder.parent)
+            for left in self.folder.glob("*.tmp-*"):
+                left.unlink()
+        except BaseException as error:
+            if not isinstance(error, BlockingIOError):
+                self._remove_if_empty()
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            self._remove_if_empty()
+        self._lock.close()
+
+    def part(self, name: str) -> Path:
+        """Where a part is or will be."""
+        return self.folder / f"{name}.safetensors"
+
+    def has(self, name: str) -> bool:
+        """Whether it is done."""
+        return self.part(name).is_file()
+
+    def assemble(self) -> Path:
+        """All parts are done: the name of a folder, not there yet, to make the result of them in."""
+        with open(self.folder / _ASSEMBLING, "w") as file:
+            os.fsync(file.fileno())
+        sync_folder(self.folder)
+        building = self.folder / "result"
+        shutil.rmtree(building, ignore_errors=True)
+        return building
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is writing {self.out}: it holds {self.folder / _LOCK}") from None
+
+    def _compare(self, begun: dict[str, Any]) -> None:
+        difference = first_difference(begun, self._identity)
+        if difference:
+            what, was, now = difference
+            raise ValueError(f"{self.folder} was begun by a run with {what} {was}; this one has {now}. Give the same command to go on, or remove that folder to begin anew")
+
+    def _remove_if_empty(self) -> None:
+        if not any(self.folder.glob("*.safetensors")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def folder_of(out: Path) -> Path:
+    """Where a run to ``out`` keeps its parts."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def is_finished(out: Path) -> bool:
+    """Whether ``out`` was written whole by a run that was cut short before it could say so."""
+    return out.is_dir() and (folder_of(out.absolute()) / _ASSEMBLING).is_file()
+
+
+def temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other process takes."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def write_part(path: Path, tensors: Mapping[str, ArrayLike | StoredTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file under a name that it only has when it lies on the disk whole; one that is there already is replaced."""
+    unfinished = temporary(path)
+    write_file(unfinished, tensors, metadata)
+    try:
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
+    sync_folder(path.parent)
+
+
+def first_difference(a: Any, b: Any, where: str = "") -> tuple[str, str, str] | None:
+    """(place, value in a, value in b) of the first difference of two JSON values; None where there is none."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            if found := first_difference(a.get(key), b.get(key), f"{where}.{key}" if where else key):
+                return found
+        return None
+    return None if a == b else (where, json.dumps(a, ensure_ascii=False), json.dumps(b, ensure_ascii=False))

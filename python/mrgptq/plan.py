@@ -1,0 +1,228 @@
+"""What a run over a checkpoint will do, before it does it: layers, sizes, memory, refusals."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import Scheme, dialect_named
+from .checkpoint.hessians import StoredHessians
+from .checkpoint.partial_run import is_finished
+from .checkpoint.reader import CheckpointReader
+from .codecs import HESSIAN_SEARCHES, check_groups
+from .display import Shown, align, format_bytes
+from .formats import block_format
+from .gptq import backward_passes
+from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modules
+from .recipe import Recipe
+from .rotations import rotation_of
+
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their layers are transformers' Conv1D
+
+BATCH_WINDOWS = 8  # calibration windows in one forward pass of a block
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
+    """What a run will do, before it does it; made by :func:`make_plan`.
+
+    Attributes
+    ----------
+    model, out : pathlib.Path. recipe : Recipe. dialect : str.
+    shapes : {module name: (rows, cols)} of the layers that will be quantised, in order.
+    tokens, sequence : calibration tokens and window length; 0 for a run without calibration.
+    bytes_in, bytes_out : sizes of the weights on disk. memory_bytes : expected peak, without what the imported libraries take themselves; of each process where there are several.
+    max_shard_bytes : a file of the result is closed before it grows beyond that. hessians : folder of stored Hessians, None without.
+    finished : ``out`` is there, written by this very run, which was cut short before it could say so.
+    """
+
+    model: Path
+    out: Path
+    recipe: Recipe
+    dialect: str
+    shapes: dict[str, tuple[int, int]]
+    tokens: int
+    sequence: int
+    bytes_in: int
+    bytes_out: int
+    memory_bytes: int
+    max_shard_bytes: int = 5_000_000_000
+    hessians: Path | None = None
+    finished: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the run passes text through the model."""
+        return self.tokens > 0
+
+    @property
+    def parts_bytes(self) -> int:
+        """Bytes on disk, beside the result, of the layers that are kept as they are done."""
+        return sum(_matrix_bytes(self.recipe.format, *shape) for shape in self.shapes.values())
+
+    def layer_table(self) -> str:
+        """The layers as aligned text: name, shape, bytes in and out."""
+        header = ("layer", "rows", "cols", "on disk")
+        rows = [(name, str(r), str(c), format_bytes(_matrix_bytes(self.recipe.format, r, c))) for name, (r, c) in self.shapes.items()]
+        return align([header, *rows], numeric=(1, 2, 3))
+
+    def _passes(self) -> str:
+        """How often the whole model is passed through backwards; deep and wide models' output Hessians do not fit into memory at once."""
+        count = len(_backward_passes(self.shapes)) if self.recipe.output_hessian else 0
+        return f", {count} backward pass{'es' if count > 1 else ''} through the model" if count else ""
+
+    def _title(self) -> str:
+        return f"{self.model} -> {self.out}"
+
+    def _rows(self) -> list[tuple[str, object]]:
+        weights = sum(r * c for r, c in self.shapes.values())
+        return [
+            ("layers to quantise", f"{len(self.shapes)}, {weights:,} weights"),
+            ("scheme", Scheme.of_recipe(self.recipe).label),
+            ("dialect", self.dialect),
+            ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" + self._passes() if self.calibrated else f"Hessians of {self.hessians}" if self.hessians else "none"),
+            ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}, and {format_bytes(self.parts_bytes)} more while it runs"),
+            ("expected memory", f"{format_bytes(self.memory_bytes)} and what the libraries take"),
+        ]
+
+
+def _matrix_bytes(format: str, rows: int, cols: int) -> int:
+    return rows * (cols // 2 + cols // block_format(format).group_size)
+
+
+def needs_calibration(recipe: Recipe) -> str | None:
+    """Why a recipe cannot do without a calibration text, or None where it can."""
+    if recipe.solver == "gptq":
+        return 'the solver "gptq" works under the inputs that a calibration text gives each layer'
+    if recipe.resolved_scales[0] in HESSIAN_SEARCHES:
+        return f'the scales "{recipe.scales}" weigh errors by the inputs that a calibration text gives each layer'
+    if recipe.activations == "nvfp4":
+        return "W4A4 NVFP4 stores a scale for each layer's inputs, which only a calibration text can give"
+    return None
+
+
+def make_plan(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    dialect: str = "compressed-tensors",
+    tokens: int = 65536,
+    sequence: int = 512,
+    calibrated: bool = True,
+    targets: str = DEFAULT_TARGETS,
+    ignore: str = DEFAULT_IGNORE,
+    max_shard_bytes: int = 5_000_000_000,
+    hessians: str | os.PathLike[str] | None = None,
+) -> Plan:
+    """Check a run at the door and say what it will do; reads headers only.
+
+    Parameters
+    ----------
+    hessians : folder of stored Hessians (``mrgptq calibrate``, :func:`mrgptq.save_hessians`) in place of a calibration text. They hold the inputs' moments in the original model alone: recipes with ``cross`` or
+        ``output_hessian`` and W4A4 NVFP4 need the text.
+
+    Raises
+    ------
+    ValueError : a layer whose columns the group or the rotation does not divide, a recipe the dialect cannot store, a missing calibration or Hessian, by name.
+    FileExistsError : ``out`` exists. FileNotFoundError : ``model`` does not.
+    """
+    out = Path(out)
+    finished = is_finished(out)
+    if os.path.lexists(out) and not finished:
+        raise FileExistsError(f"{out} exists already; it is never overwritten: name another folder or remove it first")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out} cannot be made: the folder {out.absolute().parent} does not exist")
+    reason = needs_calibration(recipe)
+    stored = None
+    if hessians is not None:
+        _check_hessians_suffice(recipe)
+        stored, reason = StoredHessians(hessians), None
+    elif reason and not calibrated:
+        raise ValueError(f"the recipe needs a calibration text: {reason}")
+    dialect_named(dialect).check(Scheme.of_recipe(recipe))
+    reader = CheckpointReader(model)
+    if reader.config.get("quantization_config"):
+        raise ValueError(f"{model} is quantised already, by {reader.config['quantization_config'].get('quant_method')!r}; quantise the original")
+    tensors = {name: reader.shape(name) for name in reader.names}
+    shapes = {name: (tensors[f"{name}.weight"][0], tensors[f"{name}.weight"][1]) for name in select_modules(tensors, targets, ignore)}
+    for name, (_, cols) in shapes.items():
+        check_groups(cols, recipe.format, f"{name}.weight")
+        rotation_of(recipe.rotation).check_columns(cols, f"{name}.weight")
+        if stored is not None and name not in stored:
+            raise ValueError(f"{hessians} holds no Hessian of {name}; it was made of another model or other modules: leave the layer out with ignore, or calibrate it")
+    if reader.config.get("model_type") in _TRANSPOSED:
+        raise ValueError(f"{model} is a {reader.config['model_type']} model, which stores its layers transposed, (in_features, out_features); only models of ordinary linear layers are read")
+    tokens = max(1, tokens // sequence) * sequence if reason else 0  # whole windows; a text that the recipe does not need is not read
+    bytes_in = sum(reader.nbytes(name) for name in reader.names)
+    kept = bytes_in - sum(reader.nbytes(f"{name}.weight") for name in shapes)
+    bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
+    if tokens:
+        memory = _calibrating_memory(reader, shapes, tokens, sequence, twice=recipe.cross > 0, outputs=recipe.output_hessian is not None)
+    else:
+        memory = _streaming_memory(shapes, recipe.format, stored is not None)
+    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished)
+
+
+def _check_hessians_suffice(recipe: Recipe) -> None:
+    """Refuse what stored Hessians cannot serve."""
+    if recipe.cross:
+        raise ValueError(f"the recipe has cross {recipe.cross:g}, which needs both models at work; stored Hessians serve cross 0: replace(recipe, cross=0), --cross 0")
+    if recipe.output_hessian:
+        raise ValueError(f"the recipe has output_hessian {recipe.output_hessian!r}, which needs backward passes; stored Hessians serve output_hessian None: replace(recipe, output_hessian=None), --output-hessian none")
+    if recipe.activations == "nvfp4":
+        raise ValueError("W4A4 NVFP4 stores a scale for each layer's inputs, which stored Hessians do not tell: give the calibration text")
+
+
+def _streaming_memory(shapes: Mapping[str, tuple[int, int]], format: str, hessians: bool) -> int:
+    """Peak bytes of a run that goes from layer to layer: a weight, widened, and what the report counts; codes and scales of those that share its input; with Hessians one of them, its factor and the solver's rows in hand."""
+    largest = max(rows * cols for rows, cols in shapes.values()) * 4
+    answers = max(sum(_matrix_bytes(format, *shapes[name]) for name in group) for group in fused_groups(shapes))
+    if not hessians:
+        return largest * 3 // 2 + answers
+    widest = max(cols for _, cols in shapes.values())
+    return largest * 4 + answers + 2 * 8 * widest**2
+
+
+def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], tokens: int, sequence: int, *, twice: bool, outputs: bool) -> int:
+    """Peak bytes: a layer's working copies, the float32 model, the tokens' hidden states, one batch inside a block, and
+    one block's Hessians and a factor; ``twice``: the original's hidden states, block, cross and stream moments beside them, and two working copies of a cross moment; ``outputs``: the output Hessians of the blocks that share a backward pass, the
+    widest one's working copies, and what a window's forward pass leaves for the backward one."""
+    widest = max(cols for _, cols in shapes.values())
+    largest = max(rows * cols for rows, cols in shapes.values()) * 4
+    layer = largest * 4
+    parameters = sum(int(np.prod(reader.shape(name))) for name in reader.names) * 4
+    hidden_size = reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))
+    hidden = tokens * hidden_size * 4
+    # The MLP holds gate, up, their product and a copy of it; around it lie the residual, its norm, q, k, v and the attention's output. The holes that these leave for each other take as much as three quarters of them again.
+    batch = min(tokens, BATCH_WINDOWS * sequence) * (6 * hidden_size + 4 * widest) * 7
+    blocks = _by_block(shapes)
+    hessians = max(sum(block[group[0]][1] ** 2 * 8 for group in fused_groups(block)) for block in blocks)
+    streams = max(sum(rows * cols for rows, cols in block.values() if rows == hidden_size) for block in blocks) * 8  # at most: not all of these write into the stream
+    original = hidden + hessians + streams + max(sum(rows * cols * 4 for rows, cols in block.values()) for block in blocks) if twice else 0
+    moments = backward = 0
+    if outputs:
+        sizes = [sum(8 * rows**2 for rows, _ in block.values()) for block in blocks]
+        moments = max(sum(sizes[index] for index in shared) for shared in _backward_passes(shapes)) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
+        # A linear layer leaves its input and its output; measured, a softmax over the vocabulary and its gradient hold seven copies of the logits.
+        backward = sequence * 4 * (2 * sum(sum(shape) for shape in shapes.values()) + 7 * reader.config.get("vocab_size", 0))
+    return layer + parameters + hidden + max(batch, backward) + hessians + widest**2 * 8 * (3 if twice else 1) + original + moments
+
+
+def _by_block(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:
+    """The layers of each decoder block, blocks in order."""
+    blocks: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, shape in shapes.items():
+        blocks.setdefault(name.split(".layers.")[-1].split(".")[0], {})[name] = shape
+    return [blocks[key] for key in sorted(blocks, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0))]
+
+
+def _backward_passes(shapes: Mapping[str, tuple[int, int]]) -> list[list[int]]:
+    return backward_passes([[rows for rows, _ in block.values()] for block in _by_block(shapes)])
+
+
+def with_rotation(recipe: Recipe, block_size: int | None) -> Recipe:
+    """The recipe with another rotation: a block size, 0 for none, None for its own."""
+    return recipe if block_size is None else replace(recipe, rotation=block_size or None)
