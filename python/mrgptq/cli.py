@@ -1,138 +1,34 @@
-"""The command line: ``mrgptq quantize``, ``evaluate``, ``generate``, ``inspect``. Progress and warnings go to stderr, results to stdout."""
+"""The command line: ``mrgptq quantize``, ``calibrate``, ``merge``, ``evaluate``, ``generate``, ``inspect``. Progress and warnings go to stderr, results to stdout."""
 
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import __version__
-from .checkpoint import DIALECTS, dialect_named, load
-from .checkpoint.partial_run import folder_of
+from .arguments import build_parser
+from .arrays import default_threads
+from .checkpoint import dialect_named, load, load_hessians, merge_hessians, save_hessians
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
+from .checkpoint.partial_run import discard, folder_of
+from .checkpoint.reader import CheckpointReader
 from .checkpoint.scheme import Scheme, common_scheme
 from .display import align, format_bytes
-from .formats import FORMATS, decode_e4m3
+from .formats import decode_e4m3
 from .jobs import quantize_checkpoint
-from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS
+from .modules import select_modules
 from .plan import make_plan, with_rotation
-from .recipe import NAMES, Recipe
+from .recipe import Recipe
 from .result import QuantizedMatrix
-
-_DESCRIPTION = """\
-Quantise language models to 4-bit floats (NVFP4, MXFP4) with MR-GPTQ, on a CPU.
-
-  mrgptq quantize MODEL OUT --calibration text.txt      write a quantised checkpoint
-  mrgptq evaluate OUT --text test.txt --reference MODEL perplexity, beside the original's
-  mrgptq generate OUT "Once upon a time"                text, token by token, on packed weights
-  mrgptq inspect OUT                                    errors, bits and scales of every layer
-
-MODEL and OUT are folders in Hugging Face layout (config.json, safetensors, tokenizer).
-`mrgptq COMMAND --help` explains each. Exit status: 0 done, 1 refused (with the reason), 2 wrong usage."""
-
-_QUANTIZE = """\
-Quantise the linear layers of MODEL and write a checkpoint to OUT, which must not exist yet.
-
-recipes
-  best         GPTQ that chooses the scales too, then rounds of refinement: the least error, on a
-               layout that every loader of the dialect runs
-  best-online  the same for runtimes that also rotate inputs and search their scales where that
-               pays, at W4A4: our own (dialect mrgptq, taken by default then)
-  mr-gptq      GPTQ after block Hadamard rotations, searched scales: the paper's method. The inputs
-               must be rotated too when the model runs, which not every loader does: transformers
-               ignores the rotation and answers nonsense. --rotation 0 gives a checkpoint for all.
-  gptq         GPTQ with static activation order, absmax scales
-  rtn          round to nearest; no calibration text needed (except for W4A4 NVFP4)
-
-examples
-  mrgptq quantize llama llama-nvfp4 --calibration wiki.txt
-  mrgptq quantize llama llama-mxfp4 --format mxfp4 --activations mxfp4 --calibration wiki.txt
-  mrgptq quantize llama llama-rtn --recipe rtn --dry-run"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The argument parser."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("mrgptq", description=_DESCRIPTION, formatter_class=formatter)
-    parser.add_argument("--version", action="version", version=f"mrgptq {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    quantize = commands.add_parser("quantize", help="write a quantised checkpoint", description=_QUANTIZE, formatter_class=formatter)
-    quantize.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
-    quantize.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
-    quantize.add_argument("--format", choices=tuple(FORMATS), default="nvfp4", help="4-bit format (default: nvfp4)")
-    quantize.add_argument("--recipe", choices=NAMES, default="best", help="method (default: best)")
-    quantize.add_argument("--activations", choices=("none", *FORMATS), default="none", help="round each layer's inputs too: W4A4, in the same format (default: none, W4A16)")
-    quantize.add_argument("--calibration", metavar="TEXT", type=Path, help="text file that the model is calibrated on, UTF-8, like what it will read")
-    quantize.add_argument("--tokens", type=_positive, default=65536, help="calibration tokens (default: 65536)")
-    quantize.add_argument("--sequence", type=_positive, default=512, help="tokens in a window (default: 512)")
-    quantize.add_argument("--dialect", choices=tuple(DIALECTS), help="layout on disk (default: compressed-tensors; mrgptq for W4A4 best-online)")
-    quantize.add_argument("--targets", metavar="REGEX", default=DEFAULT_TARGETS, help="modules to quantise (default: linear layers inside numbered blocks, without routers)")
-    quantize.add_argument("--ignore", metavar="REGEX", default=DEFAULT_IGNORE, help=f"modules to leave as they are (default: {DEFAULT_IGNORE})")
-    quantize.add_argument("--rotation", metavar="N", type=int, help="block size of the Hadamard rotation, 0 for none (default: the recipe's)")
-    quantize.add_argument("--cross", metavar="X", type=float, help="how far targets make up for the layers before, 0 … 1, by a second pass through the original model; 0 saves that pass (default: the recipe's)")
-    quantize.add_argument("--output-hessian", choices=("none", "fisher"), help="weigh each layer's outputs by what they matter to the predictions, found by backward passes, one for each 4 GiB of matrices (--dry-run counts them); none saves them (default: the recipe's)")
-    quantize.add_argument("--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size a file of the checkpoint may reach (default: 5e9)")
-    quantize.add_argument("--dry-run", action="store_true", help="print the plan, sizes and expected memory, then stop")
-    _add_common(quantize)
-    quantize.set_defaults(run=_quantize)
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="perplexity on a text",
-        formatter_class=formatter,
-        description="Perplexity of a quantised checkpoint on a text, computed in float32 by the loaders' rules: rotations applied, W4A4 inputs rounded.\n\n  mrgptq evaluate OUT --text test.txt --reference MODEL",
-    )
-    evaluate.add_argument("model", metavar="OUT", type=Path, help="quantised checkpoint, or a plain model")
-    evaluate.add_argument("--text", metavar="TEXT", type=Path, required=True, help="text file, UTF-8, other than the calibration's")
-    evaluate.add_argument("--reference", metavar="MODEL", type=Path, help="unquantised model to set beside it")
-    evaluate.add_argument("--windows", type=_positive, default=256, help="windows to score, at most (default: 256)")
-    evaluate.add_argument("--sequence", type=_positive, default=512, help="tokens in a window (default: 512)")
-    _add_running(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-    generate = commands.add_parser(
-        "generate",
-        help="continue a text",
-        formatter_class=formatter,
-        description="Continue a text with a quantised checkpoint, its weights packed, or with a plain model. The text goes to stdout as it comes, tokens a second to stderr.\n\n"
-        '  mrgptq generate OUT "Once upon a time" --tokens 200 --temperature 0.8',
-    )
-    generate.add_argument("model", metavar="OUT", type=Path, help="quantised checkpoint, or a plain model")
-    generate.add_argument("prompt", metavar="PROMPT", help="the text to continue")
-    generate.add_argument("--tokens", type=_positive, default=128, help="new tokens, at most (default: 128)")
-    generate.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest token each time, above 0 they are drawn (default: 0)")
-    generate.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
-    _add_running(generate)
-    generate.set_defaults(run=_generate)
-
-    inspect = commands.add_parser("inspect", help="what a quantised checkpoint holds", description="Errors, bits, fallbacks and the histogram of scales of a quantised checkpoint.", formatter_class=formatter)
-    inspect.add_argument("model", metavar="OUT", type=Path, help="quantised checkpoint")
-    inspect.set_defaults(run=_inspect)
-    return parser
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="torch device of the forward passes (default: cpu); the quantisation itself runs on the CPU")
-    parser.add_argument("--threads", type=_positive, help="threads (default: OMP_NUM_THREADS, or all cores); codes do not depend on it, forward passes may in their last bits")
-
-
-def _add_running(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser)
-    parser.add_argument("--no-kernels", dest="kernels", action="store_false", default=None, help="dequantise the weights and round inputs in float32 instead of multiplying by packed weights (default on another device than cpu)")
-
-
-def _positive(text: str) -> int:
-    value = float(text)
-    if not (1 <= value < 2**63 and value == int(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(value)
 
 
 class _Progress:
@@ -190,15 +86,34 @@ def _quantize(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     text = _read_text(args.calibration) if args.calibration else None
     plan = make_plan(
-        args.model, args.out, recipe, dialect=_dialect(args), tokens=args.tokens, sequence=args.sequence, calibrated=text is not None, targets=args.targets, ignore=args.ignore, max_shard_bytes=args.max_shard_bytes
+        args.model,
+        args.out,
+        recipe,
+        dialect=_dialect(args),
+        tokens=args.tokens,
+        sequence=args.sequence,
+        calibrated=text is not None,
+        targets=args.targets,
+        ignore=args.ignore,
+        max_shard_bytes=args.max_shard_bytes,
+        hessians=args.hessians,
     )
+    needed = plan.memory_bytes * (args.workers or 1)
+    if args.memory_limit is not None and needed > args.memory_limit:
+        raise ValueError(f"the run is expected to take {format_bytes(needed)}{f' in {args.workers} workers' if args.workers else ''} and what the libraries take; the limit is {format_bytes(args.memory_limit)}")
     if args.dry_run:
         print(plan, recipe, plan.layer_table(), sep="\n\n")
         return
+    if args.restart:
+        discard(plan.out)
     print(plan, file=sys.stderr)
     progress = _Progress()
     try:
-        reports = quantize_checkpoint(plan, text, device=args.device, threads=args.threads, progress=progress)
+        with _executor(args) as executor:
+            threads = args.threads or (max(1, default_threads() // args.workers) if args.workers else None)
+            reports = quantize_checkpoint(plan, text, device=args.device, threads=threads, executor=executor, progress=progress)
+    except BrokenExecutor as error:
+        raise OSError(f"a worker died, perhaps for want of memory: {error}") from error
     finally:
         progress.close()
     errors = [report.relative_error for report in reports.values() if report.relative_error is not None]
@@ -209,6 +124,44 @@ def _quantize(args: argparse.Namespace) -> None:
         by_outputs = f", {sum(minded) / len(minded):.3e} as the predictions mind it" if minded else ""
         print(f"mean relative layer error {sum(errors) / len(errors):.3e}{by_outputs}, largest {max(errors):.3e}; {fallbacks} fallbacks")
     print(dialect_named(plan.dialect).loaders(Scheme.of_recipe(recipe)))
+
+
+@contextmanager
+def _executor(args: argparse.Namespace) -> Iterator[Executor | None]:
+    """What --workers or --scheduler ask for."""
+    if args.workers:
+        with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield pool
+    elif args.scheduler:
+        try:
+            from distributed import Client
+        except ImportError as error:
+            raise ImportError("--scheduler needs dask's distributed, which is not installed: pip install 'mrgptq[dask]'") from error
+        with Client(args.scheduler) as client:
+            yield client.get_executor()
+    else:
+        yield None
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    if os.path.lexists(args.out):
+        raise FileExistsError(f"{args.out} exists already; it is never overwritten: name another folder or remove it first")
+    reader = CheckpointReader(args.model)
+    modules = select_modules({name: reader.shape(name) for name in reader.names}, args.targets, args.ignore)
+    text = _read_text(args.calibration)
+    hf = _hf(args)
+    inputs = hf.token_windows(hf.load_tokenizer(args.model), text, max(1, args.tokens // args.sequence), args.sequence)
+    progress = _Progress()
+    hessians = hf.collect_hessians(hf.load_model(args.model, device=args.device), inputs, modules, threads=args.threads, progress=lambda done, total: progress("calibrate", done, total))
+    progress.close()
+    save_hessians(args.out, hessians)
+    print(f"{args.out}: Hessians of {len(modules)} layers, {inputs.numel()} tokens")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    merge_hessians(args.out, args.folders)
+    merged = load_hessians(args.out)
+    print(f"{args.out}: Hessians of {len(merged)} layers, {next(iter(merged.values())).tokens} tokens of {len(args.folders)} folders")
 
 
 def recipe_line(recipe: Recipe) -> str:
@@ -315,9 +268,10 @@ def scale_histogram(matrices: Iterable[QuantizedMatrix], format: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(arguments)
+    commands = {"quantize": _quantize, "calibrate": _calibrate, "merge": _merge, "evaluate": _evaluate, "generate": _generate, "inspect": _inspect}
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
-        args.run(args)
+        commands[args.command](args)
         sys.stdout.flush()  # here, where a reader that has gone is told from an error
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails again

@@ -153,6 +153,8 @@ def make_plan(
         rotation_of(recipe.rotation).check_columns(cols, f"{name}.weight")
         if stored is not None and name not in stored:
             raise ValueError(f"{hessians} holds no Hessian of {name}; it was made of another model or other modules: leave the layer out with ignore, or calibrate it")
+        if stored is not None and stored.cols(name) != cols:
+            raise ValueError(f"{stored.file(name)} is of {stored.cols(name)} columns; {name} has {cols}: it was made of another model")
     if reader.config.get("model_type") in _TRANSPOSED:
         raise ValueError(f"{model} is a {reader.config['model_type']} model, which stores its layers transposed, (in_features, out_features); only models of ordinary linear layers are read")
     tokens = max(1, tokens // sequence) * sequence if reason else 0  # whole windows; a text that the recipe does not need is not read

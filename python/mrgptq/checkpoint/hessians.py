@@ -56,6 +56,12 @@ class StoredHessians(Mapping[str, Hessian]):
         """Where a module's Hessian lies."""
         return self.path / self._files[module]
 
+    def cols(self, module: str) -> int:
+        """Number of columns, from the file's header."""
+        file = SafetensorsFile(self.file(module))
+        _check(file, "")
+        return file.shape("open")[1]
+
     def __getitem__(self, module: str) -> Hessian:
         return read_hessian(self.file(module))
 
@@ -126,11 +132,18 @@ def hessian_tensors(hessian: Hessian) -> dict[str, NDArray[Any]]:
 
 def hessian_of(file: SafetensorsFile, prefix: str = "") -> Hessian:
     """The Hessian that :func:`hessian_tensors` took apart, its names behind a prefix; ValueError names the file."""
+    _check(file, prefix)
+    with located(str(file.path)):
+        return Hessian.from_state(file.tensor(f"{prefix}sum").bits, file.tensor(f"{prefix}open").bits, int(file.tensor(f"{prefix}tokens").bits[0]))
+
+
+def _check(file: SafetensorsFile, prefix: str) -> None:
+    """Refuse what is not of the form of a stored Hessian."""
     for name, dtype, rank in (("sum", "F64", 1), ("open", "F32", 2), ("tokens", "I64", 1)):
         if (found := (file.dtype(prefix + name), len(file.shape(prefix + name)))) != (dtype, rank):
             raise ValueError(f"{file.path}: {prefix}{name} is {found[0]} of rank {found[1]}; a Hessian's is {dtype} of rank {rank}")
-    with located(str(file.path)):
-        return Hessian.from_state(file.tensor(f"{prefix}sum").bits, file.tensor(f"{prefix}open").bits, int(file.tensor(f"{prefix}tokens").bits[0]))
+    if file.shape(f"{prefix}tokens") != (1,):
+        raise ValueError(f"{file.path}: {prefix}tokens has shape {file.shape(f'{prefix}tokens')}; it must be one number")
 
 
 def read_hessian(path: Path) -> Hessian:

@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from numpy.typing import ArrayLike
 
@@ -50,7 +50,7 @@ class PartialRun:
         self.folder.mkdir(exist_ok=True)
         self._lock = open(self.folder / _LOCK, "w")
         try:
-            self._take_lock()
+            _take(self._lock, self.out)
             manifest = self.folder / _MANIFEST
             if manifest.is_file():
                 self._compare(read_json_object(manifest))
@@ -95,12 +95,6 @@ class PartialRun:
         shutil.rmtree(building, ignore_errors=True)
         return building
 
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is writing {self.out}: it holds {self.folder / _LOCK}") from None
-
     def _compare(self, begun: dict[str, Any]) -> None:
         difference = first_difference(begun, self._identity)
         if difference:
@@ -120,6 +114,23 @@ def folder_of(out: Path) -> Path:
 def is_finished(out: Path) -> bool:
     """Whether ``out`` was written whole by a run that was cut short before it could say so."""
     return out.is_dir() and (folder_of(out.absolute()) / _ASSEMBLING).is_file()
+
+
+def discard(out: Path) -> None:
+    """Throw away what a run to ``out`` left unfinished; BlockingIOError where one is at work."""
+    folder = folder_of(out.absolute())
+    if not folder.is_dir():
+        return
+    with open(folder / _LOCK, "w") as lock:
+        _take(lock, out)
+        shutil.rmtree(folder)
+
+
+def _take(lock: IO[str], out: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"another process is writing {out}: it holds {lock.name}") from None
 
 
 def temporary(path: Path) -> Path:

@@ -1,0 +1,181 @@
+"""A run's tasks on any executor: here, in threads, in processes, on a dask cluster that loses a worker, through MPI where it is installed; the same bytes from all of them."""
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mrgptq as mg
+from mrgptq import cli, hf, tasks
+from mrgptq.jobs import quantize_checkpoint
+from mrgptq.plan import make_plan
+
+
+def contents(folder):
+    """{name: bytes} of a folder's files."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, leaf_folder, calibration_text):
+    """Leaf's Hessians on disk."""
+    names = [name.removesuffix(".weight") for name in mg.load(leaf_folder) if "_proj" in name]
+    folder = tmp_path_factory.mktemp("hessians") / "stored"
+    mg.save_hessians(folder, hf.collect_hessians(hf.load_model(leaf_folder), hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 5, 100), names))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, leaf_folder, stored):
+    """What a run without an executor writes."""
+    out = tmp_path_factory.mktemp("here") / "out"
+    quantize_checkpoint(make_plan(leaf_folder, out, mg.Recipe.named("mr-gptq"), hessians=stored))
+    return contents(out)
+
+
+def plan_of(leaf_folder, tmp_path, stored):
+    return make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("mr-gptq"), hessians=stored)
+
+
+def test_layers_are_those_that_quantize_layer_gives_under_these_hessians(leaf_folder, stored, expected, tmp_path):
+    """Each group under its own Hessian, in NVFP4 with the tensor scale of its set."""
+    out = tmp_path / "out"
+    quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored))
+    got, weights, hessians, recipe = mg.load(out), mg.load(leaf_folder), mg.load_hessians(stored), mg.Recipe.named("mr-gptq")
+    for set_ in ([f"model.layers.2.self_attn.{leaf}_proj" for leaf in "qkv"], ["model.layers.3.mlp.down_proj"]):
+        scale = mg.shared_tensor_scale([weights[f"{name}.weight"] for name in set_], recipe)
+        for name in set_:
+            q = mg.quantize_layer(weights[f"{name}.weight"], hessians[name], recipe, tensor_scale=scale)
+            assert np.array_equal(got[f"{name}.weight"].codes, q.codes) and np.array_equal(got[f"{name}.weight"].scales, q.scales)
+
+
+@pytest.mark.parametrize("make", [lambda: ThreadPoolExecutor(3), lambda: ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")), lambda: ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("forkserver"))], ids=["threads", "spawn", "forkserver"])
+def test_pools_give_the_same_bytes(make, leaf_folder, stored, expected, tmp_path):
+    calls = []
+    with make() as executor:
+        reports = quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored), executor=executor, threads=1, progress=lambda *state: calls.append(state))
+    assert contents(tmp_path / "out") == expected and calls == [("quantise", i + 1, 28) for i in range(28)] and len(reports) == 28
+
+
+def test_workers_on_the_command_line(leaf_folder, stored, expected, tmp_path, capsys):
+    assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "mr-gptq", "--hessians", str(stored), "--workers", "2"]) == 0
+    assert contents(tmp_path / "out") == expected and "28 layers" in capsys.readouterr().out
+
+
+def test_a_task_carries_names_and_no_arrays(leaf_folder, tmp_path):
+    """However large the layers are."""
+    task = tasks.GroupTask(leaf_folder, ("model.layers.0.mlp.down_proj",), mg.Recipe.named("rtn"), tmp_path / "part.safetensors", threads=1)
+    assert len(pickle.dumps(task)) < 2000
+    assert tasks.quantize_group(pickle.loads(pickle.dumps(task))) == task.part
+    once = task.part.read_bytes()
+    tasks.quantize_group(task)  # as where a cluster took a worker for dead
+    assert [name for name, _ in tasks.read_matrices(task.part, task.recipe)] == list(task.modules) and len(task.part.read_bytes()) == len(once)
+
+
+def test_threads_of_a_worker_are_those_it_was_given(leaf_folder, tmp_path, monkeypatch):
+    """Not the machine's: workers side by side would ask for the cores several times over."""
+    asked = []
+    monkeypatch.setattr(tasks, "quantize_layer", lambda *args, threads, **kwargs: asked.append(threads) or mg.quantize_layer(*args, threads=threads, **kwargs))
+    with ThreadPoolExecutor(2) as executor:
+        quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn")), executor=executor, threads=1)
+    assert asked == [1] * 28
+
+
+def die(path):
+    """A task that takes its worker with it once."""
+    if not Path(path).exists():
+        Path(path).touch()
+        os._exit(1)
+
+
+def test_a_worker_that_dies_is_said_and_the_run_goes_on_later(leaf_folder, stored, expected, tmp_path, capsys, monkeypatch):
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+        monkeypatch.setattr(cli, "ProcessPoolExecutor", lambda *args, **kwargs: executor)
+
+        def progress(self, stage, done, total):
+            if done == 4:
+                executor.submit(die, tmp_path / "died")
+                next(iter(executor._processes.values())).kill()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cli._Progress, "__call__", progress)
+            assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "mr-gptq", "--hessians", str(stored), "--workers", "2"]) == 1
+    err = capsys.readouterr().err
+    assert "a worker died, perhaps for want of memory" in err and "what is done is kept in" in err and not (tmp_path / "out").exists()
+    quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored))
+    assert contents(tmp_path / "out") == expected
+
+
+def test_the_first_task_that_fails_ends_the_run_by_name(leaf_folder, tmp_path):
+    weights = {name: value for name, value in mg.load(leaf_folder).items() if name.startswith("model.layers.0.mlp") or name.startswith("model.layers.1.mlp")}
+    broken = np.asarray(weights["model.layers.1.mlp.up_proj.weight"]).copy()
+    broken[3, 4] = np.inf
+    weights["model.layers.1.mlp.up_proj.weight"] = broken
+    (tmp_path / "model").mkdir()
+    from mrgptq.checkpoint.safetensors import write_file
+
+    write_file(tmp_path / "model" / "model.safetensors", weights)
+    with ThreadPoolExecutor(2) as executor, pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.* row 3, column 4"):
+        quantize_checkpoint(make_plan(tmp_path / "model", tmp_path / "out", mg.Recipe.named("rtn")), executor=executor)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bytes(leaf_folder, stored, expected, tmp_path):
+    """A scheduler and three workers on loopback, each a process of its own; one is killed, as by the system, after the third layer."""
+    from distributed import Client
+
+    environment = os.environ | {"DASK_DISTRIBUTED__ADMIN__TICK__LIMIT": "30s", "PYTHONPATH": os.pathsep.join(sys.path)}
+    start = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", ":0", "--scheduler-file", str(tmp_path / "scheduler.json")]
+    processes = [subprocess.Popen(start, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
+    try:
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--no-nanny", "--nthreads", "1", "--no-dashboard", "--scheduler-file", str(tmp_path / "scheduler.json")]
+        processes += [subprocess.Popen([*worker, "--name", f"w{i}"], env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for i in range(3)]
+        with Client(scheduler_file=str(tmp_path / "scheduler.json"), timeout="60s") as client:
+            client.wait_for_workers(3, timeout=60)
+
+            def progress(stage, done, total):
+                if done == 3:
+                    processes[2].kill()
+
+            quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored), executor=client.get_executor(), threads=1, progress=progress)
+            assert contents(tmp_path / "out") == expected
+            deadline = time.monotonic() + 30
+            while len(client.scheduler_info(n_workers=-1)["workers"]) != 2 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
+            address = client.scheduler.address
+            assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "again"), "--recipe", "mr-gptq", "--hessians", str(stored), "--scheduler", address, "--threads", "1"]) == 0
+        assert contents(tmp_path / "again") == expected
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.skipif(not find_spec("mpi4py"), reason="needs MPI and mpi4py")
+def test_mpi_gives_the_same_bytes(leaf_folder, stored, expected, tmp_path):
+    code = (
+        "import sys, mrgptq as mg\nfrom mpi4py.futures import MPIPoolExecutor\nfrom mrgptq.jobs import quantize_checkpoint\nfrom mrgptq.plan import make_plan\n"
+        "if __name__ == '__main__':\n    with MPIPoolExecutor() as executor:\n        quantize_checkpoint(make_plan(sys.argv[1], sys.argv[2], mg.Recipe.named('mr-gptq'), hessians=sys.argv[3]), executor=executor, threads=1)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = ["mpiexec", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable, "-m", "mpi4py.futures", str(tmp_path / "run.py"), str(leaf_folder), str(tmp_path / "out"), str(stored)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_calibrated_run_takes_no_executor(leaf_folder, calibration_text, tmp_path):
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("gptq"), tokens=256, sequence=64)
+    with ThreadPoolExecutor(1) as executor, pytest.raises(ValueError, match=r"executor is given, but a calibrated run goes from block to block: store the Hessians first \(mrgptq calibrate\)"):
+        quantize_checkpoint(plan, calibration_text, executor=executor)
+    assert not list(tmp_path.iterdir()) and threading.active_count() < 50

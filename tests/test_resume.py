@@ -1,0 +1,257 @@
+"""Runs that are cut short: killed at any moment they are finished by the same command, to the same bytes; what does not belong together is refused by name."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import mrgptq as mg
+from mrgptq import hf
+from mrgptq.checkpoint.partial_run import PartialRun, first_difference
+from mrgptq.jobs import quantize_checkpoint
+from mrgptq.plan import make_plan
+
+KILLS = int(os.environ.get("MRGPTQ_KILLS", "4"))  # of each kind of run; CONTRIBUTING.md says how to try more
+
+
+def contents(folder):
+    """{name: bytes} of a folder's files."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory, calibration_text):
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(calibration_text[:60_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, leaf_folder, calibration_text):
+    """Leaf's Hessians on disk, and in memory."""
+    model = hf.load_model(leaf_folder)
+    names = [f"model.layers.{i}.{leaf}" for i in range(4) for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
+    hessians = hf.collect_hessians(model, hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 5, 100), names)
+    folder = tmp_path_factory.mktemp("hessians") / "stored"
+    mg.save_hessians(folder, hessians)
+    return folder, hessians
+
+
+# What the command is given beside MODEL OUT.
+RUNS = {
+    "rounded": lambda text, stored: ["--recipe", "rtn", "--max-shard-bytes", "300000"],
+    "under stored Hessians": lambda text, stored: ["--recipe", "mr-gptq", "--hessians", str(stored)],
+    "calibrated": lambda text, stored: ["--recipe", "best", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
+    "calibrated W4A4": lambda text, stored: ["--recipe", "mr-gptq", "--activations", "nvfp4", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
+}
+
+
+def run(leaf_folder, out, arguments, kill_after=None):
+    """The command in a process of its own, killed after so many seconds; (exit status, stderr, seconds)."""
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), str(out), "--threads", "1", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, err = process.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate()
+    return process.returncode, err, time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(kind, leaf_folder, text_file, stored, tmp_path):
+    """At random moments of what an undisturbed run takes, each process killed being one of two or three to the same output. The seed is printed, and another one each day."""
+    arguments = RUNS[kind](text_file, stored[0])
+    status, err, seconds = run(leaf_folder, tmp_path / "whole", arguments)
+    assert status == 0, err
+    expected = contents(tmp_path / "whole")
+    seed = int(time.time()) // 86400
+    print("seed", seed)
+    draw, killed, number = random.Random(seed), 0, 0
+    while killed < KILLS and number < 4 * KILLS:
+        number += 1
+        out = tmp_path / f"out{number}"
+        for last in (False, False, True):
+            status, err, _ = run(leaf_folder, out, arguments, kill_after=None if last else draw.uniform(0.3, 1.0) * seconds)
+            assert status == (0 if last else status) and status in (0, -signal.SIGKILL), err
+            killed += status != 0
+            left = {path.name for path in tmp_path.iterdir()} - {"whole", f".{out.name}.partial"} - {f"out{n + 1}" for n in range(number)}
+            assert not left and (not out.exists() or contents(out) == expected)  # whole or not at all, nothing beside the hidden folder
+            if out.exists() and not (tmp_path / f".{out.name}.partial").exists():  # nothing is left to do, whenever after that it was killed
+                break
+        assert contents(out) == expected and not (tmp_path / f".{out.name}.partial").exists()
+    assert killed >= KILLS
+
+
+def stop_at(layer):
+    def progress(stage, done, total):
+        if stage == "quantise" and done == layer:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_run_that_was_finished_before_it_could_say_so_is_taken_as_it_is(leaf_folder, tmp_path, monkeypatch):
+    """Killed between the result's name and the removal of its parts."""
+    recipe = mg.Recipe.named("rtn")
+    plan = make_plan(leaf_folder, tmp_path / "out", recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialRun, "__exit__", lambda self, *_: self._lock.close())
+        first = quantize_checkpoint(plan)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]
+    before = contents(tmp_path / "out")
+    again = make_plan(leaf_folder, tmp_path / "out", recipe)
+    assert again.finished
+    assert quantize_checkpoint(again) == {name: replace(report, seconds=0.0) for name, report in first.items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") == before
+    with pytest.raises(FileExistsError, match="out exists already"):
+        make_plan(leaf_folder, tmp_path / "out", recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"recipe": mg.Recipe.named("rtn", "mxfp4")}, r'recipe\.format "nvfp4"; this one has "mxfp4"'),
+        ({"recipe": replace(mg.Recipe.named("rtn"), rotation=16)}, r"recipe\.rotation null; this one has 16"),
+        ({"dialect": "mrgptq"}, r'dialect "compressed-tensors"; this one has "mrgptq"'),
+        ({"ignore": "lm_head|k_proj"}, r"layer\.model\.layers\.0\.self_attn\.k_proj \[64, 128\]; this one has null"),
+        ({"max_shard_bytes": 10**6}, "max_shard_bytes 5000000000; this one has 1000000"),
+    ],
+)
+def test_another_run_does_not_go_on_from_what_is_left(change, words, leaf_folder, tmp_path):
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan, progress=stop_at(9))
+    before = contents(tmp_path / ".out.partial")
+    with pytest.raises(ValueError, match=r"\.out\.partial was begun by a run with " + words + r"\. Give the same command to go on, or remove that folder"):
+        quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", **({"recipe": mg.Recipe.named("rtn")} | change)))
+    assert contents(tmp_path / ".out.partial") == before and not (tmp_path / "out").exists()
+
+
+def test_changed_weights_another_text_version_and_number_of_threads_are_told(leaf_folder, calibration_text, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in leaf_folder.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    plan = make_plan(model, tmp_path / "out", mg.Recipe.named("gptq"), tokens=256, sequence=64)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan, calibration_text, threads=1, progress=stop_at(3))
+    with pytest.raises(ValueError, match="SHA-256 of the calibration text"):
+        quantize_checkpoint(plan, calibration_text + ".", threads=1)
+    with pytest.raises(ValueError, match="begun by a run with threads 1; this one has 2"):
+        quantize_checkpoint(plan, calibration_text, threads=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("mrgptq.jobs.version", lambda name: "9.9")
+        with pytest.raises(ValueError, match=r'begun by a run with library version\.torch ".*"; this one has "9\.9"'):
+            quantize_checkpoint(plan, calibration_text, threads=1)
+    with open(model / "model.safetensors", "r+b") as file:  # one bit, nowhere near the header
+        file.seek(-5, 2)
+        bit = file.read(1)[0] ^ 1
+        file.seek(-5, 2)
+        file.write(bytes([bit]))
+    with pytest.raises(ValueError, match=r'model file\.model\.safetensors "of \d+ bytes, changed at \d+ ns"; this one has "of'):
+        quantize_checkpoint(plan, calibration_text, threads=1)
+
+
+def test_two_processes_do_not_write_the_same_output(leaf_folder, tmp_path):
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+    refused = []
+
+    def progress(stage, done, total):
+        if done == 5:
+            code = f"from mrgptq.cli import main; import sys; sys.exit(main(['quantize', {str(leaf_folder)!r}, {str(tmp_path / 'out')!r}, '--recipe', 'rtn']))"
+            refused.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True))
+
+    quantize_checkpoint(plan, progress=progress)
+    assert refused[0].returncode == 1 and "another process is writing" in refused[0].stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_part_under_way_is_swept_and_one_that_is_done_is_not_done_again(leaf_folder, tmp_path):
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan, progress=stop_at(9))
+    folder = tmp_path / ".out.partial"
+    (folder / "00004.safetensors.tmp-1-aa").write_bytes(b"half of it")
+    (folder / "result").mkdir()
+    (folder / "result" / "shard-0.safetensors").write_bytes(b"half of it")
+    parts = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert len(parts) >= 4
+    seen = []
+
+    def progress(stage, done, total):
+        seen.append({path.name: path.stat().st_mtime_ns for path in folder.iterdir()})
+
+    quantize_checkpoint(plan, progress=progress)
+    assert all(state.items() >= parts.items() and not any(".tmp-" in name for name in state) for state in seen)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+
+
+def test_restart_throws_away_what_is_left(leaf_folder, tmp_path, capsys):
+    from mrgptq import cli
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn")), progress=stop_at(9))
+    command = ["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "rtn", "--format", "mxfp4"]
+    assert cli.main(command) == 1 and cli.main([*command, "--restart"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and "28 layers" in capsys.readouterr().out
+
+
+def test_inputs_that_vanish_are_named_and_nothing_looks_like_a_result(leaf_folder, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in leaf_folder.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    plan = make_plan(model, tmp_path / "out", mg.Recipe.named("rtn"))
+
+    def progress(stage, done, total):
+        if done == 5:
+            (model / "model.safetensors").unlink()
+
+    with pytest.raises(FileNotFoundError, match="model"):
+        quantize_checkpoint(plan, progress=progress)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "model"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(leaf_folder, tmp_path, monkeypatch):
+    """As a read-only filesystem answers."""
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+
+    def refuse(self, *args, **kwargs):
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(OSError, match=r"Read-only file system: .*\.out\.partial"):
+        quantize_checkpoint(plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_first_difference():
+    assert first_difference({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1, 2]}}) is None
+    assert first_difference({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1, 3]}}) == ("b.c", "[1, 2]", "[1, 3]")
+    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", "null", "2")
+
+
+def test_a_part_says_what_it_holds(leaf_folder, tmp_path):
+    """Each group of layers is a safetensors file that the library reads, codes and scales as mg.quantize_layer gives them."""
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan, progress=stop_at(1))
+    part = sorted((tmp_path / ".out.partial").glob("0*.safetensors"))[0]
+    tensors = safetensors.numpy.load_file(part)
+    with safetensors.safe_open(part, "np") as file:
+        layers = json.loads(file.metadata()["layers"])
+    assert {re.sub(r"\.(codes|scales)$", "", name) for name in tensors} == set(layers)
+    weights = mg.load(leaf_folder)
+    for name, layer in layers.items():
+        q = mg.quantize_layer(weights[f"{name}.weight"], None, plan.recipe, tensor_scale=layer["tensor_scale"])
+        assert np.array_equal(tensors[f"{name}.codes"], q.codes) and np.array_equal(tensors[f"{name}.scales"], q.scales)
