@@ -52,11 +52,20 @@ PackedMatrix some(const Packed& x, Index first, Index count) {
     return {x.format, rows(x.codes), rows(x.scales), x.divisor};
 }
 
+// What codes and scales stand for; no number where a step, which products need not round, is lost below float32's range.
+Matrix<float> values_of(const Packed& packed) {
+    Matrix<float> values(packed.codes.view().rows, packed.codes.view().cols * 2);
+    dequantize(packed.format, packed.codes.view(), packed.scales.view(), packed.divisor, values.view(), 1);
+    for (Index r = 0; r < values.view().rows; ++r)
+        for (Index c = 0; c < values.view().cols; ++c)
+            if (values(r, c) == 0 && (packed.codes(r, c / 2) >> (c % 2 * 4) & 7) != 0) values(r, c) = no_number;
+    return values;
+}
+
 // A sum of n products in float32 is off by at most n units of 2^-24, roundings of the steps' products among them; doubled for what is of second order.
 void require_near(const Matrix<float>& x, const Packed& weight, const Matrix<float>& out) {
     const Index rows = weight.codes.view().rows, cols = x.view().cols;
-    Matrix<float> values(rows, cols);
-    dequantize(weight.format, weight.codes.view(), weight.scales.view(), weight.divisor, values.view(), 1);
+    const Matrix<float> values = values_of(weight);
     const auto moderate = [](float v) { return v == 0 || (std::fabs(v) > 1e-15f && std::fabs(v) < 1e15f); };
     for (Index t = 0; t < x.view().rows; ++t)
         for (Index r = 0; r < rows; ++r) {
@@ -85,6 +94,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     if (kind == 2) {
         const Packed x(input, tokens, cols, input.layout());
         require_one_answer(input, weight.view(), tokens, out, [&](Index first, Index count, const Weight& w, MatrixView<float> to, int threads) { matmul_packed(some(x, first, count), w, to, threads); });
+        require_near(values_of(x), weight, out);
         return 0;
     }
     Matrix<float> x(tokens, cols, input.layout(), no_number);
