@@ -168,7 +168,7 @@ def test_a_layer_that_is_no_plain_linear_is_dequantised_with_a_warning(tmp_path,
 
     class Auto:
         @staticmethod
-        def from_config(config, dtype):
+        def from_config(config, dtype, **kwargs):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
             model.set_submodule("model.layers.1.mlp.down_proj", Router(96, 64, bias=False))
             return model
@@ -331,7 +331,7 @@ def test_a_text_ends_where_the_models_settings_say(leaf_quantised, tmp_path):
     ids = tokenizer("It was a dark night, and" + free.text)["input_ids"][free.prompt_tokens :]
     assert len(ids) == 8 and ids[2] not in ids[:2]
     for path in leaf_quantised.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+        (tmp_path / path.name).hardlink_to(path)
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids[2]], "num_beams": 4, "do_sample": True, "top_k": 5, "temperature": 0.7}))
     done = hf.generate(hf.load_quantized(tmp_path), tokenizer, "It was a dark night, and", tokens=8)
@@ -342,7 +342,7 @@ def test_nothing_but_the_temperature_bends_a_drawing(leaf_quantised, tmp_path):
     tokenizer, prompt = hf.load_tokenizer(leaf_quantised), "It was a dark night, and"
     plain = hf.generate(hf.load_quantized(leaf_quantised), tokenizer, prompt, tokens=12, temperature=3.0, seed=1)
     for path in leaf_quantised.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+        (tmp_path / path.name).hardlink_to(path)
     bent = {"top_k": 1, "top_p": 0.01, "min_p": 0.99, "typical_p": 0.01, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5}
     for said in ({name: value} for name, value in bent.items()):
         (tmp_path / "generation_config.json").unlink()

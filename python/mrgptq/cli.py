@@ -1,7 +1,6 @@
 """The command line: ``mrgptq quantize``, ``calibrate``, ``merge``, ``evaluate``, ``generate``, ``inspect``. Progress and warnings go to stderr, results to stdout."""
 
 import argparse
-import json
 import logging
 import multiprocessing
 import os
@@ -20,9 +19,9 @@ from .arrays import default_threads
 from .checkpoint import dialect_named, load, load_hessians, merge_hessians, save_hessians
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
 from .checkpoint.partial_run import discard, folder_of
-from .checkpoint.reader import CheckpointReader
+from .checkpoint.reader import CheckpointReader, read_json_object
 from .checkpoint.scheme import Scheme, common_scheme
-from .display import align, format_bytes
+from .display import align, format_bytes, printable
 from .formats import decode_e4m3
 from .jobs import quantize_checkpoint
 from .modules import select_modules
@@ -183,7 +182,7 @@ def _hf(args: argparse.Namespace) -> Any:
 
 def _load(hf: Any, path: Path, args: argparse.Namespace) -> Any:
     """A model, quantised or not."""
-    quantised = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") if (path / "config.json").is_file() else None
+    quantised = read_json_object(path / "config.json").get("quantization_config") if (path / "config.json").is_file() else None
     return hf.load_quantized(path, device=args.device, kernels=args.kernels) if quantised else hf.load_model(path, device=args.device)
 
 
@@ -237,27 +236,36 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"quantised {weights:,} weights in {format_bytes(quantised_bytes)}, {8 * quantised_bytes / weights:.3f} bits each; {format_bytes(kept_bytes)} kept as they were")
     record = args.model / RECORD_NAME
     if record.is_file():
-        stored = json.loads(record.read_text(encoding="utf-8"))
-        if stored.get("recipe"):
-            print(f"\n{Recipe.from_dict(stored['recipe'])}")
-        layers = stored.get("layers") or {}
-        print(f"\n{error_table(layers)}")
-        print(f"\n{offset_table(layers)}")
+        print(f"\n{_record(record)}")
     else:
         print(f"\nno {RECORD_NAME}: written by another tool, its errors are not known")
     print(f"\n{scale_histogram(matrices.values(), scheme.format)}")
 
 
+def _record(path: Path) -> str:
+    """The record of a run as text; ValueError where it is none."""
+    stored = read_json_object(path)
+    try:
+        layers = stored.get("layers") or {}
+        recipe = [str(Recipe.from_dict(stored["recipe"]))] if stored.get("recipe") else []
+        return "\n\n".join([*recipe, error_table(layers), offset_table(layers)])
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a list where a table should be, a word where a number should be
+        raise ValueError(f"{path} is no record of a run: {error}") from None
+
+
 def scale_histogram(matrices: Iterable[QuantizedMatrix], format: str) -> str:
-    """How often each power of two occurs among the stored scales, as lines with bars; E4M3 scales are counted by their exponent."""
+    """How often each power of two occurs among the stored scales, as lines with bars; E4M3 scales are counted by their exponent, whatever their sign, and zeros left out."""
     exponents = []
     for matrix in matrices:
         stored = np.bincount(matrix.scales.reshape(-1), minlength=256)
         used = np.flatnonzero(stored)
-        powers = used - 127 if format == "mxfp4" else np.floor(np.log2(decode_e4m3(used))).astype(int)
+        used = used if format == "mxfp4" else used[used & 0x7F != 0]
+        powers = used - 127 if format == "mxfp4" else np.floor(np.log2(decode_e4m3(used & 0x7F))).astype(int)
         exponents.append(np.bincount(powers + 200, weights=stored[used], minlength=400))
     counts = np.sum(exponents, axis=0)
     present = np.flatnonzero(counts)
+    if not present.size:
+        return "every scale is zero"
     rows = [("scale", "groups", "share")]
     for i in range(present[0], present[-1] + 1):
         share = counts[i] / counts.sum()
@@ -276,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails again
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        print(f"mrgptq: {error}", file=sys.stderr)
+        print(f"mrgptq: {printable(str(error))}", file=sys.stderr)
         if (kept := _kept(args)) and str(kept) not in str(error):
             print(f"mrgptq: what is done is kept in {kept}: the same command goes on from there", file=sys.stderr)
         return 1

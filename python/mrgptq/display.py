@@ -24,8 +24,14 @@ def format_bytes(count: float) -> str:
     return f"{count:.4g} TB"
 
 
+def printable(text: str) -> str:
+    """The text with its control characters escaped, line ends apart: names out of a file must not steer the terminal that shows them."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def align(rows: Sequence[Sequence[str]], *, numeric: Collection[int] = ()) -> str:
-    """Rows of strings as one text with aligned columns; the columns listed in ``numeric`` stand to the right."""
+    """Rows of strings as one text with aligned columns, control characters in them escaped; the columns listed in ``numeric`` stand to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -120,7 +120,7 @@ TEST(IntegerProducts, OfPackedOperandsAreAsDefined) {
                             in_both_forms(w.view(), [&](const Weight& weight) {
                                 Matrix<float> out(tokens, rows, layouts[0], nan);
                                 matmul_packed(x.view(), weight, out.view(), 1);
-                                ASSERT_EQ(out, expected) << format << " by " << inputs << ", " << rows << " x " << cols << ", " << tokens << " tokens" << (weight.tiled ? ", tiled" : "");
+                                ASSERT_EQ(out, expected) << w.format << " by " << x.format << ", " << rows << " x " << cols << ", " << tokens << " tokens" << (weight.tiled ? ", tiled" : "");
                             });
                         }
 }
@@ -137,7 +137,7 @@ TEST(IntegerProducts, OfEightBitInputsAreAsDefined) {
                     in_both_forms(w.view(), [&](const Weight& weight) {
                         Matrix<float> out(tokens, rows, layouts[0], nan);
                         matmul_int8(x.view(), weight, out.view(), 1);
-                        ASSERT_EQ(out, expected) << format << " " << rows << " x " << cols << ", " << tokens << " tokens" << (weight.tiled ? ", tiled" : "");
+                        ASSERT_EQ(out, expected) << w.format << " " << rows << " x " << cols << ", " << tokens << " tokens" << (weight.tiled ? ", tiled" : "");
                     });
                 }
 }
@@ -206,7 +206,7 @@ TEST(IntegerProducts, OfManyTokensTakeSeveralTilesTogether) {
         in_both_forms(w.view(), [&](const Weight& weight) {
             Matrix<float> out(67, 530, layouts[0], nan);
             matmul_packed(x.view(), weight, out.view(), 1);
-            ASSERT_EQ(out, expected) << format << (weight.tiled ? ", tiled" : "");
+            ASSERT_EQ(out, expected) << w.format << (weight.tiled ? ", tiled" : "");
         });
     }
 }

@@ -78,7 +78,7 @@ TEST_P(Rotated, ScalesCodesAndSquareSums) {
             encode(format, before.view(), scales.view(), tensor_scale, codes.view(), 1);
             const SquareSums sums = square_sums(format, before.view(), codes.view(), scales.view(), tensor_scale, 1);
             const FitSums fit = fit_sums(format, before.view(), codes.view(), scales.view(), tensor_scale, 1);
-            each([&](MatrixView<const float> w, int threads) {
+            each([&, format = format, size = size](MatrixView<const float> w, int threads) {  // named: Clang captures no structured binding before its version 16
                 Matrix<std::uint8_t> s(rows, cols / size), q(rows, cols / 2);
                 find_scales(format, rule, w, tensor_scale, weights.view(), s.view(), threads, rotation);
                 EXPECT_EQ(s, scales);

@@ -15,8 +15,10 @@ from ..recipe import Recipe
 from ..result import LayerReport, QuantizedMatrix
 from . import compressed_tensors, fp_quant, own
 from .card import RECORD_NAME, model_card
+from .fields import table
 from .hessians import load_hessians, merge_hessians, save_hessians
 from .reader import CheckpointReader
+from .safetensors import shown
 from .scheme import Scheme, common_scheme
 from .stored_tensor import StoredTensor
 from .writer import CheckpointWriter
@@ -141,12 +143,14 @@ def load(path: str | os.PathLike[str]) -> dict[str, QuantizedMatrix | NDArray[An
 
 def tensor_readers(reader: CheckpointReader) -> dict[str, Callable[[], QuantizedMatrix | NDArray[Any] | StoredTensor]]:
     """A function for each logical tensor of an open checkpoint, in order, which reads that one; see :func:`load`."""
-    quantization_config = reader.config.get("quantization_config")
+    quantization_config = table(reader.config.get("quantization_config"), f"{reader.folder / 'config.json'}", "quantization_config")
     readers: dict[str, Callable[[], QuantizedMatrix | NDArray[Any] | StoredTensor]] = {}
     parts: set[str] = set()
     if quantization_config:
         dialect = dialect_of(quantization_config, reader.path)
         for module in dialect.modules(reader.names):
+            if f"{module}.weight" in reader:
+                raise ValueError(f"{reader.path} has a tensor {shown(f'{module}.weight')} beside the packed one of that name")
             readers[f"{module}.weight"] = partial(dialect.decode, reader, module, quantization_config)
             parts.update(dialect.parts(module))
     for name in reader.names:
@@ -158,8 +162,8 @@ def tensor_readers(reader: CheckpointReader) -> dict[str, Callable[[], Quantized
 def dialect_of(quantization_config: Mapping[str, Any], where: str | os.PathLike[str]) -> ModuleType:
     """The dialect that a quantization_config is written in; ValueError names its quant_method."""
     method = quantization_config.get("quant_method")
-    if method not in DIALECTS:
-        raise ValueError(f"{os.fspath(where)} is quantised by {method!r}; known: {', '.join(DIALECTS)}")
+    if not isinstance(method, str) or method not in DIALECTS:
+        raise ValueError(f"{os.fspath(where)} is quantised by {shown(method)}; known: {', '.join(DIALECTS)}")
     return DIALECTS[method]
 
 

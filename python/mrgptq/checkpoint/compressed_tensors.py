@@ -4,6 +4,7 @@ Source: compressed-tensors 0.20, compressors/nvfp4, compressors/mxfp4 and transf
 """
 
 from collections.abc import Iterable, Mapping
+from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..arrays import located
 from ..formats import block_format
 from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
-from .fields import stored_matrix, stored_number
+from .fields import stored_matrix, stored_number, stored_scales, table
 from .reader import CheckpointReader
 from .scheme import Scheme
 from .stored_tensor import StoredTensor
@@ -127,12 +128,13 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
     """The QuantizedMatrix of ``module``; ValueError names the tensor or the key that is missing or different."""
     where = f"{reader.path}: {module}"
     group = _group_of(quantization_config, where)
-    size = group["weights"].get("group_size")
-    format = next((name for name in _FORMAT_NAMES if block_format(name).group_size == size and group["weights"].get("num_bits") == 4 and group["weights"].get("type") == "float"), None)
+    weights = table(group.get("weights"), where, "weights of its config_group")
+    bits, kind, size = (weights.get(key) for key in ("num_bits", "type", "group_size"))
+    format = next((name for name in _FORMAT_NAMES if block_format(name).group_size == size and bits == 4 and kind == "float"), None)
     if format is None:
-        raise ValueError(f"{where} has weights of {group['weights'].get('num_bits')} bits, type {group['weights'].get('type')!r}, group size {size}; known: nvfp4 (4, float, 16) and mxfp4 (4, float, 32)")
-    scale_dtype = "F8_E4M3" if format == "nvfp4" else "U8"
-    codes, scales = (stored_matrix(reader, f"{module}.{part}", dtype) for part, dtype in (("weight_packed", "U8"), ("weight_scale", scale_dtype)))
+        raise ValueError(f"{where} has weights of {short_repr(bits)} bits, type {short_repr(kind)}, group size {short_repr(size)}; known: nvfp4 (4, float, 16) and mxfp4 (4, float, 32)")
+    codes = stored_matrix(reader, f"{module}.weight_packed", "U8")
+    scales = stored_scales(reader, f"{module}.weight_scale", "F8_E4M3" if format == "nvfp4" else "U8", format)
     divisor = stored_number(reader, f"{module}.weight_global_scale") if format == "nvfp4" else 1.0
     activations = None
     if group.get("input_activations"):
@@ -142,20 +144,23 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
         return QuantizedMatrix(format, codes, scales, divisor, rotation_of(block_size), activations)
 
 
-def _group_of(quantization_config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    groups = list((quantization_config.get("config_groups") or {}).values())
+def _group_of(quantization_config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    groups = list(table(quantization_config.get("config_groups"), where, "config_groups").values())
     if len(groups) != 1:
         raise ValueError(f"{where}: quantization_config has {len(groups)} config_groups; this reader knows checkpoints with one")
-    return groups[0]
+    return table(groups[0], where, "its config_group")
 
 
 def _rotation(quantization_config: Mapping[str, Any], where: str) -> int | None:
     """Block size of the rotation, None without; anything but a plain Hadamard on the input side is refused."""
-    groups = list(((quantization_config.get("transform_config") or {}).get("config_groups") or {}).values())
+    transforms = table(quantization_config.get("transform_config"), where, "transform_config")
+    groups = [table(group, where, "a group of transform_config") for group in table(transforms.get("config_groups"), where, "config_groups of transform_config").values()]
     if not groups:
         return None
-    locations = sorted(apply.get("location", "") for group in groups for apply in group.get("apply", ()))
-    if len(groups) > 1 or groups[0].get("type") != "hadamard" or groups[0].get("randomize") or not groups[0].get("head_dim") or locations != ["input", "weight_input"]:
+    apply = groups[0].get("apply")
+    locations = [part.get("location") for part in apply if isinstance(part, Mapping)] if isinstance(apply, list) and len(apply) == 2 else []
+    on_input = locations in (["input", "weight_input"], ["weight_input", "input"])
+    if len(groups) > 1 or groups[0].get("type") != "hadamard" or groups[0].get("randomize") or not groups[0].get("head_dim") or not on_input:
         raise ValueError(f"{where}: transform_config is not one plain Hadamard of a given head_dim on the input side; other transforms are not read")
     return groups[0]["head_dim"]
 

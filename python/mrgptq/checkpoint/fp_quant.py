@@ -4,15 +4,15 @@ Source: FP-Quant's model_quant.py and transformers' integrations/fp_quant.py.
 """
 
 from collections.abc import Iterable, Mapping
+from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..arrays import located
 from ..result import Activations, QuantizedMatrix
 from ..rotations import Identity, Rotation, rotation_of
-from .fields import stored_matrix, stored_number
+from .fields import FLOATS, stored_matrix, stored_number, stored_scales
 from .reader import CheckpointReader
 from .scheme import Scheme
 from .stored_tensor import StoredTensor
@@ -101,23 +101,25 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
     """The QuantizedMatrix of ``module``; ValueError names the tensor or the key that is missing or different."""
     where = f"{reader.path}: {module}"
     format = quantization_config.get("forward_dtype")
-    if format not in _BLOCK_SIZES:
-        raise ValueError(f"{where}: forward_dtype is {format!r}; known: {', '.join(_BLOCK_SIZES)}")
-    codes, scales = (stored_matrix(reader, f"{module}.{part}", "U8") for part in ("qweight", "scales"))
+    if not isinstance(format, str) or format not in _BLOCK_SIZES:
+        raise ValueError(f"{where}: forward_dtype is {short_repr(format)}; known: {', '.join(_BLOCK_SIZES)}")
+    codes = stored_matrix(reader, f"{module}.qweight", "U8")
+    scales = stored_scales(reader, f"{module}.scales", "U8", format)
     divisor, activation_divisor = (stored_number(reader, f"{module}.{part}") for part in ("weight_global_scale", "act_global_scale"))
-    online = np.asarray(reader.tensor(f"{module}.forward_hadamard_matrix"))
     activations = Activations("mxfp4", "four-thirds") if format == "mxfp4" else Activations("nvfp4", tensor_scale=activation_divisor)
-    rotation = _rotation(online, where)
+    rotation = _rotation(reader.tensor(f"{module}.forward_hadamard_matrix"), 2 * codes.shape[1], where)
     with located(where):
         return QuantizedMatrix(format, codes, scales, divisor, rotation, activations)
 
 
-def _rotation(matrix: NDArray[np.float32], where: str) -> Rotation:
+def _rotation(stored: StoredTensor, cols: int, where: str) -> Rotation:
     """Identity or Hadamard, whichever the stored matrix is up to its rounding to bfloat16 (half of 2^-8 relative)."""
-    known = (Identity(), rotation_of(len(matrix))) if matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] else ()
-    for rotation in known:
-        if np.abs(rotation.apply(np.eye(len(matrix), dtype=np.float32)) - matrix).max() <= 2.0**-9:
-            return rotation
+    k = stored.shape[0] if stored.shape else 0
+    if stored.dtype in FLOATS and stored.shape == (k, k) and 2 <= k <= cols and k & (k - 1) == 0:
+        matrix = np.asarray(stored, dtype=np.float32)
+        for rotation in (Identity(), rotation_of(k)):
+            if np.abs(rotation.apply(np.eye(k, dtype=np.float32)) - matrix).max() <= 2.0**-9:
+                return rotation
     raise ValueError(f"{where}: forward_hadamard_matrix is neither the identity nor a Sylvester-Hadamard matrix; other rotations are not read")
 
 

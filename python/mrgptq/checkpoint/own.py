@@ -5,6 +5,7 @@ uninitialised.
 """
 
 from collections.abc import Iterable, Mapping
+from reprlib import repr as short_repr
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..formats import FORMATS, block_format
 from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
 from . import compressed_tensors
-from .fields import stored_matrix, stored_number
+from .fields import stored_matrix, stored_number, stored_scales, table
 from .reader import CheckpointReader
 from .scheme import Scheme
 from .stored_tensor import StoredTensor
@@ -59,18 +60,18 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
     """The QuantizedMatrix of ``module``; ValueError names the tensor or the key that is missing or different."""
     where = f"{reader.path}: {module}"
     format = quantization_config.get("format")
-    if format not in FORMATS:
-        raise ValueError(f"{where}: format is {format!r}; known: {', '.join(FORMATS)}")
+    if not isinstance(format, str) or format not in FORMATS:
+        raise ValueError(f"{where}: format is {short_repr(format)}; known: {', '.join(FORMATS)}")
     if quantization_config.get("group_size") != block_format(format).group_size:
-        raise ValueError(f"{where}: group_size is {quantization_config.get('group_size')!r}; {format} has {block_format(format).group_size}")
+        raise ValueError(f"{where}: group_size is {short_repr(quantization_config.get('group_size'))}; {format} has {block_format(format).group_size}")
     codes = stored_matrix(reader, f"{module}.weight_packed", "U8")
-    scales = stored_matrix(reader, f"{module}.weight_scale", "F8_E4M3" if format == "nvfp4" else "U8")
+    scales = stored_scales(reader, f"{module}.weight_scale", "F8_E4M3" if format == "nvfp4" else "U8", format)
     divisor = stored_number(reader, f"{module}.weight_global_scale")
     if (quantization_config.get("mx_rule") == "four-thirds") != (format == "mxfp4" and divisor == 3):
-        raise ValueError(f"{where}: mx_rule is {quantization_config.get('mx_rule')!r}, but the divisor {divisor:g} says otherwise")
-    stored = quantization_config.get("activations")
-    if stored is not None and (not isinstance(stored, Mapping) or stored.get("format") != format):
-        raise ValueError(f"{where}: activations are {stored!r}; they must be null or a table whose format is that of the weights, {format!r}")
+        raise ValueError(f"{where}: mx_rule is {short_repr(quantization_config.get('mx_rule'))}, but the divisor {divisor:g} says otherwise")
+    stored = table(quantization_config.get("activations"), where, "activations")
+    if stored and stored.get("format") != format:
+        raise ValueError(f"{where}: activations are {short_repr(stored)}; they must be null or a table whose format is that of the weights, {format!r}")
     with located(where):
         activations = None
         if stored:

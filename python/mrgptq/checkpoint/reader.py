@@ -8,7 +8,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
-from .safetensors import SafetensorsFile, parse_json_object, unknown_tensor
+from .safetensors import SafetensorsFile, open_file, parse_json_object, shown, unknown_tensor
 from .stored_tensor import StoredTensor
 
 _SINGLE = "model.safetensors"
@@ -16,14 +16,16 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (*_PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".npz", ".onnx")
 _SIDE_FILES = ("tokenizer*", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
-_MAX_TEXT_BYTES = 64_000_000  # of config.json, the index and each side file; the largest seen are tokenizers and indices of 10 to 35 MB
+MAX_TEXT_BYTES = 64_000_000  # of config.json, the index and each side file; the largest seen are tokenizers and indices of 10 to 35 MB
+_MAX_DEPTH = 100  # of objects and lists in each other; far from what Python's own recursion bears, which whoever walks through them needs
 
 
 class CheckpointReader:
     """The tensors of a checkpoint by name. The index is checked at once, each shard when one of its tensors is asked for.
 
     In a folder, ``model.safetensors`` comes first (as in transformers), then the shards that ``model.safetensors.index.json`` names,
-    then the only ``*.safetensors`` file there is.
+    then the only ``*.safetensors`` file there is. Links that lead out of the folder are not followed, whatever they are to be; only the path itself may be one, and a snapshot folder of the Hugging Face
+    cache may link to the blobs of its own repository.
 
     Attributes
     ----------
@@ -34,7 +36,7 @@ class CheckpointReader:
     Raises
     ------
     FileNotFoundError : nothing at the path, no weights in the folder, or a shard that the index names is not there.
-    ValueError : an index, a shard or config.json that is not of its form, or a tensor name that does not exist (near ones are listed).
+    ValueError : an index, a shard or config.json that is not of its form or lies elsewhere, or a tensor name that does not exist (near ones are listed).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -43,13 +45,17 @@ class CheckpointReader:
         if self.path.is_dir():
             self.folder = self.path
             weights = _find_weights(self.path)
+            refuse_outside(weights, self.folder)
         elif self.path.exists():
             self.folder = self.path.parent
             weights = self.path
         else:
             raise FileNotFoundError(f"there is no checkpoint at {path}, neither a folder nor a file")
+        self._names_in: dict[str, list[str]] = {}  # of each shard, as the index has it
         if weights.name == _INDEX:
             self._shard_of = _read_index(weights)
+            for name, shard_name in self._shard_of.items():
+                self._names_in.setdefault(shard_name, []).append(name)
         else:
             self._open_shards[weights.name] = SafetensorsFile(weights)
             self._shard_of = dict.fromkeys(self._open_shards[weights.name].names, weights.name)
@@ -83,7 +89,10 @@ class CheckpointReader:
     def config(self) -> dict[str, Any]:
         """config.json as a dict, empty where there is none."""
         path = self.folder / "config.json"
-        return read_json_object(path) if path.exists() else {}
+        if not os.path.lexists(path):
+            return {}
+        refuse_outside(path, self.folder)
+        return read_json_object(path)
 
     def files(self) -> list[Path]:
         """All that a conversion reads: config.json, the weights with their index, the side files."""
@@ -94,13 +103,9 @@ class CheckpointReader:
     def side_files(self) -> list[Path]:
         """The small files a user wants beside a converted checkpoint, sorted: tokenizer, generation settings, templates, licence.
 
-        Left out: config.json, the index, weights, files above 64 MB, and links that lead out of the folder, which could carry anything
-        into what is published. A snapshot folder of the Hugging Face cache may link to the blobs of its own repository.
+        Left out: config.json, the index, weights, files above 64 MB, and links that lead out of the folder, which could carry anything into what is published.
         """
-        folder = self.folder.resolve()
-        homes = [folder]
-        if folder.parent.name == "snapshots":
-            homes.append(folder.parent.parent / "blobs")
+        homes = _homes(self.folder)
 
         def is_side_file(path: Path) -> bool:
             name = path.name
@@ -110,7 +115,7 @@ class CheckpointReader:
                 and not name.endswith((".index.json", *_WEIGHTS))
                 and path.is_file()
                 and any(path.resolve().is_relative_to(home) for home in homes)
-                and path.stat().st_size <= _MAX_TEXT_BYTES
+                and path.stat().st_size <= MAX_TEXT_BYTES
             )
 
         return sorted(filter(is_side_file, self.folder.iterdir()))
@@ -125,14 +130,27 @@ class CheckpointReader:
 
     def _open(self, shard_name: str) -> SafetensorsFile:
         """Open a shard of the index and compare the two, so that no tensor is missing and none is dropped unseen."""
+        refuse_outside(self.folder / shard_name, self.folder)
         shard = SafetensorsFile(self.folder / shard_name)
-        for name, place in self._shard_of.items():
-            if place == shard_name and name not in shard:
-                raise ValueError(f"{shard.path} has no tensor {name!r}, but {self.folder / _INDEX} places it there")
+        for name in self._names_in[shard_name]:
+            if name not in shard:
+                raise ValueError(f"{shard.path} has no tensor {shown(name)}, but {self.folder / _INDEX} places it there")
         for name in shard.names:
             if name not in self._shard_of:
-                raise ValueError(f"{shard.path} has a tensor {name!r} that {self.folder / _INDEX} does not list")
+                raise ValueError(f"{shard.path} has a tensor {shown(name)} that {self.folder / _INDEX} does not list")
         return shard
+
+
+def _homes(folder: Path) -> list[Path]:
+    """Where the files of a checkpoint folder may lie, links resolved."""
+    folder = Path(os.path.realpath(folder))
+    return [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+
+
+def refuse_outside(path: Path, folder: Path) -> None:
+    """ValueError for a link that leads out of the folder it lies in: what somebody packed could make a file of this machine part of what is written from it."""
+    if path.is_symlink() and not any((target := Path(os.path.realpath(path))).is_relative_to(home) for home in _homes(folder)):
+        raise ValueError(f"{path} is a link to {target}, outside its folder; links that lead out of a checkpoint are not followed: put the file itself there")
 
 
 def _find_weights(folder: Path) -> Path:
@@ -164,22 +182,29 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, shard_name in weight_map.items():
         if not isinstance(shard_name, str) or shard_name in ("", ".", "..") or set(shard_name) & set("/\\:\0"):
             raise ValueError(
-                f"{path} places tensor {name!r} in {short_repr(shard_name)}; "
+                f"{path} places tensor {shown(name)} in {short_repr(shard_name)}; "
                 "a shard is the name of a file beside the index, without any folder"
             )
         if shard_name not in missing:
-            missing[shard_name] = not (path.parent / shard_name).is_file()
+            missing[shard_name] = not os.path.isfile(path.parent / shard_name)  # Path.is_file raises for a name that is too long
         if missing[shard_name]:
-            raise FileNotFoundError(f"{path} places tensor {name!r} in {shard_name}, but {path.parent} has no such file")
+            raise FileNotFoundError(f"{path} places tensor {shown(name)} in {shard_name}, but {path.parent} has no such file")
     return weight_map
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A file that must be one JSON object, of at most 64 MB; ValueError names it."""
-    size_bytes = path.stat().st_size
-    if size_bytes > _MAX_TEXT_BYTES:
-        raise ValueError(f"{path} has {size_bytes} bytes; at most {_MAX_TEXT_BYTES} are read")
-    return parse_json_object(path.read_bytes(), str(path))
+    """A small JSON file of a checkpoint. ValueError where it is no regular file, has more than 64 MB, more than 100 levels or is not one JSON object, by its name."""
+    with open_file(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > MAX_TEXT_BYTES:
+            raise ValueError(f"{path} has {size_bytes} bytes; at most {MAX_TEXT_BYTES} are read")
+        value = parse_json_object(file.read(MAX_TEXT_BYTES + 1), str(path))
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent) if isinstance(child, (dict, list))]
+    if level:
+        raise ValueError(f"{path} has more than {_MAX_DEPTH} objects and lists inside each other")
+    return value
 
 
 def _natural_order(name: str) -> tuple[list[Any], str]:

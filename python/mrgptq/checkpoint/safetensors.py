@@ -6,13 +6,16 @@ overlap. Source: https://github.com/huggingface/safetensors, README and safetens
 """
 
 import difflib
+import heapq
 import json
 import math
 import mmap
 import os
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import Repr
 from reprlib import repr as short_repr
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,11 +24,14 @@ from numpy.typing import ArrayLike
 
 from .stored_tensor import BITS_DTYPE, StoredTensor, bits_shape
 
-__all__ = ["SafetensorsFile", "StoredTensor", "checked_tensor", "new_file", "parse_json_object", "unknown_tensor", "write_file"]
+__all__ = ["SafetensorsFile", "StoredTensor", "checked_tensor", "new_file", "open_file", "parse_json_object", "shown", "unknown_tensor", "write_file"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's limit
 _MAX_AXES = 32  # NumPy's limit before 2.0
 _METADATA = "__metadata__"
+_MOST_COMPARED = 10_000  # names for a hint, which take a third of a second
+_NAMES = Repr()
+_NAMES.maxstring = 200  # a header may call a tensor by a hundred megabytes
 
 
 class _Entry(NamedTuple):
@@ -35,10 +41,28 @@ class _Entry(NamedTuple):
     end_bytes: int
 
 
+def shown(name: object) -> str:
+    """A name out of a file as messages say it: quoted, control characters escaped, of a very long one the ends."""
+    return _NAMES.repr(name)
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading; ValueError for a pipe or a device, which would be waited for or never end."""
+    # Without O_NONBLOCK the opening of a pipe waits for a writer. Asked of the open descriptor, for what lies at the path may change meanwhile.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+        raise ValueError(f"{os.fspath(path)} is {names.get(kind, 'no regular file')}; only a regular file is read")
+    return os.fdopen(descriptor, "rb")
+
+
 class SafetensorsFile:
     """A safetensors file, memory-mapped read-only; its header is checked completely when it is opened.
 
-    There is nothing to close: the map lives as long as this object or any array that came from it.
+    There is nothing to close: the map lives as long as this object or any array that came from it. Leave the file as it is meanwhile: removing it is harmless, but whoever reads what was cut off is
+    killed by the system (SIGBUS). A file that has shrunk already is refused when a tensor is asked for.
 
     Attributes
     ----------
@@ -55,11 +79,12 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
+        with open_file(self.path) as file:
             file_bytes = os.fstat(file.fileno()).st_size
             if file_bytes < 8:
                 raise ValueError(f"{path} has {file_bytes} bytes; a safetensors file has at least 8, so it is empty or truncated")
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), file_bytes, access=mmap.ACCESS_READ), np.uint8)
+            self._map = mmap.mmap(file.fileno(), file_bytes, access=mmap.ACCESS_READ)
+        mapped = np.frombuffer(self._map, np.uint8)
         header_bytes = int.from_bytes(mapped[:8].tobytes(), "little")
         if header_bytes > _MAX_HEADER_BYTES:
             raise ValueError(
@@ -71,7 +96,7 @@ class SafetensorsFile:
                 f"{path} announces a header of {header_bytes} bytes, but only {file_bytes - 8} follow: "
                 "it is truncated or not a safetensors file"
             )
-        header = parse_json_object(mapped[8 : 8 + header_bytes].tobytes(), f"the header of {path}")
+        header = parse_json_object(mapped[8 : 8 + header_bytes].tobytes(), f"the header of {path}", strict=True)
         self._data = mapped[8 + header_bytes :]
         self.metadata: dict[str, str] = header.pop(_METADATA, {})
         if not _is_text_to_text(self.metadata):
@@ -98,6 +123,8 @@ class SafetensorsFile:
     def tensor(self, name: str) -> StoredTensor:
         """The tensor, its bits a read-only view of the map; where the file does not align its data, neither does the view."""
         entry = self._entry(name)
+        if (file_bytes := self._map.size()) < len(self._map):
+            raise ValueError(f"{self.path} had {len(self._map)} bytes when it was opened and has {file_bytes} now: it was truncated meanwhile, so tensor {shown(name)} is not read")
         bits = self._data[entry.begin_bytes : entry.end_bytes].view(BITS_DTYPE[entry.dtype])
         return StoredTensor(entry.dtype, bits.reshape(bits_shape(entry.dtype, entry.shape)))
 
@@ -109,17 +136,21 @@ class SafetensorsFile:
 
 def unknown_tensor(name: str, names: Collection[str], where: object) -> ValueError:
     """The ValueError to raise when ``where`` has no tensor ``name``; it lists the nearest of ``names``."""
-    near = difflib.get_close_matches(name, names, n=3)
+    # Comparing takes the product of two lengths, and a file may hold a million names or a very long one.
+    likely = [other for other in names if len(other) <= 200] if len(name) <= 200 else []
+    if len(likely) > _MOST_COMPARED:
+        likely = heapq.nlargest(_MOST_COMPARED, likely, key=lambda other: len(os.path.commonprefix((name, other))))
+    near = difflib.get_close_matches(name, likely, n=3)
     hint = f"near names are {', '.join(map(repr, near))}" if near else f"none of its {len(names)} names is near"
-    return ValueError(f"{where} has no tensor {name!r}; {hint}")
+    return ValueError(f"{where} has no tensor {shown(name)}; {hint}")
 
 
-def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
+def parse_json_object(text: bytes, where: str, *, strict: bool = False) -> dict[str, Any]:
     """Parse bytes that must be one JSON object, in which (at any depth) no key occurs twice.
 
     Raises
     ------
-    ValueError : not UTF-8, not JSON, not an object, a repeated key; ``where`` is the subject of the sentence.
+    ValueError : not UTF-8, not JSON, not an object, a repeated key, with ``strict`` also NaN and Infinity, which JSON has not and the configurations of some models have; ``where`` is the subject of the sentence.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,12 +158,15 @@ def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
         for key, value in pairs:
             key.encode()  # Refuses an escaped lone surrogate: a str to Python, but no name that could be printed or written.
             if key in result:
-                raise ValueError(f"the key {key!r} occurs twice in one object")
+                raise ValueError(f"the key {shown(key)} occurs twice in one object")
             result[key] = value
         return result
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        value = json.loads(text.decode(), object_pairs_hook=unique)
+        value = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse if strict else None)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON in UTF-8 without repeated keys: {error}") from None
     if not isinstance(value, dict):
@@ -147,7 +181,7 @@ def _parse_entries(header: dict[str, Any], data_bytes: int, path: object) -> dic
         try:
             entries[name] = _parse_entry(info, data_bytes)
         except ValueError as error:
-            raise ValueError(f"{path}: tensor {name!r} {error}") from None
+            raise ValueError(f"{path}: tensor {shown(name)} {error}") from None
 
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin_bytes, item[1].end_bytes)))
     covered_bytes = 0
@@ -156,11 +190,11 @@ def _parse_entries(header: dict[str, Any], data_bytes: int, path: object) -> dic
         if entry.begin_bytes != covered_bytes:
             problem = "leaves a hole" if entry.begin_bytes > covered_bytes else "overlaps it"
             raise ValueError(
-                f"{path}: tensor {name!r} begins at byte {entry.begin_bytes} of the data and {problem}: "
+                f"{path}: tensor {shown(name)} begins at byte {entry.begin_bytes} of the data and {problem}: "
                 f"before it lies {last}, up to byte {covered_bytes}, and tensors must follow each other without gap or overlap"
             )
         covered_bytes = entry.end_bytes
-        last = f"tensor {name!r}"
+        last = f"tensor {shown(name)}"
     if covered_bytes != data_bytes:
         raise ValueError(f"{path} has {data_bytes} bytes of data, but its tensors end at byte {covered_bytes}; nothing may follow them")
     return entries
@@ -182,7 +216,7 @@ def _parse_entry(info: Any, data_bytes: int) -> _Entry:
         raise ValueError(f"has shape {short_repr(shape)}, whose size overflows 63 bits; no array can hold it")
     begin_bytes, end_bytes = offsets
     if end_bytes > data_bytes:
-        raise ValueError(f"ends at byte {end_bytes} of the data, but the file has {data_bytes} bytes of data: it is truncated")
+        raise ValueError(f"ends at byte {short_repr(end_bytes)} of the data, but the file has {data_bytes} bytes of data: it is truncated")
     needed_bytes = math.prod(bits_shape(dtype, shape)) * BITS_DTYPE[dtype].itemsize
     if end_bytes - begin_bytes != needed_bytes:
         raise ValueError(f"has data_offsets {offsets}, but {dtype} of shape {shape} needs {needed_bytes} bytes")
@@ -200,11 +234,11 @@ def _is_text_to_text(value: Any) -> bool:
 def checked_tensor(name: str, tensor: ArrayLike | StoredTensor, where: object) -> StoredTensor:
     """The tensor as it would be stored in ``where`` under ``name``; ValueError if the format cannot hold the one or the other."""
     if not isinstance(name, str) or name == _METADATA:
-        raise ValueError(f"a tensor of {where} has the name {name!r}; names are strings other than {_METADATA!r}")
+        raise ValueError(f"a tensor of {where} has the name {shown(name)}; names are strings other than {_METADATA!r}")
     try:
         return StoredTensor.of(tensor)
     except ValueError as error:
-        raise ValueError(f"tensor {name!r} of {where}: {error}") from None
+        raise ValueError(f"tensor {shown(name)} of {where}: {error}") from None
 
 
 def write_file(

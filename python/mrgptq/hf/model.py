@@ -1,13 +1,13 @@
 """A transformers model and its text: loading, token windows, the decoder's blocks."""
 
-import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..arrays import as_float32
 from ..checkpoint import tensor_readers
-from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.fields import table
+from ..checkpoint.reader import MAX_TEXT_BYTES, CheckpointReader, read_json_object, refuse_outside
 from ..result import QuantizedMatrix
 from .activations import round_inputs
 from .linear import PackedLinear
@@ -28,16 +29,31 @@ _MAKING = threading.Lock()
 
 
 def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTrainedModel:
-    """The causal language model in ``folder`` in float32, evaluation mode. No code of the checkpoint's own is run, nothing is downloaded.
+    """The causal language model in ``folder`` in float32, evaluation mode. No code of the checkpoint's own is run, no pickle is read, nothing is downloaded.
 
-    Raises FileNotFoundError where ``folder`` has no config.json, ValueError where it is quantised (see :func:`load_quantized`).
+    Raises FileNotFoundError where ``folder`` has no config.json or no safetensors, ValueError where it is quantised (see :func:`load_quantized`), asks for code from elsewhere, lacks a weight or is not of its form.
     """
     target = _as_device(device)
     config = _config(folder)
     if config.get("quantization_config"):
-        raise ValueError(f"{folder} is quantised already, by {config['quantization_config'].get('quant_method')!r}")
-    with _without_bars():
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).eval().to(target)
+        raise ValueError(f"{folder} is quantised already, by {table(config['quantization_config'], str(folder), 'quantization_config').get('quant_method')!r}")
+    CheckpointReader(folder)  # refuses links and an index that lead elsewhere, which transformers would follow
+    with _without_bars(), _by_transformers(folder, "model"):
+        model, loading = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(f"{folder} does not fit its config.json: missing {sorted(loading['missing_keys'])[:3]}")
+    return model.eval().to(target)
+
+
+@contextmanager
+def _by_transformers(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Whatever transformers says of a folder that it cannot use, as a ValueError that names the folder: of a wrong setting it may be any exception."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{folder} has no {what} that transformers can load: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _as_device(device: str) -> torch.device:
@@ -67,7 +83,24 @@ def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: there is no config.json in it; download the model first, for example with `hf download`")
-    return json.loads(path.read_text(encoding="utf-8"))
+    for side_file in Path(folder).iterdir():
+        if side_file.suffix in (".json", ".jinja", ".txt", ".model") and side_file.is_file() and side_file.stat().st_size > MAX_TEXT_BYTES:
+            raise ValueError(f"{side_file} has {side_file.stat().st_size} bytes; at most {MAX_TEXT_BYTES} are read")
+    refuse_outside(path, Path(folder))
+    config = read_json_object(path)
+    _refuse_code(config, path)
+    return config
+
+
+def _refuse_code(config: Mapping[str, Any], where: Path) -> None:
+    """ValueError for settings by which transformers would fetch attention or expert kernels, which are programs, or read other weights than those that are checked here."""
+    for key, value in config.items():
+        if key == "transformers_weights" and value is not None:
+            raise ValueError(f"{where} names its weights by {key}; only model.safetensors, or what model.safetensors.index.json lists, is read")
+        if "_implementation" in key and "/" in str(value):
+            raise ValueError(f"{where} has {key} {short_repr(value)}, which is code from elsewhere; no code of a checkpoint is run")
+        if isinstance(value, Mapping):
+            _refuse_code(value, where)
 
 
 @contextmanager
@@ -120,9 +153,10 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kerne
     config = _config(folder)
     reader = CheckpointReader(folder)
     config.pop("quantization_config", None)
-    plain = AutoConfig.for_model(**config)
-    with _MAKING, _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32).eval()
+    with _by_transformers(folder, "configuration"):
+        plain = AutoConfig.for_model(**config)
+    with _MAKING, _parameters_on_meta(), _by_transformers(folder, "model"):
+        model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32, trust_remote_code=False).eval()
     modules = dict(model.named_modules())
     state, layers = {}, {}
     for name, read in tensor_readers(reader).items():
@@ -157,7 +191,8 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kerne
         model.requires_grad_(False)
         model.save_pretrained = _refuse_saving
     if (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        with _by_transformers(folder, "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     return model.to(target)
 
 
@@ -167,12 +202,13 @@ def use_threads(threads: int) -> None:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """The tokenizer in ``folder``."""
+    """The tokenizer in ``folder``; no code of its own is run. FileNotFoundError where transformers can load none."""
     _config(folder)  # a folder that is no model is refused as that
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{folder} has no tokenizer that transformers can load: {' '.join(str(error).split())}") from error
+        with _by_transformers(folder, "tokenizer"):
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 def token_windows(tokenizer: Any, text: str, windows: int, sequence: int, *, targets: bool = False) -> Any:
