@@ -157,7 +157,7 @@ def test_constraints_satisfy_the_declared_bounds():
         assert [int(part) for part in pins[name].split(".")[:2]] >= [int(part) for part in bound.split(".")[:2]], requirement
 
 
-@pytest.mark.parametrize("script", ["examples/quantize_array.py", "examples/demo.py", "bench/bench_accuracy.py", "bench/bench_best.py", "bench/bench_layers.py", "bench/bench_model.py", "bench/run.py"])
+@pytest.mark.parametrize("script", ["examples/quantize_array.py", "examples/demo.py", "bench/bench_accuracy.py", "bench/bench_best.py", "bench/bench_layers.py", "bench/bench_memory.py", "bench/bench_model.py", "bench/run.py"])
 def test_scripts_run(script, tmp_path):
     leaf, text = ROOT / "examples" / "models" / "leaf", ROOT / "examples" / "text"
     arguments = {
@@ -166,6 +166,7 @@ def test_scripts_run(script, tmp_path):
         "bench_best.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--text", str(text / "test.txt"), "--far", str(text / "test.txt"), "--sets", "2", "--windows", "2", "--test-windows", "2", "--far-windows", "2", "--rows", "nvfp4 W4A4"],
         "run.py": ["--quick", "--compare", "--threads", "1", "2", "--json", str(tmp_path / "results.json")],
         "bench_model.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--tokens", "1024"],
+        "bench_memory.py": ["--tokens", "512", "--runs", "mr-gptq under Hessians", "mr-gptq"],
         "bench_layers.py": ["--model", str(leaf), "--calibration", str(text / "calibration.txt"), "--held-out", str(text / "test.txt"), "--windows", "2", "--rows", "nvfp4 16 even mr-gptq"],
     }.get(Path(script).name, [])
     done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, cwd=tmp_path)

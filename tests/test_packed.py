@@ -155,7 +155,7 @@ def test_models_are_loaded_side_by_side_and_other_threads_are_left_alone(tmp_pat
     folder = checkpoint(tmp_path / "out")
     with ThreadPoolExecutor(4) as pool:
         models = list(pool.map(lambda _: hf.load_quantized(folder), range(8)))
-        with hf.model._parameters_on_meta():
+        with hf.model.parameters_on_meta():
             assert torch.nn.Linear(2, 2).weight.device.type == "meta" and pool.submit(lambda: torch.nn.Linear(2, 2).weight.device.type).result() == "cpu"
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
     with torch.no_grad():
@@ -282,7 +282,7 @@ def test_what_a_layer_takes_and_refuses(tmp_path):
 def test_kernels_are_for_the_cpu(tmp_path, monkeypatch):
     folder = checkpoint(tmp_path / "out")
     assert not packed_layers(hf.load_quantized(folder, kernels=False)) and len(packed_layers(hf.load_quantized(folder, kernels=True))) == 14
-    monkeypatch.setattr(hf.model, "_as_device", lambda device: torch.device(device))
+    monkeypatch.setattr(hf.model, "as_device", lambda device: torch.device(device))
     with pytest.raises(ValueError, match="kernels is True, device 'cuda'; the kernels run on the CPU"):
         hf.load_quantized(folder, device="cuda", kernels=True)
 

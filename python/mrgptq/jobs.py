@@ -22,6 +22,7 @@ from .checkpoint.partial_run import PartialRun, write_part
 from .checkpoint.reader import CheckpointReader, read_json_object
 from .checkpoint.safetensors import SafetensorsFile
 from .checkpoint.stored_tensor import StoredTensor
+from .display import format_bytes
 from .gptq import Hessian
 from .modules import fused_groups
 from .plan import BATCH_WINDOWS, Plan
@@ -155,11 +156,10 @@ class _Ledger:
     def __init__(self, run: PartialRun, parts: Mapping[tuple[str, ...], Path], recipe: Recipe) -> None:
         self._run, self._recipe = run, recipe
         self._part_of = {name: part for group, part in parts.items() for name in group}
-        self._kept = {part for part in parts.values() if part.is_file()}
 
     def matrix(self, module: str) -> QuantizedMatrix | None:
-        part = self._part_of[module]
-        return dict(read_matrices(part, self._recipe))[module] if part in self._kept else None
+        part = self._part_of.get(module)
+        return dict(read_matrices(part, self._recipe))[module] if part and part.is_file() else None
 
     def state(self) -> tuple[int, dict[str, NDArray[Any]]] | None:
         if not self._run.has("hidden"):
@@ -195,7 +195,15 @@ def _calibrate(
     inputs = hf.token_windows(hf.load_tokenizer(plan.model), text, plan.tokens // plan.sequence, plan.sequence)
     if inputs.numel() < plan.tokens:
         _log.warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), plan.tokens)
-    model = hf.load_model(plan.model, device=device)
+    ledger = _Ledger(run, parts, plan.recipe)
+    model = hf.load_streamed(plan.model, device=device) if plan.streamed else None
+    source = None
+    if model is not None:
+        source = hf.StreamedBlocks(plan.model, model, ledger.matrix)
+    else:
+        if plan.streamed:
+            _log.warning("%s names its tensors otherwise than transformers does, so it is held in memory whole, %s in float32", plan.model, format_bytes(plan.model_bytes))
+        model = hf.load_model(plan.model, device=device)
     group_of = {name: group for group in parts for name in group}
     ready: dict[str, QuantizedMatrix] = {}
 
@@ -203,7 +211,7 @@ def _calibrate(
         if progress and stage == "gradients":
             progress(stage, done, total)
 
-    for name, matrix in hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), batch_windows=BATCH_WINDOWS, threads=threads, progress=gradients, ledger=_Ledger(run, parts, plan.recipe)):
+    for name, matrix in hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), batch_windows=BATCH_WINDOWS, threads=threads, progress=gradients, ledger=ledger, source=source):
         ready[name] = matrix
         group = group_of[name]
         if ready.keys() == set(group):

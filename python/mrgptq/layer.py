@@ -13,10 +13,10 @@ from .codecs import (
     HESSIAN_SEARCHES,
     PackedMatrix,
     Turn,
-    absmax_tensor_scale,
     alternating_tensor_scale,
     check_groups,
     clip_mask,
+    nvfp4_tensor_scale,
     scale_offsets,
     scales_name,
     tensor_scale_for,
@@ -44,10 +44,14 @@ def shared_tensor_scale(weights: Sequence[ArrayLike], recipe: Recipe, *, threads
     if recipe.tensor_scale == "alternating":
         search = recipe.resolved_scales[0]
         return alternating_tensor_scale(weights, search if search in SCALE_SEARCHES["nvfp4"] else "mse", rotation=rotation, threads=threads)
-    values = [as_float32(weight, "weights", rank=2, threads=threads) for weight in weights]
-    for weight in values:
-        rotation.check_columns(weight.shape[1], "weights")
-    return absmax_tensor_scale(values, rotation=rotation, threads=threads)
+
+    def largest(weight: ArrayLike) -> float:
+        values = as_float32(weight, "weights", rank=2, threads=threads)
+        rotation.check_columns(values.shape[1], "weights")
+        return _core.amax(values, turn_of(rotation), as_threads(threads))
+
+    # One widened weight is held at a time. Of all of them, so that a zero matrix among them has no say.
+    return nvfp4_tensor_scale(max(map(largest, weights)))
 
 
 def _group_size(recipe: Recipe) -> int | None:

@@ -1,11 +1,11 @@
 """What a run over a checkpoint will do, before it does it: layers, sizes, memory, refusals."""
 
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from .checkpoint import Scheme, dialect_named
 from .checkpoint.hessians import StoredHessians
@@ -22,6 +22,9 @@ from .rotations import rotation_of
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their layers are transformers' Conv1D
 
 BATCH_WINDOWS = 8  # calibration windows in one forward pass of a block
+RESIDENT_BYTES = 2 << 30
+"""Models of no more in float32 are held whole while they are calibrated; of others one block is in memory at a time. A fixed bound, so that the machine's memory does not decide bytes."""
+HELD_BYTES = 4 << 30  # of hidden states between blocks, in a backward pass that goes block by block; see hf.fisher
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,6 +39,7 @@ class Plan(Shown):
     bytes_in, bytes_out : sizes of the weights on disk. memory_bytes : expected peak, without what the imported libraries take themselves; of each process where there are several.
     max_shard_bytes : a file of the result is closed before it grows beyond that. hessians : folder of stored Hessians, None without.
     finished : ``out`` is there, written by this very run, which was cut short before it could say so.
+    model_bytes : of the model in float32.
     """
 
     model: Path
@@ -51,6 +55,7 @@ class Plan(Shown):
     max_shard_bytes: int = 5_000_000_000
     hessians: Path | None = None
     finished: bool = False
+    model_bytes: int = 0
 
     @property
     def calibrated(self) -> bool:
@@ -61,6 +66,11 @@ class Plan(Shown):
     def parts_bytes(self) -> int:
         """Bytes on disk, beside the result, of the layers that are kept as they are done."""
         return sum(_matrix_bytes(self.recipe.format, *shape) for shape in self.shapes.values())
+
+    @property
+    def streamed(self) -> bool:
+        """Whether calibration holds one block of the model at a time."""
+        return self.calibrated and self.model_bytes > RESIDENT_BYTES
 
     def layer_table(self) -> str:
         """The layers as aligned text: name, shape, bytes in and out."""
@@ -84,7 +94,7 @@ class Plan(Shown):
             ("dialect", self.dialect),
             ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" + self._passes() if self.calibrated else f"Hessians of {self.hessians}" if self.hessians else "none"),
             ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}, and {format_bytes(self.parts_bytes)} more while it runs"),
-            ("expected memory", f"{format_bytes(self.memory_bytes)} and what the libraries take"),
+            ("expected memory", f"{format_bytes(self.memory_bytes)}{', one block of the model at a time,' if self.streamed else ''} and what the libraries take"),
         ]
 
 
@@ -165,7 +175,7 @@ def make_plan(
         memory = _calibrating_memory(reader, shapes, tokens, sequence, twice=recipe.cross > 0, outputs=recipe.output_hessian is not None)
     else:
         memory = _streaming_memory(shapes, recipe.format, stored is not None)
-    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished)
+    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, _float32_bytes(reader, reader.names))
 
 
 def _check_hessians_suffice(recipe: Recipe) -> None:
@@ -195,7 +205,13 @@ def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int
     widest = max(cols for _, cols in shapes.values())
     largest = max(rows * cols for rows, cols in shapes.values()) * 4
     layer = largest * 4
-    parameters = sum(int(np.prod(reader.shape(name))) for name in reader.names) * 4
+    parameters = _float32_bytes(reader, reader.names)
+    streamed = parameters > RESIDENT_BYTES
+    if streamed:  # what lies outside the blocks, and one block, whose tensors are widened one by one
+        by_block: dict[str, list[str]] = {}
+        for name in reader.names:
+            by_block.setdefault(numbered[0] if (numbered := re.match(r".*?\.\d+\.", name)) else "", []).append(name)
+        parameters = _float32_bytes(reader, by_block.pop("", [])) + max((_float32_bytes(reader, names) for names in by_block.values()), default=0)
     hidden_size = reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))
     hidden = tokens * hidden_size * 4
     # The MLP holds gate, up, their product and a copy of it; around it lie the residual, its norm, q, k, v and the attention's output. The holes that these leave for each other take as much as three quarters of them again.
@@ -209,8 +225,17 @@ def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int
         sizes = [sum(8 * rows**2 for rows, _ in block.values()) for block in blocks]
         moments = max(sum(sizes[index] for index in shared) for shared in _backward_passes(shapes)) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
         # A linear layer leaves its input and its output; measured, a softmax over the vocabulary and its gradient hold seven copies of the logits.
-        backward = sequence * 4 * (2 * sum(sum(shape) for shape in shapes.values()) + 7 * reader.config.get("vocab_size", 0))
+        logits = 7 * reader.config.get("vocab_size", 0)
+        if streamed:  # the blocks' inputs, and the gradients of one, of as many windows as go at once
+            window = sequence * hidden_size * 4 * (len(blocks) + 2)
+            backward = sequence * 4 * (2 * max(sum(sum(shape) for shape in block.values()) for block in blocks) + logits) + window * max(1, min(tokens // sequence, HELD_BYTES // window))
+        else:
+            backward = sequence * 4 * (2 * sum(sum(shape) for shape in shapes.values()) + logits)
     return layer + parameters + hidden + max(batch, backward) + hessians + widest**2 * 8 * (3 if twice else 1) + original + moments
+
+
+def _float32_bytes(reader: CheckpointReader, names: Iterable[str]) -> int:
+    return 4 * sum(math.prod(reader.shape(name)) for name in names)
 
 
 def _by_block(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:

@@ -7,5 +7,6 @@ from .generate import Generated, generate
 from .linear import PackedLinear
 from .model import load_model, load_quantized, load_tokenizer, token_windows, use_threads
 from .observe import collect_hessians, layer_weights
+from .streamed import StreamedBlocks, load_streamed
 
-__all__ = ["Generated", "PackedLinear", "calibrate", "collect_hessians", "collect_output_hessians", "divergence", "generate", "layer_weights", "load_model", "load_quantized", "load_tokenizer", "perplexity", "tempered_perplexities", "token_windows", "use_threads"]
+__all__ = ["Generated", "PackedLinear", "StreamedBlocks", "calibrate", "collect_hessians", "collect_output_hessians", "divergence", "generate", "layer_weights", "load_model", "load_quantized", "load_streamed", "load_tokenizer", "perplexity", "tempered_perplexities", "token_windows", "use_threads"]

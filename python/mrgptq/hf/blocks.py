@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,3 +37,39 @@ def give_back_memory() -> None:
     """What was freed, to the system. glibc keeps much of what passed through a block, and with more of it after every block a run would take twice what it needs; other C libraries are left alone."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+@contextmanager
+def passing_by(blocks: Iterable[torch.nn.Module], answer: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Blocks that compute nothing meanwhile, with numbers or without: each answers what ``answer`` makes of it and of its input."""
+    changed = list(blocks)
+
+    def stand_in(block: torch.nn.Module) -> Callable[..., torch.Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return answer(block, args[0] if args else kwargs["hidden_states"])
+
+        return forward
+
+    for block in changed:
+        block.forward = stand_in(block)
+    try:
+        yield
+    finally:
+        for block in changed:
+            del block.forward
+
+
+class BlockSource:
+    """Where a decoder's blocks get their numbers. This one is for a model that holds them all."""
+
+    streamed = False
+    done = 0
+    """How many blocks are quantised; the next one's numbers are the original's, whatever is known of its layers."""
+
+    def __init__(self, blocks: torch.nn.ModuleList) -> None:
+        self.blocks = blocks
+
+    @contextmanager
+    def at(self, index: int) -> Iterator[torch.nn.Module]:
+        """The block with its numbers, for as long as the context lasts."""
+        yield self.blocks[index]

@@ -21,8 +21,8 @@ from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
 from .activations import round_inputs, to_numpy
 from .beside import Apart, Group, observe_both
-from .blocks import Kwargs, give_back_memory, removing, run_block, take_place
-from .fisher import collect_output_hessians
+from .blocks import BlockSource, Kwargs, give_back_memory, passing_by, removing, run_block, take_place
+from .fisher import collect_by_block, collect_output_hessians
 from .model import decoder_blocks
 
 
@@ -60,6 +60,7 @@ def calibrate(
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     ledger: Ledger | None = None,
+    source: BlockSource | None = None,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise a decoder's linear layers in order, and the model with them.
 
@@ -78,6 +79,7 @@ def calibrate(
     batch_windows : windows in one forward pass of a block.
     progress : called as progress(stage, done, total): "gradients" counts the windows of a backward pass, "quantise" the modules.
     ledger : where to go on from what an earlier call with the same arguments has done, and to keep what this one does.
+    source : where the blocks get their numbers; None where the model holds them all.
 
     Yields
     ------
@@ -88,8 +90,9 @@ def calibrate(
     ValueError : a module that is not a linear layer inside a block, or that never saw an input, by name.
     """
     prefix, blocks = decoder_blocks(model)
+    source = source or BlockSource(blocks)
     linears = _linears_by_block(model, prefix, blocks, modules)
-    hidden, block_kwargs = _enter(model, blocks, inputs, batch_windows)
+    hidden, block_kwargs = _enter(model, blocks, inputs, batch_windows, one_by_one=source.streamed and recipe.output_hessian is not None)
     give_back_memory()
     original_hidden = [batch.clone() for batch in hidden] if recipe.cross else []
     passes = _backward_passes(model, linears) if recipe.output_hessian else {}
@@ -99,42 +102,49 @@ def calibrate(
         start, kept = state
         _restore(hidden, "hidden", kept)
         _restore(original_hidden, "original", kept)
-    for index, block in enumerate(blocks):
+    for index in range(len(blocks)):
+        source.done = index
         groups = fused_groups(linears.get(index, []))
         named = {name: model.get_submodule(name) for group in groups for name in group}
         if index in passes:
             first, output_hessians = index, {}
         if index < start:
             for group in groups:
-                _place(group, named, cast(Ledger, ledger), recipe, threads)
+                _take_over(group, named, cast(Ledger, ledger), recipe, threads, weights=not source.streamed)
             continue
         if recipe.output_hessian and not output_hessians and groups:
             output_hessians = (ledger and ledger.output_hessians(first)) or {}
             if not output_hessians:
                 gradients_done = partial(progress, "gradients") if progress else None
-                output_hessians = collect_output_hessians(model, inputs, passes[first], threads=threads, progress=gradients_done)
+                if source.streamed:
+                    output_hessians = collect_by_block(model, source, first, hidden, block_kwargs, inputs, passes[first], threads=threads, progress=gradients_done)
+                else:
+                    output_hessians = collect_output_hessians(model, inputs, passes[first], threads=threads, progress=gradients_done)
                 if ledger:
                     ledger.keep_output_hessians(first, output_hessians)
-        original = copy.deepcopy(block) if recipe.cross else None
-        hessians, activations, apart = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
-        give_back_memory()
-        for group in groups:
-            if ledger and _place(group, named, ledger, recipe, threads):
-                hessians.pop(group)
-                continue
-            for name, matrix in _quantize_group(group, named, hessians.pop(group), apart, output_hessians, activations.get(group), recipe, threads):
-                done += 1
-                if progress:
-                    progress("quantise", done, len(modules))
-                yield name, matrix
-            if group in activations:
-                round_inputs([named[name] for name in group], activations[group], rotation_of(recipe.rotation))
-        if index + 1 < len(blocks):
-            _run(block, hidden, block_kwargs[index], keep=True)
+        with source.at(index) as block:
+            # Of a block in which an earlier run was cut short some layers are quantised already; what is observed are the original's.
+            original = copy.deepcopy(block) if recipe.cross else None
+            hessians, activations, apart = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
+            del original
             give_back_memory()
-            if ledger:
-                arrays = {f"{name}.{i}": batch.cpu().numpy() for name, batches in (("hidden", hidden), ("original", original_hidden)) for i, batch in enumerate(batches)}
-                ledger.keep_state(index + 1, arrays)
+            for group in groups:
+                if ledger and _take_over(group, named, ledger, recipe, threads):
+                    hessians.pop(group)
+                    continue
+                for name, matrix in _quantize_group(group, named, hessians.pop(group), apart, output_hessians, activations.get(group), recipe, threads):
+                    done += 1
+                    if progress:
+                        progress("quantise", done, len(modules))
+                    yield name, matrix
+                if group in activations:
+                    round_inputs([named[name] for name in group], activations[group], rotation_of(recipe.rotation))
+            if index + 1 < len(blocks):
+                _run(block, hidden, block_kwargs[index], keep=True)
+                give_back_memory()
+        if ledger and index + 1 < len(blocks):
+            arrays = {f"{name}.{i}": batch.cpu().numpy() for name, batches in (("hidden", hidden), ("original", original_hidden)) for i, batch in enumerate(batches)}
+            ledger.keep_state(index + 1, arrays)
 
 
 def _restore(batches: list[torch.Tensor], name: str, kept: dict[str, NDArray[Any]]) -> None:
@@ -143,13 +153,14 @@ def _restore(batches: list[torch.Tensor], name: str, kept: dict[str, NDArray[Any
         batch.copy_(torch.from_numpy(np.array(kept[f"{name}.{i}"])))
 
 
-def _place(group: Group, named: dict[str, Any], ledger: Ledger, recipe: Recipe, threads: int | None) -> bool:
-    """Put what an earlier run made of a group into the model; False where it had not come so far."""
+def _take_over(group: Group, named: dict[str, Any], ledger: Ledger, recipe: Recipe, threads: int | None, *, weights: bool = True) -> bool:
+    """Let a group compute as an earlier run quantised it; False where it had not come so far. ``weights``: put them into the model, which otherwise takes them from where its blocks come from."""
     matrices = {name: ledger.matrix(name) for name in group}
     for name, matrix in matrices.items():
         if matrix is None:
             return False
-        _replace_weight(named[name], matrix, threads)
+        if weights:
+            _replace_weight(named[name], matrix, threads)
     activations = next(iter(matrices.values())).activations  # type: ignore[union-attr]
     if activations:
         round_inputs([named[name] for name in group], activations, rotation_of(recipe.rotation))
@@ -180,14 +191,14 @@ def _linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.Modu
     return by_block
 
 
-def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_windows: int) -> tuple[list[torch.Tensor], list[Kwargs]]:
+def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_windows: int, *, one_by_one: bool) -> tuple[list[torch.Tensor], list[Kwargs]]:
     """Run the model up to its first block: the hidden states as batches, and for each block the keyword arguments it is called with, by batch size.
 
-    Masks and position embeddings may differ from block to block (sliding windows), so one whole pass for each batch size collects them.
+    Masks and position embeddings may differ from block to block (sliding windows), so one pass for each batch size collects them, in which the blocks compute nothing. ``one_by_one``: batches of one window, too.
     """
     decoder = model.base_model  # without the head, whose logits would take more room than everything else
     batches = list(inputs.split(batch_windows))
-    device = next(model.parameters()).device
+    device = model.get_input_embeddings().weight.device
     block_kwargs: list[Kwargs] = [{} for _ in blocks]
     hidden: list[torch.Tensor] = []
     size = 0
@@ -202,10 +213,10 @@ def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_
         hidden.append(args[0] if args else kwargs["hidden_states"])
         raise _FirstBlockReached
 
-    for size in sorted({len(batch) for batch in batches}):
+    for size in sorted({len(batch) for batch in batches} | ({1} if one_by_one else set())):
         handles = [block.register_forward_pre_hook(note_kwargs(i), with_kwargs=True) for i, block in enumerate(blocks)]
-        with removing(handles):
-            decoder(input_ids=batches[-1 if size == len(batches[-1]) else 0].to(device), use_cache=False)
+        with removing(handles), passing_by(blocks, lambda block, hidden: hidden):
+            decoder(input_ids=inputs[:size].to(device), use_cache=False)
     with removing([blocks[0].register_forward_pre_hook(stop, with_kwargs=True)]):
         for batch in batches:
             try:

@@ -1,13 +1,16 @@
 """How much a model's predictions mind each output of a linear layer: the Fisher information, one factor of it a layer."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..arrays import located
 from ..gptq import Hessian
+from ..plan import HELD_BYTES
 from .activations import to_numpy
+from .blocks import BlockSource, Kwargs, passing_by, run_block
 
 _SEED = 0x2509
 
@@ -40,6 +43,99 @@ def collect_output_hessians(
     _check(model, inputs, modules, batch_windows)
     moments = {name: Hessian(model.get_submodule(name).out_features) for name in modules}
     device = next(model.parameters()).device
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = _watch(model, moments, threads)
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        for first in range(0, len(inputs), batch_windows):
+            batch = inputs[first : first + batch_windows].to(device)
+            with torch.enable_grad():
+                logits = model(input_ids=batch, use_cache=False).logits
+            _backward(logits, first)
+            del logits
+            if progress:
+                progress(first + len(batch), len(inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_()
+    return moments
+
+
+@torch.no_grad()
+def collect_by_block(
+    model: Any,
+    source: BlockSource,
+    first: int,
+    hidden: Sequence[torch.Tensor],
+    kwargs: Sequence[Kwargs],
+    inputs: torch.Tensor,
+    modules: Sequence[str],
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Hessian]:
+    """:func:`collect_output_hessians` for a model of which one block at a time is in memory, from its block ``first`` on.
+
+    As many windows as 4 GiB of their blocks' inputs allow pass through the blocks, forwards and then back, where each block's forward pass is done once more.
+
+    Parameters
+    ----------
+    hidden : batches of inputs to the block ``first``. kwargs : what each block is called with; batch size 1 must be among it. modules : inside the blocks from ``first`` on.
+    """
+    moments = {name: Hessian(model.get_submodule(name).out_features) for name in modules}
+    blocks = list(source.blocks)
+    windows = [window for batch in hidden for window in batch.split(1)]
+    each = 4 * windows[0].numel() * (len(blocks) - first + 1)
+    at_once = max(1, HELD_BYTES // each)
+    handles = _watch(model, moments, threads)
+    try:
+        for begin in range(0, len(windows), at_once):
+            chunk = range(begin, min(begin + at_once, len(windows)))
+            held = [[windows[i] for i in chunk]]  # inputs of the blocks from the first on, then of the head
+            for index in range(first, len(blocks)):
+                with source.at(index) as block:
+                    held.append([run_block(block, window, kwargs[index]) for window in held[-1]])
+            gradients = [_head_gradient(model, blocks, held[-1][i - begin], inputs[i : i + 1], i) for i in chunk]
+            for index in range(len(blocks) - 1, first - 1, -1):
+                held.pop()
+                with source.at(index) as block:
+                    for i, window in enumerate(held[-1]):
+                        start = window.detach().requires_grad_()
+                        with torch.enable_grad():
+                            run_block(block, start, kwargs[index]).backward(gradient=gradients[i])
+                        gradients[i] = cast(torch.Tensor, start.grad)
+            if progress:
+                progress(chunk.stop, len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments
+
+
+def _head_gradient(model: Any, blocks: Sequence[torch.nn.Module], last: torch.Tensor, window: torch.Tensor, number: int) -> torch.Tensor:
+    """The gradient at what leaves the last block, everything behind it being run, and nothing before."""
+    last = last.detach().requires_grad_()
+    with torch.enable_grad(), passing_by(blocks, lambda block, hidden: last if block is blocks[-1] else hidden):
+        logits = model(input_ids=window.to(last.device), use_cache=False).logits
+    _backward(logits, number)
+    return cast(torch.Tensor, last.grad)
+
+
+def _backward(logits: torch.Tensor, first: int) -> None:
+    """Passes back the vector z of :func:`collect_output_hessians`, for windows from number ``first`` on."""
+    p = torch.softmax(logits.detach().float(), -1)
+    signs = torch.stack([_signs(first + i, p.shape[1:]) for i in range(len(p))]).to(p.device)
+    root = p.sqrt() * signs
+    gradient = (root - p * root.sum(-1, keepdim=True)).to(logits.dtype)
+    del p, signs, root  # each as large as the logits
+    logits.backward(gradient=gradient)
+
+
+def _watch(model: Any, moments: dict[str, Hessian], threads: int | None) -> list[RemovableHandle]:
+    """Hooks that add each module's output gradients to its moment."""
 
     def watch(name: str) -> Callable[..., torch.Tensor | None]:
         def add(gradient: torch.Tensor) -> None:
@@ -57,30 +153,7 @@ def collect_output_hessians(
 
         return hook
 
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for first in range(0, len(inputs), batch_windows):
-            batch = inputs[first : first + batch_windows].to(device)
-            with torch.enable_grad():
-                logits = model(input_ids=batch, use_cache=False).logits
-            p = torch.softmax(logits.detach().float(), -1)
-            signs = torch.stack([_signs(first + i, p.shape[1:]) for i in range(len(batch))]).to(device)
-            root = p.sqrt() * signs
-            gradient = (root - p * root.sum(-1, keepdim=True)).to(logits.dtype)
-            del p, signs, root  # each as large as the logits
-            logits.backward(gradient=gradient)
-            del logits, gradient
-            if progress:
-                progress(first + len(batch), len(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_()
-    return moments
+    return [model.get_submodule(name).register_forward_hook(watch(name)) for name in moments]
 
 
 def _check(model: Any, inputs: torch.Tensor, modules: Sequence[str], batch_windows: int) -> None:

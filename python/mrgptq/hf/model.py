@@ -33,12 +33,12 @@ def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTra
 
     Raises FileNotFoundError where ``folder`` has no config.json or no safetensors, ValueError where it is quantised (see :func:`load_quantized`), asks for code from elsewhere, lacks a weight or is not of its form.
     """
-    target = _as_device(device)
-    config = _config(folder)
+    target = as_device(device)
+    config = checked_config(folder)
     if config.get("quantization_config"):
         raise ValueError(f"{folder} is quantised already, by {table(config['quantization_config'], str(folder), 'quantization_config').get('quant_method')!r}")
     CheckpointReader(folder)  # refuses links and an index that lead elsewhere, which transformers would follow
-    with _without_bars(), _by_transformers(folder, "model"):
+    with _without_bars(), by_transformers(folder, "model"):
         model, loading = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
     if loading["missing_keys"]:
         raise ValueError(f"{folder} does not fit its config.json: missing {sorted(loading['missing_keys'])[:3]}")
@@ -46,7 +46,7 @@ def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTra
 
 
 @contextmanager
-def _by_transformers(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
+def by_transformers(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Whatever transformers says of a folder that it cannot use, as a ValueError that names the folder: of a wrong setting it may be any exception."""
     try:
         yield
@@ -56,7 +56,7 @@ def _by_transformers(folder: str | os.PathLike[str], what: str) -> Iterator[None
         raise ValueError(f"{folder} has no {what} that transformers can load: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _as_device(device: str) -> torch.device:
+def as_device(device: str) -> torch.device:
     """ValueError where torch does not know the device or cannot use it."""
     try:
         target = torch.empty(0, device=device).device
@@ -79,7 +79,8 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def checked_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a model folder that transformers may be let at: no side file is too large, no setting asks for code."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: there is no config.json in it; download the model first, for example with `hf download`")
@@ -104,23 +105,25 @@ def _refuse_code(config: Mapping[str, Any], where: Path) -> None:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Modules that this thread makes inside hold shapes for parameters and no numbers, but have their buffers, which no checkpoint holds.
 
     torch's own method is replaced meanwhile, so one thread at a time does so, and what others make is left as it is.
     """
-    register, owner = torch.nn.Module.register_parameter, threading.get_ident()
+    owner = threading.get_ident()
 
     def register_shape(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         if parameter is not None and threading.get_ident() == owner:
             parameter = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    torch.nn.Module.register_parameter = register_shape  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with _MAKING:
+        register = torch.nn.Module.register_parameter
+        torch.nn.Module.register_parameter = register_shape  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:
@@ -146,16 +149,16 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kerne
     ------
     FileNotFoundError : no config.json. ValueError : what does not fit it, by name; kernels on another device.
     """
-    target = _as_device(device)
+    target = as_device(device)
     kernels = target.type == "cpu" if kernels is None else kernels
     if kernels and target.type != "cpu":
         raise ValueError(f"kernels is True, device {device!r}; the kernels run on the CPU")
-    config = _config(folder)
+    config = checked_config(folder)
     reader = CheckpointReader(folder)
     config.pop("quantization_config", None)
-    with _by_transformers(folder, "configuration"):
+    with by_transformers(folder, "configuration"):
         plain = AutoConfig.for_model(**config)
-    with _MAKING, _parameters_on_meta(), _by_transformers(folder, "model"):
+    with parameters_on_meta(), by_transformers(folder, "model"):
         model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32, trust_remote_code=False).eval()
     modules = dict(model.named_modules())
     state, layers = {}, {}
@@ -191,7 +194,7 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kerne
         model.requires_grad_(False)
         model.save_pretrained = _refuse_saving
     if (Path(folder) / "generation_config.json").is_file():
-        with _by_transformers(folder, "generation_config.json"):
+        with by_transformers(folder, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     return model.to(target)
 
@@ -203,9 +206,9 @@ def use_threads(threads: int) -> None:
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """The tokenizer in ``folder``; no code of its own is run. FileNotFoundError where transformers can load none."""
-    _config(folder)  # a folder that is no model is refused as that
+    checked_config(folder)  # a folder that is no model is refused as that
     try:
-        with _by_transformers(folder, "tokenizer"):
+        with by_transformers(folder, "tokenizer"):
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except ValueError as error:
         raise FileNotFoundError(str(error)) from error
