@@ -14,7 +14,7 @@ import numpy as np
 from . import __version__
 from .checkpoint import DIALECTS, dialect_named, load
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
-from .checkpoint.reader import read_json_object
+from .checkpoint.reader import read_config, read_json_object
 from .checkpoint.scheme import Scheme, common_scheme
 from .display import align, format_bytes, printable
 from .formats import FORMATS, decode_e4m3
@@ -228,7 +228,7 @@ def _hf(args: argparse.Namespace) -> Any:
 
 def _load(hf: Any, path: Path, args: argparse.Namespace) -> Any:
     """A model, quantised or not."""
-    quantised = read_json_object(path / "config.json").get("quantization_config") if (path / "config.json").is_file() else None
+    quantised = read_config(path / "config.json").get("quantization_config") if (path / "config.json").is_file() else None
     return hf.load_quantized(path, device=args.device, kernels=args.kernels) if quantised else hf.load_model(path, device=args.device)
 
 
