@@ -267,6 +267,18 @@ def test_one_weight_twice_is_refused(saved, tmp_path):
     assert f"{tmp_path} has a tensor '{NAME}.weight' beside the packed one of that name" == refusal(lambda: mg.load(tmp_path))
 
 
+@pytest.mark.parametrize("key", ["model_type", "hidden_size", "vocab_size", "quantization_config"])
+def test_settings_of_another_form_are_refused_before_anything_is_computed(tmp_path, key, capsys):
+    safetensors.numpy.save_file({f"{NAME}.weight": np.ones((2, 32), np.float32)}, tmp_path / "model.safetensors")
+    for value in ([1], "x" * 1000, {"a": 1}, 0, -1, 1.5, True, 10**400, [], {}, "", None):
+        (tmp_path / "config.json").write_text(json.dumps({key: value}))
+        status = cli.main(["quantize", str(tmp_path), str(tmp_path / "out"), "--recipe", "rtn"])
+        said = capsys.readouterr().err
+        if status:
+            assert said.startswith("mrgptq: ") and (f"config.json has {key} " in said or "is quantised already" in said) and not (tmp_path / "out").exists()
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
 # ---- What a terminal is shown
 
 
@@ -339,14 +351,12 @@ def test_code_beside_a_model_is_not_run_even_if_somebody_would_say_yes(model, lo
         ({"_attn_implementation": {"": "evil/kernel"}}, "_attn_implementation {'': 'evil/kernel'}, which is code from elsewhere"),
         ({"text_config": {"experts_implementation": "evil/kernel"}}, "experts_implementation 'evil/kernel', which is code from elsewhere"),
         ({"transformers_weights": "adapter_model.bin"}, "names its weights by transformers_weights; only model.safetensors"),
-        ({"quantization_config": [1]}, "quantization_config is [1]; it must be a table"),
+        ({"quantization_config": [1]}, "config.json has quantization_config [1]; it must be a table"),
     ],
 )
 def test_settings_that_lead_elsewhere_are_refused(model, load, settings, words):
     folder, _ = model
     change(folder / "config.json", **settings)
-    if load is hf.load_tokenizer and "quantization_config" in settings:
-        return  # nothing that a tokenizer reads
     assert str(folder) in (message := refusal(lambda: load(folder))) and words in message
 
 

@@ -19,7 +19,7 @@ from .arrays import default_threads
 from .checkpoint import dialect_named, load, load_hessians, merge_hessians, save_hessians
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
 from .checkpoint.partial_run import discard, folder_of
-from .checkpoint.reader import CheckpointReader, read_json_object
+from .checkpoint.reader import CheckpointReader, read_config, read_json_object
 from .checkpoint.scheme import Scheme, common_scheme
 from .display import align, format_bytes, printable
 from .formats import decode_e4m3
@@ -182,7 +182,7 @@ def _hf(args: argparse.Namespace) -> Any:
 
 def _load(hf: Any, path: Path, args: argparse.Namespace) -> Any:
     """A model, quantised or not."""
-    quantised = read_json_object(path / "config.json").get("quantization_config") if (path / "config.json").is_file() else None
+    quantised = read_config(path / "config.json").get("quantization_config") if (path / "config.json").is_file() else None
     return hf.load_quantized(path, device=args.device, kernels=args.kernels) if quantised else hf.load_model(path, device=args.device)
 
 

@@ -15,7 +15,6 @@ from ..recipe import Recipe
 from ..result import LayerReport, QuantizedMatrix
 from . import compressed_tensors, fp_quant, own
 from .card import RECORD_NAME, model_card
-from .fields import table
 from .hessians import load_hessians, merge_hessians, save_hessians
 from .reader import CheckpointReader
 from .safetensors import shown
@@ -143,7 +142,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, QuantizedMatrix | NDArray[An
 
 def tensor_readers(reader: CheckpointReader) -> dict[str, Callable[[], QuantizedMatrix | NDArray[Any] | StoredTensor]]:
     """A function for each logical tensor of an open checkpoint, in order, which reads that one; see :func:`load`."""
-    quantization_config = table(reader.config.get("quantization_config"), f"{reader.folder / 'config.json'}", "quantization_config")
+    quantization_config = reader.config.get("quantization_config")
     readers: dict[str, Callable[[], QuantizedMatrix | NDArray[Any] | StoredTensor]] = {}
     parts: set[str] = set()
     if quantization_config:

@@ -17,6 +17,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (*_PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".npz", ".onnx")
 _SIDE_FILES = ("tokenizer*", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 MAX_TEXT_BYTES = 64_000_000  # of config.json, the index and each side file; the largest seen are tokenizers and indices of 10 to 35 MB
+_FORMS: dict[str, tuple[type, str]] = {  # of what is read of config.json
+    "model_type": (str, "a name"),
+    "hidden_size": (int, "a whole number from 1 on"),
+    "vocab_size": (int, "a whole number from 1 on"),
+    "quantization_config": (dict, "a table"),
+}
 _MAX_DEPTH = 100  # of objects and lists in each other; far from what Python's own recursion bears, which whoever walks through them needs
 
 
@@ -45,7 +51,7 @@ class CheckpointReader:
         if self.path.is_dir():
             self.folder = self.path
             weights = _find_weights(self.path)
-            refuse_outside(weights, self.folder)
+            _refuse_outside(weights, self.folder)
         elif self.path.exists():
             self.folder = self.path.parent
             weights = self.path
@@ -89,10 +95,7 @@ class CheckpointReader:
     def config(self) -> dict[str, Any]:
         """config.json as a dict, empty where there is none."""
         path = self.folder / "config.json"
-        if not os.path.lexists(path):
-            return {}
-        refuse_outside(path, self.folder)
-        return read_json_object(path)
+        return read_config(path) if os.path.lexists(path) else {}
 
     def files(self) -> list[Path]:
         """All that a conversion reads: config.json, the weights with their index, the side files."""
@@ -130,7 +133,7 @@ class CheckpointReader:
 
     def _open(self, shard_name: str) -> SafetensorsFile:
         """Open a shard of the index and compare the two, so that no tensor is missing and none is dropped unseen."""
-        refuse_outside(self.folder / shard_name, self.folder)
+        _refuse_outside(self.folder / shard_name, self.folder)
         shard = SafetensorsFile(self.folder / shard_name)
         for name in self._names_in[shard_name]:
             if name not in shard:
@@ -147,7 +150,7 @@ def _homes(folder: Path) -> list[Path]:
     return [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
 
 
-def refuse_outside(path: Path, folder: Path) -> None:
+def _refuse_outside(path: Path, folder: Path) -> None:
     """ValueError for a link that leads out of the folder it lies in: what somebody packed could make a file of this machine part of what is written from it."""
     if path.is_symlink() and not any((target := Path(os.path.realpath(path))).is_relative_to(home) for home in _homes(folder)):
         raise ValueError(f"{path} is a link to {target}, outside its folder; links that lead out of a checkpoint are not followed: put the file itself there")
@@ -205,6 +208,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if level:
         raise ValueError(f"{path} has more than {_MAX_DEPTH} objects and lists inside each other")
     return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's config.json; ValueError too for a link that leads out of its folder, and for a setting that is read here and has another form."""
+    _refuse_outside(path, path.parent)
+    config = read_json_object(path)
+    for key, (kind, form) in _FORMS.items():
+        value = config.get(key)
+        if value is not None and (type(value) is not kind or isinstance(value, int) and value < 1):  # not isinstance, for true is an int
+            raise ValueError(f"{path} has {key} {short_repr(value)}; it must be {form}")
+    return config
 
 
 def _natural_order(name: str) -> tuple[list[Any], str]:

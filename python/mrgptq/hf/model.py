@@ -17,8 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..arrays import as_float32
 from ..checkpoint import tensor_readers
-from ..checkpoint.fields import table
-from ..checkpoint.reader import MAX_TEXT_BYTES, CheckpointReader, read_json_object, refuse_outside
+from ..checkpoint.reader import MAX_TEXT_BYTES, CheckpointReader, read_config
 from ..result import QuantizedMatrix
 from .activations import round_inputs
 from .linear import PackedLinear
@@ -36,7 +35,7 @@ def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTra
     target = as_device(device)
     config = checked_config(folder)
     if config.get("quantization_config"):
-        raise ValueError(f"{folder} is quantised already, by {table(config['quantization_config'], str(folder), 'quantization_config').get('quant_method')!r}")
+        raise ValueError(f"{folder} is quantised already, by {config['quantization_config'].get('quant_method')!r}")
     CheckpointReader(folder)  # refuses links and an index that lead elsewhere, which transformers would follow
     with _without_bars(), by_transformers(folder, "model"):
         model, loading = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
@@ -87,8 +86,7 @@ def checked_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for side_file in Path(folder).iterdir():
         if side_file.suffix in (".json", ".jinja", ".txt", ".model") and side_file.is_file() and side_file.stat().st_size > MAX_TEXT_BYTES:
             raise ValueError(f"{side_file} has {side_file.stat().st_size} bytes; at most {MAX_TEXT_BYTES} are read")
-    refuse_outside(path, Path(folder))
-    config = read_json_object(path)
+    config = read_config(path)
     _refuse_code(config, path)
     return config
 
@@ -209,7 +207,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     checked_config(folder)  # a folder that is no model is refused as that
     try:
         with by_transformers(folder, "tokenizer"):
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer("a", add_special_tokens=False)  # some settings are looked at only then
+            return tokenizer
     except ValueError as error:
         raise FileNotFoundError(str(error)) from error
 
