@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import mrgptq as mg
 from mrgptq import hf
-from mrgptq.checkpoint.partial_run import PartialRun, first_difference
+from mrgptq.checkpoint.partial_run import first_difference
 from mrgptq.jobs import quantize_checkpoint
 from mrgptq.plan import make_plan
 
@@ -100,18 +100,31 @@ def stop_at(layer):
     return progress
 
 
-def test_a_run_that_was_finished_before_it_could_say_so_is_taken_as_it_is(leaf_folder, tmp_path, monkeypatch):
-    """Killed between the result's name and the removal of its parts."""
+@pytest.mark.parametrize("swept", [0, 1, 5])
+def test_a_run_that_was_finished_before_it_could_say_so_is_taken_as_it_is(swept, leaf_folder, tmp_path, monkeypatch):
+    """Killed between the result's name and the removal of its parts, or while they are removed; by the same command alone."""
     recipe = mg.Recipe.named("rtn")
     plan = make_plan(leaf_folder, tmp_path / "out", recipe)
-    with monkeypatch.context() as patch:
-        patch.setattr(PartialRun, "__exit__", lambda self, *_: self._lock.close())
-        first = quantize_checkpoint(plan)
+    left, unlink = [swept], type(tmp_path).unlink
+
+    def killed(self, *args, **kwargs):
+        if self.parent.name == ".out.partial" and (tmp_path / "out").exists():
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        unlink(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(tmp_path), "unlink", killed)
+        quantize_checkpoint(plan)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]
     before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r'recipe\.format "nvfp4"; this one has "mxfp4"'):
+        quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn", "mxfp4")))
     again = make_plan(leaf_folder, tmp_path / "out", recipe)
     assert again.finished
-    assert quantize_checkpoint(again) == {name: replace(report, seconds=0.0) for name, report in first.items()}
+    reports = quantize_checkpoint(again)
+    assert len(reports) == 28 and reports["model.layers.0.mlp.up_proj"].method == "rounding"
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") == before
     with pytest.raises(FileExistsError, match="out exists already"):
         make_plan(leaf_folder, tmp_path / "out", recipe)

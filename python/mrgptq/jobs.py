@@ -113,13 +113,13 @@ def quantize_checkpoint(
                     reports[name] = layer_report(matrix)
                     yield f"{name}.weight", matrix
 
-        save(plan.out, tensors(), plan.dialect, config=reader.config, side_files=reader.side_files(), max_shard_bytes=plan.max_shard_bytes, build_in=run.assemble())
+        save(plan.out, tensors(), plan.dialect, config=reader.config, side_files=reader.side_files(), max_shard_bytes=plan.max_shard_bytes, build_in=run.assemble(parts.values()))
     return reports
 
 
 def _expect_room(plan: Plan, kept_bytes: int) -> None:
     """Refuse now, with OSError(ENOSPC), what will not fit: the layers that are still to be kept and the checkpoint made of all of them."""
-    needed = plan.bytes_out + max(plan.parts_bytes - kept_bytes, 0)
+    needed = plan.bytes_out + max(plan.kept_bytes - kept_bytes, 0)
     free = shutil.disk_usage(plan.out.absolute().parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{plan.out} needs {needed} bytes while it is made, {plan.bytes_out} of them in the end, but its filesystem has only {free} free")

@@ -39,7 +39,7 @@ class Plan(Shown):
     bytes_in, bytes_out : sizes of the weights on disk. memory_bytes : expected peak, without what the imported libraries take themselves; of each process where there are several.
     max_shard_bytes : a file of the result is closed before it grows beyond that. hessians : folder of stored Hessians, None without.
     finished : ``out`` is there, written by this very run, which was cut short before it could say so.
-    model_bytes : of the model in float32.
+    model_bytes : of the model in float32. kept_bytes : on disk beside the result while the run lasts: the layers as they are done, and what it would go on from.
     """
 
     model: Path
@@ -56,16 +56,12 @@ class Plan(Shown):
     hessians: Path | None = None
     finished: bool = False
     model_bytes: int = 0
+    kept_bytes: int = 0
 
     @property
     def calibrated(self) -> bool:
         """Whether the run passes text through the model."""
         return self.tokens > 0
-
-    @property
-    def parts_bytes(self) -> int:
-        """Bytes on disk, beside the result, of the layers that are kept as they are done."""
-        return sum(_matrix_bytes(self.recipe.format, *shape) for shape in self.shapes.values())
 
     @property
     def streamed(self) -> bool:
@@ -93,7 +89,7 @@ class Plan(Shown):
             ("scheme", Scheme.of_recipe(self.recipe).label),
             ("dialect", self.dialect),
             ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" + self._passes() if self.calibrated else f"Hessians of {self.hessians}" if self.hessians else "none"),
-            ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}, and {format_bytes(self.parts_bytes)} more while it runs"),
+            ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}, and {format_bytes(self.kept_bytes)} more while it runs"),
             ("expected memory", f"{format_bytes(self.memory_bytes)}{', one block of the model at a time,' if self.streamed else ''} and what the libraries take"),
         ]
 
@@ -175,7 +171,7 @@ def make_plan(
         memory = _calibrating_memory(reader, shapes, tokens, sequence, twice=recipe.cross > 0, outputs=recipe.output_hessian is not None)
     else:
         memory = _streaming_memory(shapes, recipe.format, stored is not None)
-    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, _float32_bytes(reader, reader.names))
+    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, _float32_bytes(reader, reader.names), _kept_bytes(reader, shapes, recipe, tokens))
 
 
 def _check_hessians_suffice(recipe: Recipe) -> None:
@@ -212,7 +208,7 @@ def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int
         for name in reader.names:
             by_block.setdefault(numbered[0] if (numbered := re.match(r".*?\.\d+\.", name)) else "", []).append(name)
         parameters = _float32_bytes(reader, by_block.pop("", [])) + max((_float32_bytes(reader, names) for names in by_block.values()), default=0)
-    hidden_size = reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))
+    hidden_size = _hidden_size(reader, shapes)
     hidden = tokens * hidden_size * 4
     # The MLP holds gate, up, their product and a copy of it; around it lie the residual, its norm, q, k, v and the attention's output. The holes that these leave for each other take as much as three quarters of them again.
     batch = min(tokens, BATCH_WINDOWS * sequence) * (6 * hidden_size + 4 * widest) * 7
@@ -232,6 +228,23 @@ def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int
         else:
             backward = sequence * 4 * (2 * sum(sum(shape) for shape in shapes.values()) + logits)
     return layer + parameters + hidden + max(batch, backward) + hessians + widest**2 * 8 * (3 if twice else 1) + original + moments
+
+
+def _kept_bytes(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], recipe: Recipe, tokens: int) -> int:
+    """The layers; with calibration the next block's inputs, and the triangles of the output Hessians, each twice while a new file takes an old one's place."""
+    layers = sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
+    if not tokens:
+        return layers
+    hidden = 4 * tokens * _hidden_size(reader, shapes) * (2 if recipe.cross else 1)
+    outputs = 0
+    if recipe.output_hessian:
+        sizes = [sum(4 * rows * (rows + 1) + 4 * 256 * rows for rows, _ in block.values()) for block in _by_block(shapes)]
+        outputs = max(sum(sizes[index] for index in shared) for shared in _backward_passes(shapes))
+    return layers + 2 * (hidden + outputs)
+
+
+def _hidden_size(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]]) -> int:
+    return reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))
 
 
 def _float32_bytes(reader: CheckpointReader, names: Iterable[str]) -> int:

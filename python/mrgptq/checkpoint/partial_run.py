@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -17,8 +17,8 @@ from .stored_tensor import StoredTensor
 from .writer import sync_folder
 
 _MANIFEST = "manifest.json"
+_ASSEMBLING = "assembling.json"  # its name from when all parts are done: what then lies at OUT is the run's own
 _LOCK = "lock"
-_ASSEMBLING = "assembling"  # there from when all parts are done: what then lies at OUT is the run's own
 
 
 class PartialRun:
@@ -52,8 +52,9 @@ class PartialRun:
         try:
             _take(self._lock, self.out)
             manifest = self.folder / _MANIFEST
-            if manifest.is_file():
-                self._compare(read_json_object(manifest))
+            begun = [path for path in (manifest, self.folder / _ASSEMBLING) if path.is_file()]
+            if begun:
+                self._compare(read_json_object(begun[0]))
                 self.resumed = True
             else:
                 with new_file(temporary(manifest)) as file:
@@ -73,6 +74,12 @@ class PartialRun:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
+            # The manifest goes last: as long as anything of value is here, the next run knows whose it is.
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name not in (_MANIFEST, _ASSEMBLING):
+                    path.unlink()
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
             self._remove_if_empty()
@@ -86,11 +93,13 @@ class PartialRun:
         """Whether it is done."""
         return self.part(name).is_file()
 
-    def assemble(self) -> Path:
-        """All parts are done: the name of a folder, not there yet, to make the result of them in."""
-        with open(self.folder / _ASSEMBLING, "w") as file:
-            os.fsync(file.fileno())
-        sync_folder(self.folder)
+    def assemble(self, keep: Iterable[Path]) -> Path:
+        """All parts are done, and those to ``keep`` are all that is needed of them: the name of a folder, not there yet, to make the result in."""
+        if (self.folder / _MANIFEST).is_file():
+            os.replace(self.folder / _MANIFEST, self.folder / _ASSEMBLING)
+            sync_folder(self.folder)
+        for path in set(self.folder.glob("*.safetensors")) - set(keep):
+            path.unlink()
         building = self.folder / "result"
         shutil.rmtree(building, ignore_errors=True)
         return building
