@@ -365,11 +365,23 @@ def test_a_module_outside_the_blocks_is_refused_by_name(module):
     assert all(torch.equal(weight, original.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
-def test_a_layer_without_inputs_and_values_that_are_not_finite_are_refused_by_the_layers_name():
-    model = decoder("Llama")
+@pytest.mark.parametrize("activations", [None, "nvfp4"])
+@pytest.mark.parametrize("name", ["rtn", "mr-gptq", "best"])
+def test_a_layer_that_no_token_reaches_is_rounded_plainly_and_says_so(name, activations):
+    """As an expert that the text never chose. Its input's scale at W4A4 is 1, not infinite."""
+    model, recipe = decoder("Llama"), mg.Recipe.named(name, activations=activations)
     model.model.layers[1].mlp.unused = torch.nn.Linear(64, 64)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.unused never saw an input .* ignore"):
-        list(hf.calibrate(model, random_tokens(1), mg.Recipe.named("rtn"), ["model.layers.1.mlp.unused"]))
+    weight = model.model.layers[1].mlp.unused.weight.detach().numpy().copy()
+    matrices = dict(hf.calibrate(model, random_tokens(1), recipe, ["model.layers.1.mlp.unused", "model.layers.1.mlp.up_proj"]))
+    q, scales = matrices["model.layers.1.mlp.unused"], {"rtn": "absmax", "mr-gptq": "fpquant_mse", "best": "mse"}[name]
+    expected = mg.quantize(weight, scales=scales, rotation=mg.Hadamard(recipe.rotation) if recipe.rotation else None)
+    assert np.array_equal(q.codes, expected.codes) and np.array_equal(q.scales, expected.scales) and q.report.method == "rounding"
+    assert q.report.fallback == (None if name == "rtn" else f"rounded plainly, scales by {scales}: no token reached its inputs") and q.report.tokens == 0
+    assert (q.activations.tensor_scale == 1) if activations else q.activations is None
+    assert matrices["model.layers.1.mlp.up_proj"].report.fallback is None and matrices["model.layers.1.mlp.up_proj"].report.tokens > 0
+
+
+def test_values_that_are_not_finite_are_refused_by_the_layers_name():
     for recipe in (mg.Recipe.named("gptq", "nvfp4"), mg.Recipe.named("rtn", "mxfp4")):
         model = decoder("Llama")
         model.model.layers[2].self_attn.o_proj.weight.data[3, 7] = torch.inf

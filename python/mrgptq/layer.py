@@ -90,6 +90,7 @@ def quantize_layer(
     ----------
     weight : (rows, cols) array, rows = out_features, cols = in_features; float32 / float16 / bfloat16 / float64, finite, any strides.
     hessian : Hessian or (cols, cols) array, symmetric, in the original (not rotated) basis; any positive multiple of it gives the same codes.
+        A Hessian that saw no token, as of an expert that the text did not reach, has the weight rounded plainly, and the report's ``fallback`` says so.
         None is allowed for the solver "rtn" with scales that do without, whose report then has no relative error, and where ``factor`` is given: then only its shape is looked at.
     recipe : Recipe, or a name ("rtn", "gptq", "mr-gptq", "best", "best-online") with ``format`` ("nvfp4" by default).
     tensor_scale : the NVFP4 divisor, where several layers share one (:func:`shared_tensor_scale`); None takes the recipe's own of the rotated weight.
@@ -158,7 +159,7 @@ def quantize_layer(
     if tensor_scale is None and recipe.tensor_scale == "alternating":
         tensor_scale = shared_tensor_scale([values], recipe, threads=threads)
     divisor = tensor_scale_for(recipe.format, values, rule, tensor_scale, rotation=rotation, threads=threads)
-    usable = factor is not None and factor.usable
+    usable = factor is not None and factor.usable and tokens != 0
     target, target_turn = values, turn
     if cross is not None:
         target, target_turn = _shifted(values, turn, cross, stream, recipe, factor, threads)
@@ -172,9 +173,10 @@ def quantize_layer(
     losses: list[float] = []
     method, fallback, precision = "rounding", None, None
     coupled = outputs.core if usable and outputs is not None and outputs.usable else None
-    if factor is None or not factor.usable:
+    if factor is None or not usable:
         if factor is not None:
-            fallback = f"rounded plainly, scales by {first}: the Hessian could not be factorised, not even with damping {factor.damping:g}"
+            why = "no token reached its inputs" if tokens == 0 else f"the Hessian could not be factorised, not even with damping {factor.damping:g}"
+            fallback = f"rounded plainly, scales by {first}: {why}"
         if weights is None:
             codes, scales, _ = _core.quantize(recipe.format, first, rule, False, target, target_turn, divisor, as_threads(threads))
         else:
@@ -250,7 +252,7 @@ def _shifted(
     missing = None if stream is None else as_float32(stream, "stream", rank=2, threads=threads)
     if missing is not None and missing.shape != weight.shape:
         raise ValueError(f"stream has shape {missing.shape}; the weight's is {weight.shape}")
-    if not factor.usable:
+    if not factor.usable or factor.tokens == 0:
         return weight, turn
     target = _core.shift_to_inputs(weight, turn, factor.rotation.apply_both(given, threads=threads), missing, factor.core, recipe.cross, as_threads(threads))
     if _core.first_nonfinite(target, as_threads(threads)) >= 0:

@@ -85,7 +85,7 @@ def observe_both(
         for i, batch in enumerate(hidden):
             before = original_hidden[i]
             answer, after = run_block(original, before, kwargs), run_block(block, batch, kwargs)
-            for group in asked.keys() & seen.keys():  # who never saw an input is refused by name later
+            for group in asked.keys() & seen.keys():  # some may never see an input
                 crosses[group] += asked[group].T @ seen[group]
                 for name in writers.keys() & group:
                     apart = before - batch if writers[name] == first else (answer - meant[name]) - (after - added[name])

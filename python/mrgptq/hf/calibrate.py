@@ -87,7 +87,7 @@ def calibrate(
 
     Raises
     ------
-    ValueError : a module that is not a linear layer inside a block, or that never saw an input, by name.
+    ValueError : a module that is not a linear layer inside a block, by name. One that never sees an input is rounded plainly, which its report says.
     """
     prefix, blocks = decoder_blocks(model)
     source = source or BlockSource(blocks)
@@ -191,7 +191,7 @@ def _linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.Modu
     return by_block
 
 
-def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_windows: int, *, one_by_one: bool) -> tuple[list[torch.Tensor], list[Kwargs]]:
+def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_windows: int, *, one_by_one: bool = False) -> tuple[list[torch.Tensor], list[Kwargs]]:
     """Run the model up to its first block: the hidden states as batches, and for each block the keyword arguments it is called with, by batch size.
 
     Masks and position embeddings may differ from block to block (sliding windows), so one pass for each batch size collects them, in which the blocks compute nothing. ``one_by_one``: batches of one window, too.
@@ -273,9 +273,6 @@ def _observe(
             _run(block, hidden, kwargs, keep=False)
         else:
             apart = observe_both(block, original, groups, named, hidden, original_hidden, kwargs)
-    for group, hessian in hessians.items():
-        if not hessian.tokens:
-            raise ValueError(f"{group[0]} never saw an input while the calibration text passed; leave it out with ignore")
     if not recipe.activations:
         return hessians, {}, apart
     scales: dict[Group, float | None] = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
@@ -301,7 +298,7 @@ def _quantize_group(
     del hessian  # the factor has all that is needed of it
 
     def mean(total: torch.Tensor | None) -> NDArray[np.float64] | None:
-        return None if total is None else total.cpu().numpy() / seen
+        return None if total is None or not seen else total.cpu().numpy() / seen
 
     cross = mean(apart.crosses.pop(group, None))
     for name, weight in weights.items():
