@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -113,6 +114,35 @@ def test_a_worker_that_dies_is_said_and_the_run_goes_on_later(leaf_folder, store
     assert "a worker died, perhaps for want of memory" in err and "what is done is kept in" in err and not (tmp_path / "out").exists()
     quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored))
     assert contents(tmp_path / "out") == expected
+
+
+def children(pid):
+    """Processes whose parent that is."""
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if (path / "stat").exists() and (path / "stat").read_text().rsplit(")", 1)[1].split()[1] == str(pid)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_command(end, leaf_folder, stored, expected, tmp_path):
+    """Killed, or interrupted from the terminal, which sends it to all of them: no worker is left, no traceback, and the same command goes on."""
+    command = [sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "mr-gptq", "--hessians", str(stored), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (workers := children(process.pid)):
+        time.sleep(0.01)
+    time.sleep(0.5)
+    workers = children(process.pid)
+    if end == signal.SIGINT:
+        os.killpg(process.pid, end)
+    else:
+        process.kill()
+    _, err = process.communicate(timeout=60)  # which ends once no worker holds the pipe
+    assert process.returncode == (130 if end == signal.SIGINT else -end) and "Traceback" not in err, err
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any((Path("/proc") / str(pid)).exists() for pid in workers):
+        time.sleep(0.05)
+    assert workers and not any((Path("/proc") / str(pid)).exists() for pid in workers)
+    assert cli.main(command[3:]) == 0 and contents(tmp_path / "out") == expected
 
 
 def test_the_first_task_that_fails_ends_the_run_by_name(leaf_folder, tmp_path):

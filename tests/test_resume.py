@@ -209,6 +209,32 @@ def test_a_part_under_way_is_swept_and_one_that_is_done_is_not_done_again(leaf_f
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(list((tmp_path / "out").glob("*.safetensors"))) == 1
 
 
+def test_restart_passes_no_result_off_as_anothers(leaf_folder, tmp_path, capsys):
+    """One that is there, whose run could not say that it was finished."""
+    from mrgptq import cli
+
+    assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "rtn"]) == 0
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "assembling.json").write_text("{}")
+    before = contents(tmp_path / "out")
+    assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "rtn", "--format", "mxfp4", "--restart"]) == 1
+    assert "out exists already" in capsys.readouterr().err and contents(tmp_path / "out") == before
+
+
+def test_a_folder_of_somebody_elses_is_not_taken_for_the_result(leaf_folder, tmp_path, monkeypatch):
+    """Killed while the checkpoint is made of its parts; then another puts something at OUT."""
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mrgptq.jobs.save", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt()))
+        quantize_checkpoint(plan)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="out exists already"):
+        make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+    (tmp_path / "out").rmdir()
+    quantize_checkpoint(plan)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_restart_throws_away_what_is_left(leaf_folder, tmp_path, capsys):
     from mrgptq import cli
 

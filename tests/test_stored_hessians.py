@@ -72,6 +72,10 @@ def test_merged_folders_are_merged_hessians(tmp_path):
         mg.merge_hessians(tmp_path / "no", [tmp_path / "h0", tmp_path / "wider"])
     with pytest.raises(ValueError, match="folders is empty"):
         mg.merge_hessians(tmp_path / "no", [])
+    with pytest.raises(TypeError, match="folders is 'h0'; it must be a list"):
+        mg.merge_hessians(tmp_path / "no", "h0")
+    with pytest.raises(TypeError, match="has the key 1; keys are names"):
+        mg.save_hessians(tmp_path / "no", {1: hessian_of(3)})
     assert not any("no" in path.name for path in tmp_path.iterdir())
 
 
@@ -107,13 +111,14 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         (lambda f: (f / "hessians.json").write_text('{"hessians": {"a": "../00000.safetensors"}}'), "must be the name of a safetensors file beside it"),
         (lambda f: os.truncate(f / "00000.safetensors", 300), "00000.safetensors"),
         (lambda f: rewrite(f, sum=np.zeros(5, np.float32)), r"sum is F32 of rank 1; a Hessian's is F64 of rank 1"),
-        (lambda f: rewrite(f, sum=np.zeros(5)), "a sum of 5 numbers is not the lower triangle of 70 columns"),
+        (lambda f: rewrite(f, sum=np.zeros(5)), "sum has 5 numbers; the lower triangle of 70 columns has 2485"),
         (lambda f: rewrite(f, open=np.zeros((300, 70), np.float32)), "an open panel of 300 tokens does not fit"),
         (lambda f: rewrite(f, tokens=np.array([3])), "an open panel of 10 tokens does not fit 3 in all"),
         (lambda f: rewrite(f, open=np.full((10, 70), np.nan, np.float32)), "open holds what is not finite"),
         (lambda f: rewrite(f, sum=np.full(70 * 71 // 2, np.inf)), "sum holds what is not finite"),
         (lambda f: rewrite(f, tokens=np.array([1, 2])), "tokens has shape"),
-        (lambda f: rewrite(f, open=np.zeros((0, 0), np.float32)), "cols is 0"),
+        (lambda f: rewrite(f, open=np.zeros((0, 0), np.float32)), "the lower triangle of 0 columns has 0"),
+        (lambda f: rewrite(f, sum=np.full(70 * 71 // 2, -1.0)), "sum has a negative diagonal entry"),
     ],
 )
 def test_what_is_no_hessian_is_refused_by_file(spoil, words, tmp_path):

@@ -148,7 +148,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = float(text)
+    """A whole number from 1 on, 1e6 too."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
     if not (1 <= value < 2**63 and value == int(value)):
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(value)
@@ -159,6 +163,9 @@ def _size(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
     try:
-        return _positive(str(float(number) * unit))
+        value = float(number) * unit
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not a size such as 16GB, 512MB or 1.5e10") from None
+        value = 0
+    if not 1 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 16GB, 512MB or 1.5e10")
+    return int(value)

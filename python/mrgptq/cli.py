@@ -4,6 +4,7 @@ import argparse
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
@@ -18,6 +19,7 @@ from .arguments import build_parser
 from .arrays import default_threads
 from .checkpoint import dialect_named, load, load_hessians, merge_hessians, save_hessians
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
+from .checkpoint.hessians import check_new
 from .checkpoint.partial_run import discard, folder_of
 from .checkpoint.reader import CheckpointReader, read_config, read_json_object
 from .checkpoint.scheme import Scheme, common_scheme
@@ -25,9 +27,10 @@ from .display import align, format_bytes, printable
 from .formats import decode_e4m3
 from .jobs import quantize_checkpoint
 from .modules import select_modules
-from .plan import make_plan, with_rotation
+from .plan import make_plan, needs_calibration, with_rotation
 from .recipe import Recipe
 from .result import QuantizedMatrix
+from .tasks import end_with_parent
 
 
 class _Progress:
@@ -83,7 +86,15 @@ def _dialect(args: argparse.Namespace) -> str:
 
 def _quantize(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
+    if args.hessians and args.calibration:
+        raise ValueError("--calibration and --hessians are both given; Hessians stand in place of a text: leave one out")
+    if args.calibration and (args.workers or args.scheduler) and needs_calibration(recipe):
+        raise ValueError("--workers and --scheduler are for runs without a text or with --hessians; a calibrated run goes from block to block: leave them out, or store the Hessians first (mrgptq calibrate)")
+    if args.calibration and not needs_calibration(recipe):
+        logging.getLogger("mrgptq").warning("the recipe needs no text; %s is not read", args.calibration)
     text = _read_text(args.calibration) if args.calibration else None
+    if args.restart and not args.dry_run:
+        discard(args.out)
     plan = make_plan(
         args.model,
         args.out,
@@ -103,8 +114,6 @@ def _quantize(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(plan, recipe, plan.layer_table(), sep="\n\n")
         return
-    if args.restart:
-        discard(plan.out)
     print(plan, file=sys.stderr)
     progress = _Progress()
     try:
@@ -129,8 +138,22 @@ def _quantize(args: argparse.Namespace) -> None:
 def _executor(args: argparse.Namespace) -> Iterator[Executor | None]:
     """What --workers or --scheduler ask for."""
     if args.workers:
-        with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool = ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
+        # Workers are started with Ctrl-C blocked, which is for this process: it lets what is under way end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(args.workers):
+                pool.submit(os.getpid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
             yield pool
+        finally:
+            try:
+                pool.shutdown(cancel_futures=True)
+            except KeyboardInterrupt:  # once more: not even for that; the workers end with this process
+                print("mrgptq: interrupted; the same command goes on from what is done", file=sys.stderr)
+                os._exit(130)
     elif args.scheduler:
         try:
             from distributed import Client
@@ -143,13 +166,14 @@ def _executor(args: argparse.Namespace) -> Iterator[Executor | None]:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    if os.path.lexists(args.out):
-        raise FileExistsError(f"{args.out} exists already; it is never overwritten: name another folder or remove it first")
+    check_new(args.out)
     reader = CheckpointReader(args.model)
     modules = select_modules({name: reader.shape(name) for name in reader.names}, args.targets, args.ignore)
     text = _read_text(args.calibration)
     hf = _hf(args)
     inputs = hf.token_windows(hf.load_tokenizer(args.model), text, max(1, args.tokens // args.sequence), args.sequence)
+    if inputs.numel() < args.tokens // args.sequence * args.sequence:
+        logging.getLogger("mrgptq").warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), args.tokens)
     progress = _Progress()
     hessians = hf.collect_hessians(hf.load_model(args.model, device=args.device), inputs, modules, threads=args.threads, progress=lambda done, total: progress("calibrate", done, total))
     progress.close()

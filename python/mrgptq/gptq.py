@@ -55,7 +55,12 @@ class Hessian:
                 raise ValueError(f"{name} is {array.dtype} of rank {array.ndim}; a Hessian's is {np.dtype(dtype)} of rank {rank}")
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} holds what is not finite; a Hessian never does")
-        made = cls(open.shape[1])
+        cols = open.shape[1]
+        if sum.size != cols * (cols + 1) // 2:
+            raise ValueError(f"sum has {sum.size} numbers; the lower triangle of {cols} columns has {cols * (cols + 1) // 2}")
+        if (sum[np.cumsum(np.arange(1, cols + 1)) - 1] < 0).any():
+            raise ValueError("sum has a negative diagonal entry; a second moment has none")
+        made = cls(cols)
         made._sum = _core.HessianSum(np.ascontiguousarray(sum).reshape(1, -1), np.ascontiguousarray(open), int(tokens))
         return made
 

@@ -74,6 +74,7 @@ def quantize_checkpoint(
     for key in ("dtype", "torch_dtype"):
         if written.get(key) != reader.config.get(key, written.get(key)):
             _log.warning("config.json will say %s %s instead of %s: the loaders of %s unpack weights to it", key, written[key], reader.config[key], plan.dialect)
+    side_files = reader.side_files()  # one that vanishes meanwhile is missed
     with PartialRun(plan.out, _identity(plan, reader, calibration, device, threads)) as run:
         if plan.finished:
             return {name: LayerReport.from_dict(report) for name, report in read_json_object(plan.out / RECORD_NAME)["layers"].items()}
@@ -113,7 +114,7 @@ def quantize_checkpoint(
                     reports[name] = layer_report(matrix)
                     yield f"{name}.weight", matrix
 
-        save(plan.out, tensors(), plan.dialect, config=reader.config, side_files=reader.side_files(), max_shard_bytes=plan.max_shard_bytes, build_in=run.assemble(parts.values()))
+        save(plan.out, tensors(), plan.dialect, config=reader.config, side_files=side_files, max_shard_bytes=plan.max_shard_bytes, build_in=run.assemble(parts.values()))
     return reports
 
 
@@ -141,10 +142,11 @@ def _identity(plan: Plan, reader: CheckpointReader, calibration: str | None, dev
     }
     if plan.hessians:
         stored = StoredHessians(plan.hessians)
-        identity |= {"Hessian file": files({stored.file(name) for name in stored}), "ISA level": _core.build_info()["isa"]}
+        identity |= {"Hessian file": files({stored.index, *(stored.file(name) for name in stored)}), "ISA level": _core.build_info()["isa"]}
     if plan.calibrated:
         # torch's sums, and so everything after them, depend on its threads.
         libraries = {name: version(name) for name in ("torch", "transformers") if find_spec(name)}
+        identity["model file"] |= files(path for path in reader.folder.glob("*tok*") if path.is_file())  # wherever a link leads
         text = hashlib.sha256((calibration or "").encode()).hexdigest()
         identity |= {"tokens": plan.tokens, "sequence": plan.sequence, "SHA-256 of the calibration text": text, "library version": libraries, "threads": as_threads(threads), "device": device, "ISA level": _core.build_info()["isa"]}
     return identity

@@ -24,6 +24,8 @@ _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # thei
 BATCH_WINDOWS = 8  # calibration windows in one forward pass of a block
 RESIDENT_BYTES = 2 << 30
 """Models of no more in float32 are held whole while they are calibrated; of others one block is in memory at a time. A fixed bound, so that the machine's memory does not decide bytes."""
+_STREAMED = ("gemma2", "gemma3_text", "llama", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3")
+"""Models (model_type) whose checkpoints name tensors as transformers does, so that blocks can be read one by one; tried. Others are held whole, whatever their size."""
 HELD_BYTES = 4 << 30  # of hidden states between blocks, in a backward pass that goes block by block; see hf.fisher
 
 
@@ -40,6 +42,7 @@ class Plan(Shown):
     max_shard_bytes : a file of the result is closed before it grows beyond that. hessians : folder of stored Hessians, None without.
     finished : ``out`` is there, written by this very run, which was cut short before it could say so.
     model_bytes : of the model in float32. kept_bytes : on disk beside the result while the run lasts: the layers as they are done, and what it would go on from.
+    streamed : whether calibration holds one block of the model at a time.
     """
 
     model: Path
@@ -57,16 +60,12 @@ class Plan(Shown):
     finished: bool = False
     model_bytes: int = 0
     kept_bytes: int = 0
+    streamed: bool = False
 
     @property
     def calibrated(self) -> bool:
         """Whether the run passes text through the model."""
         return self.tokens > 0
-
-    @property
-    def streamed(self) -> bool:
-        """Whether calibration holds one block of the model at a time."""
-        return self.calibrated and self.model_bytes > RESIDENT_BYTES
 
     def layer_table(self) -> str:
         """The layers as aligned text: name, shape, bytes in and out."""
@@ -167,11 +166,13 @@ def make_plan(
     bytes_in = sum(reader.nbytes(name) for name in reader.names)
     kept = bytes_in - sum(reader.nbytes(f"{name}.weight") for name in shapes)
     bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
+    model_bytes = _float32_bytes(reader, reader.names)
+    streamed = tokens > 0 and model_bytes > RESIDENT_BYTES and reader.config.get("model_type") in _STREAMED
     if tokens:
-        memory = _calibrating_memory(reader, shapes, tokens, sequence, twice=recipe.cross > 0, outputs=recipe.output_hessian is not None)
+        memory = _calibrating_memory(reader, shapes, tokens, sequence, streamed=streamed, twice=recipe.cross > 0, outputs=recipe.output_hessian is not None)
     else:
         memory = _streaming_memory(shapes, recipe.format, stored is not None)
-    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, _float32_bytes(reader, reader.names), _kept_bytes(reader, shapes, recipe, tokens))
+    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, model_bytes, _kept_bytes(reader, shapes, recipe, tokens), streamed)
 
 
 def _check_hessians_suffice(recipe: Recipe) -> None:
@@ -194,7 +195,7 @@ def _streaming_memory(shapes: Mapping[str, tuple[int, int]], format: str, hessia
     return largest * 4 + answers + 2 * 8 * widest**2
 
 
-def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], tokens: int, sequence: int, *, twice: bool, outputs: bool) -> int:
+def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], tokens: int, sequence: int, *, streamed: bool, twice: bool, outputs: bool) -> int:
     """Peak bytes: a layer's working copies, the float32 model, the tokens' hidden states, one batch inside a block, and
     one block's Hessians and a factor; ``twice``: the original's hidden states, block, cross and stream moments beside them, and two working copies of a cross moment; ``outputs``: the output Hessians of the blocks that share a backward pass, the
     widest one's working copies, and what a window's forward pass leaves for the backward one."""
@@ -202,7 +203,6 @@ def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int
     largest = max(rows * cols for rows, cols in shapes.values()) * 4
     layer = largest * 4
     parameters = _float32_bytes(reader, reader.names)
-    streamed = parameters > RESIDENT_BYTES
     if streamed:  # what lies outside the blocks, and one block, whose tensors are widened one by one
         by_block: dict[str, list[str]] = {}
         for name in reader.names:

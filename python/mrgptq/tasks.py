@@ -2,6 +2,9 @@
 
 import json
 import logging
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from dataclasses import asdict, dataclass
@@ -59,6 +62,19 @@ def quantize_group(task: GroupTask) -> Path:
             matrices[name] = quantize_layer(weight, hessian, task.recipe, tensor_scale=tensor_scale, factor=factor, threads=task.threads)
     write_matrices(task.part, matrices)
     return task.part
+
+
+def end_with_parent() -> None:
+    """For a worker process: it ends when the one that started it does, however that came about."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def run_tasks(tasks: Sequence[GroupTask], executor: Executor | None, done: Callable[[GroupTask], None]) -> None:

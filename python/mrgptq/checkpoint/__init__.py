@@ -55,7 +55,7 @@ def save(
     side_files : paths of small files to copy beside it, such as the tokenizer's.
     max_shard_bytes : a file is closed before it grows beyond that.
     expected_bytes : refuse at once if the filesystem has less room.
-    build_in : a folder on the same filesystem to build it in, which must not exist; None is a hidden one beside ``path``.
+    build_in : an empty folder on the same filesystem to build it in, or the name of one; None is a hidden one beside ``path``.
 
     Raises
     ------

@@ -31,7 +31,7 @@ class StoredHessians(Mapping[str, Hessian]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        index = self.path / _INDEX
+        self.index = index = self.path / _INDEX
         if not index.is_file():
             raise FileNotFoundError(f"{path} holds no Hessians: there is no {_INDEX} in it")
         files = read_json_object(index).get("hessians")
@@ -88,6 +88,8 @@ def save_hessians(path: str | os.PathLike[str], hessians: Mapping[str, Hessian])
     """
     groups: dict[int, list[str]] = {}
     for module, hessian in hessians.items():
+        if not isinstance(module, str):
+            raise TypeError(f"hessians has the key {module!r}; keys are names of modules")
         if not isinstance(hessian, Hessian):
             raise TypeError(f"{module} has a {type(hessian).__name__}; only a Hessian knows how many tokens it saw")
         groups.setdefault(id(hessian), []).append(module)
@@ -104,6 +106,8 @@ def merge_hessians(path: str | os.PathLike[str], folders: Sequence[str | os.Path
 
     Raises ValueError where the folders hold other modules, or modules of other widths, by name, and what :func:`save_hessians` raises.
     """
+    if isinstance(folders, (str, os.PathLike)):
+        raise TypeError(f"folders is {os.fspath(folders)!r}; it must be a list of folders")
     if not folders:
         raise ValueError("folders is empty; there is nothing to merge")
     stored = [StoredHessians(folder) for folder in folders]
@@ -122,6 +126,17 @@ def merge_hessians(path: str | os.PathLike[str], folders: Sequence[str | os.Path
             yield group, total
 
     _write_groups(path, merged())
+
+
+def check_new(path: Path) -> None:
+    """Refuse what cannot become a folder of Hessians: before a text has passed through a model for it."""
+    path = path.absolute()
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be made: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be made: the folder {path.parent} is not writable")
 
 
 def hessian_tensors(hessian: Hessian) -> dict[str, NDArray[Any]]:
@@ -153,10 +168,7 @@ def read_hessian(path: Path) -> Hessian:
 
 def _write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str, ...], Hessian]]) -> None:
     path = Path(path).absolute()
-    if os.path.lexists(path):
-        raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be made: the folder {path.parent} does not exist")
+    check_new(path)
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     partial.mkdir()
     try:

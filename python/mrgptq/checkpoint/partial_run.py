@@ -19,6 +19,7 @@ from .writer import sync_folder
 _MANIFEST = "manifest.json"
 _ASSEMBLING = "assembling.json"  # its name from when all parts are done: what then lies at OUT is the run's own
 _LOCK = "lock"
+_BUILDING = "result"
 
 
 class PartialRun:
@@ -47,6 +48,8 @@ class PartialRun:
         self._identity = json.loads(json.dumps(identity))  # as it will be read
 
     def __enter__(self) -> Self:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"{self.folder} is no folder; a run to {self.out.name} keeps there what is done: move it away")
         self.folder.mkdir(exist_ok=True)
         self._lock = open(self.folder / _LOCK, "w")
         try:
@@ -94,14 +97,15 @@ class PartialRun:
         return self.part(name).is_file()
 
     def assemble(self, keep: Iterable[Path]) -> Path:
-        """All parts are done, and those to ``keep`` are all that is needed of them: the name of a folder, not there yet, to make the result in."""
+        """All parts are done, and those to ``keep`` are all that is needed of them: an empty folder to make the result in, which then gets its name. As long as it is here, nothing that lies at OUT is the run's."""
+        building = self.folder / _BUILDING
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
         if (self.folder / _MANIFEST).is_file():
             os.replace(self.folder / _MANIFEST, self.folder / _ASSEMBLING)
-            sync_folder(self.folder)
+        sync_folder(self.folder)
         for path in set(self.folder.glob("*.safetensors")) - set(keep):
             path.unlink()
-        building = self.folder / "result"
-        shutil.rmtree(building, ignore_errors=True)
         return building
 
     def _compare(self, begun: dict[str, Any]) -> None:
@@ -122,7 +126,8 @@ def folder_of(out: Path) -> Path:
 
 def is_finished(out: Path) -> bool:
     """Whether ``out`` was written whole by a run that was cut short before it could say so."""
-    return out.is_dir() and (folder_of(out.absolute()) / _ASSEMBLING).is_file()
+    folder = folder_of(out.absolute())
+    return out.is_dir() and (folder / _ASSEMBLING).is_file() and not (folder / _BUILDING).exists()
 
 
 def discard(out: Path) -> None:

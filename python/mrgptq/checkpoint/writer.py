@@ -52,6 +52,7 @@ class CheckpointWriter:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(f"{self.path} cannot be made: the folder {parent} is not writable")
         self._partial = build_in or self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
+        self._build_in = build_in is not None
         self._in_block = False
         self._pending: dict[str, StoredTensor] = {}  # the shard that is not written yet
         self._pending_bytes = 0
@@ -60,7 +61,7 @@ class CheckpointWriter:
         self._total_bytes = 0
 
     def __enter__(self) -> Self:
-        self._partial.mkdir()  # not tempfile.mkdtemp, which makes the folder 0700 whatever the umask says
+        self._partial.mkdir(exist_ok=self._build_in)  # not tempfile.mkdtemp, which makes the folder 0700 whatever the umask says
         self._in_block = True
         return self
 
