@@ -130,7 +130,7 @@ def test_workers_end_with_the_command(end, when, leaf_folder, stored, tmp_path):
     for attempt in range(5):
         out = tmp_path / f"out{attempt}"
         command = [sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), str(out), "--recipe", "best", "--cross", "0", "--output-hessian", "none", "--hessians", str(stored), "--workers", "2"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # not ignored, as in the background
 
         def reached():
             return len(children(process.pid)) >= 2 if when == "workers start" else any((tmp_path / f".{out.name}.partial").glob("0*.safetensors"))

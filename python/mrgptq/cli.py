@@ -135,18 +135,31 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 @contextmanager
+def _starting_without_interrupts() -> Iterator[None]:
+    """Processes started inside have Ctrl-C blocked, which is for this one: it lets what is under way end. One that comes meanwhile is raised afterwards."""
+    came: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.SIG_IGN:  # another thread may get it, and the main one would be told
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def _executor(args: argparse.Namespace) -> Iterator[Executor | None]:
     """What --workers or --scheduler ask for."""
     if args.workers:
         pool = ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent)
-        # Workers are started with Ctrl-C blocked, which is for this process: it lets what is under way end.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for _ in range(args.workers):
-                pool.submit(os.getpid)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        try:
+            with _starting_without_interrupts():
+                for _ in range(args.workers):
+                    pool.submit(os.getpid)
             yield pool
         finally:
             try:
