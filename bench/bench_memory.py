@@ -1,4 +1,4 @@
-"""What a run over a whole checkpoint takes of memory, against what its plan states: each recipe in a process of its own, anonymous memory sampled every millisecond.
+"""What a run over a whole checkpoint takes of memory, against what its plan states: each recipe in a process of its own, anonymous memory sampled.
 
     python bench/bench_memory.py --gigabytes 2 --tokens 512                 a Llama of random weights, made for it
     python bench/bench_memory.py --model MODEL --calibration TEXT --tokens 65536
@@ -16,9 +16,12 @@ from pathlib import Path
 from synthetic import write_model
 
 PROGRAM = """
-import json, sys, threading, time
+import json, sys, time
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, sys.argv[8])
+from anonymous import Peak
 import mrgptq as mg
 from mrgptq.jobs import quantize_checkpoint
 from mrgptq.plan import make_plan
@@ -41,20 +44,11 @@ def run(model, out, tokens):
     plan = make_plan(model, out, recipe, tokens=tokens, sequence=256, hessians=hessians)
     return plan, lambda: quantize_checkpoint(plan, Path(calibration).read_text(encoding="utf-8"), threads=int(threads))
 
-def used():
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-
-def watch():
-    while True:
-        seen.append(used())
-        time.sleep(0.001)
-
 run(small, out + "-small", 512)[1]()  # brings in what is imported late
 plan, call = run(model, out, int(tokens))
-before, seen, begin = used(), [], time.perf_counter()
-threading.Thread(target=watch, daemon=True).start()
+peak, begin = Peak(), time.perf_counter()
 call()
-print(json.dumps({"stated": plan.memory_bytes, "peak": max(seen) - before, "seconds": time.perf_counter() - begin, "streamed": plan.streamed, "model": plan.bytes_in}))
+print(json.dumps({"stated": plan.memory_bytes, "peak": peak.above, "seconds": time.perf_counter() - begin, "streamed": plan.streamed, "model": plan.bytes_in}))
 """
 SMALL = Path(__file__).parents[1] / "examples" / "models" / "leaf"
 KINDS = ("rtn", "mr-gptq under Hessians", "mr-gptq", "best")
@@ -77,7 +71,7 @@ def main():
             print(write_model(model, args.gigabytes, SMALL) + "\n")
         print("| run | stated | measured | of it | seconds | model in memory |\n|---|---|---|---|---|---|")
         for number, what in enumerate(args.runs):
-            command = [sys.executable, "-c", PROGRAM, str(model), f"{folder}/out{number}", str(args.calibration), str(SMALL), what, str(args.tokens), str(args.threads)]
+            command = [sys.executable, "-c", PROGRAM, str(model), f"{folder}/out{number}", str(args.calibration), str(SMALL), what, str(args.tokens), str(args.threads), str(Path(__file__).parent)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)

@@ -69,3 +69,15 @@ def leaf(leaf_folder, calibration_text):
     for array in (*weights.values(), *inputs.values(), *hessians.values()):
         array.flags.writeable = False  # shared by the whole session, so nobody may change them
     return Leaf(leaf_folder, weights, inputs, hessians)
+
+
+@pytest.fixture(scope="session")
+def stored_hessians(tmp_path_factory, leaf_folder, calibration_text):
+    """A folder with the Hessians of leaf's layers on 500 tokens."""
+    import mrgptq as mg
+    from mrgptq import hf
+
+    names = [name.removesuffix(".weight") for name in mg.load(leaf_folder) if "_proj" in name]
+    folder = tmp_path_factory.mktemp("hessians") / "stored"
+    mg.save_hessians(folder, hf.collect_hessians(hf.load_model(leaf_folder), hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 5, 100), names))
+    return folder

@@ -10,11 +10,12 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from folders import contents
 
 import mrgptq as mg
 from mrgptq import cli, hf, tasks
@@ -22,37 +23,23 @@ from mrgptq.jobs import quantize_checkpoint
 from mrgptq.plan import make_plan
 
 
-def contents(folder):
-    """{name: bytes} of a folder's files."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory, leaf_folder, calibration_text):
-    """Leaf's Hessians on disk."""
-    names = [name.removesuffix(".weight") for name in mg.load(leaf_folder) if "_proj" in name]
-    folder = tmp_path_factory.mktemp("hessians") / "stored"
-    mg.save_hessians(folder, hf.collect_hessians(hf.load_model(leaf_folder), hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 5, 100), names))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory, leaf_folder, stored):
+def expected(tmp_path_factory, leaf_folder, stored_hessians):
     """What a run without an executor writes."""
     out = tmp_path_factory.mktemp("here") / "out"
-    quantize_checkpoint(make_plan(leaf_folder, out, mg.Recipe.named("mr-gptq"), hessians=stored))
+    quantize_checkpoint(make_plan(leaf_folder, out, mg.Recipe.named("mr-gptq"), hessians=stored_hessians))
     return contents(out)
 
 
-def plan_of(leaf_folder, tmp_path, stored):
-    return make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("mr-gptq"), hessians=stored)
+def plan_of(leaf_folder, tmp_path, stored_hessians):
+    return make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("mr-gptq"), hessians=stored_hessians)
 
 
-def test_layers_are_those_that_quantize_layer_gives_under_these_hessians(leaf_folder, stored, expected, tmp_path):
+def test_layers_are_those_that_quantize_layer_gives_under_these_hessians(leaf_folder, stored_hessians, expected, tmp_path):
     """Each group under its own Hessian, in NVFP4 with the tensor scale of its set."""
     out = tmp_path / "out"
-    quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored))
-    got, weights, hessians, recipe = mg.load(out), mg.load(leaf_folder), mg.load_hessians(stored), mg.Recipe.named("mr-gptq")
+    quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored_hessians))
+    got, weights, hessians, recipe = mg.load(out), mg.load(leaf_folder), mg.load_hessians(stored_hessians), mg.Recipe.named("mr-gptq")
     for set_ in ([f"model.layers.2.self_attn.{leaf}_proj" for leaf in "qkv"], ["model.layers.3.mlp.down_proj"]):
         scale = mg.shared_tensor_scale([weights[f"{name}.weight"] for name in set_], recipe)
         for name in set_:
@@ -61,15 +48,15 @@ def test_layers_are_those_that_quantize_layer_gives_under_these_hessians(leaf_fo
 
 
 @pytest.mark.parametrize("make", [lambda: ThreadPoolExecutor(3), lambda: ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")), lambda: ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("forkserver"))], ids=["threads", "spawn", "forkserver"])
-def test_pools_give_the_same_bytes(make, leaf_folder, stored, expected, tmp_path):
+def test_pools_give_the_same_bytes(make, leaf_folder, stored_hessians, expected, tmp_path):
     calls = []
     with make() as executor:
-        reports = quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored), executor=executor, threads=1, progress=lambda *state: calls.append(state))
+        reports = quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored_hessians), executor=executor, threads=1, progress=lambda *state: calls.append(state))
     assert contents(tmp_path / "out") == expected and calls == [("quantise", i + 1, 28) for i in range(28)] and len(reports) == 28
 
 
-def test_workers_on_the_command_line(leaf_folder, stored, expected, tmp_path, capsys):
-    assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "mr-gptq", "--hessians", str(stored), "--workers", "2"]) == 0
+def test_workers_on_the_command_line(leaf_folder, stored_hessians, expected, tmp_path, capsys):
+    assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "mr-gptq", "--hessians", str(stored_hessians), "--workers", "2"]) == 0
     assert contents(tmp_path / "out") == expected and "28 layers" in capsys.readouterr().out
 
 
@@ -99,7 +86,7 @@ def die(path):
         os._exit(1)
 
 
-def test_a_worker_that_dies_is_said_and_the_run_goes_on_later(leaf_folder, stored, expected, tmp_path, capsys, monkeypatch):
+def test_a_worker_that_dies_is_said_and_the_run_goes_on_later(leaf_folder, stored_hessians, expected, tmp_path, capsys, monkeypatch):
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
         monkeypatch.setattr(cli, "ProcessPoolExecutor", lambda *args, **kwargs: executor)
 
@@ -110,10 +97,10 @@ def test_a_worker_that_dies_is_said_and_the_run_goes_on_later(leaf_folder, store
 
         with monkeypatch.context() as patch:
             patch.setattr(cli._Progress, "__call__", progress)
-            assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "mr-gptq", "--hessians", str(stored), "--workers", "2"]) == 1
+            assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "mr-gptq", "--hessians", str(stored_hessians), "--workers", "2"]) == 1
     err = capsys.readouterr().err
     assert "a worker died, perhaps for want of memory" in err and "what is done is kept in" in err and not (tmp_path / "out").exists()
-    quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored))
+    quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored_hessians))
     assert contents(tmp_path / "out") == expected
 
 
@@ -125,11 +112,11 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("when", ["workers start", "layers are done"])
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_workers_end_with_the_command(end, when, leaf_folder, stored, tmp_path):
+def test_workers_end_with_the_command(end, when, leaf_folder, stored_hessians, tmp_path):
     """Killed, or interrupted from the terminal, which sends it to all of them: no worker is left, no traceback, and the same command goes on. A run that was faster than that is done again."""
     for attempt in range(5):
         out = tmp_path / f"out{attempt}"
-        command = [sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), str(out), "--recipe", "best", "--cross", "0", "--output-hessian", "none", "--hessians", str(stored), "--workers", "2"]
+        command = [sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), str(out), "--recipe", "best", "--cross", "0", "--output-hessian", "none", "--hessians", str(stored_hessians), "--workers", "2"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # not ignored, as in the background
 
         def reached():
@@ -151,7 +138,7 @@ def test_workers_end_with_the_command(end, when, leaf_folder, stored, tmp_path):
             break
     assert workers and process.returncode == (130 if end == signal.SIGINT else -end), err
     assert cli.main(command[3:]) == 0
-    quantize_checkpoint(make_plan(leaf_folder, tmp_path / "here", replace(mg.Recipe.named("best"), cross=0.0, output_hessian=None), hessians=stored))
+    quantize_checkpoint(make_plan(leaf_folder, tmp_path / "here", replace(mg.Recipe.named("best"), cross=0.0, output_hessian=None), hessians=stored_hessians))
     assert contents(out) == contents(tmp_path / "here")
 
 
@@ -169,7 +156,7 @@ def test_the_first_task_that_fails_ends_the_run_by_name(leaf_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bytes(leaf_folder, stored, expected, tmp_path):
+def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bytes(leaf_folder, stored_hessians, expected, tmp_path):
     """A scheduler and three workers on loopback, each a process of its own; one is killed, as by the system, after the third layer."""
     from distributed import Client
 
@@ -186,14 +173,14 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bytes(leaf_folder, st
                 if done == 3:
                     processes[2].kill()
 
-            quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored), executor=client.get_executor(), threads=1, progress=progress)
+            quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored_hessians), executor=client.get_executor(), threads=1, progress=progress)
             assert contents(tmp_path / "out") == expected
             deadline = time.monotonic() + 30
             while len(client.scheduler_info(n_workers=-1)["workers"]) != 2 and time.monotonic() < deadline:
                 time.sleep(0.1)
             assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
             address = client.scheduler.address
-            assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "again"), "--recipe", "mr-gptq", "--hessians", str(stored), "--scheduler", address, "--threads", "1"]) == 0
+            assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "again"), "--recipe", "mr-gptq", "--hessians", str(stored_hessians), "--scheduler", address, "--threads", "1"]) == 0
         assert contents(tmp_path / "again") == expected
     finally:
         for process in processes:
@@ -201,15 +188,17 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bytes(leaf_folder, st
             process.wait()
 
 
-@pytest.mark.skipif(not find_spec("mpi4py"), reason="needs MPI and mpi4py")
-def test_mpi_gives_the_same_bytes(leaf_folder, stored, expected, tmp_path):
+def test_mpi_gives_the_same_bytes(leaf_folder, stored_hessians, expected, tmp_path):
+    """By the mpiexec beside this Python, where the wheel mpich puts it, or else the system's; the variables let Open MPI work for root and on few cores."""
     code = (
         "import sys, mrgptq as mg\nfrom mpi4py.futures import MPIPoolExecutor\nfrom mrgptq.jobs import quantize_checkpoint\nfrom mrgptq.plan import make_plan\n"
         "if __name__ == '__main__':\n    with MPIPoolExecutor() as executor:\n        quantize_checkpoint(make_plan(sys.argv[1], sys.argv[2], mg.Recipe.named('mr-gptq'), hessians=sys.argv[3]), executor=executor, threads=1)\n"
     )
     (tmp_path / "run.py").write_text(code)
-    command = ["mpiexec", "--allow-run-as-root", "--oversubscribe", "-n", "3", sys.executable, "-m", "mpi4py.futures", str(tmp_path / "run.py"), str(leaf_folder), str(tmp_path / "out"), str(stored)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    beside = Path(sys.executable).with_name("mpiexec")
+    open_mpi = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    command = [str(beside) if beside.exists() else "mpiexec", "-n", "3", sys.executable, "-m", "mpi4py.futures", str(tmp_path / "run.py"), str(leaf_folder), str(tmp_path / "out"), str(stored_hessians)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | open_mpi | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
 

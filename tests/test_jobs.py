@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -15,10 +16,13 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 
+from folders import contents
+
 import mrgptq as mg
 from mrgptq.jobs import quantize_checkpoint
 from mrgptq.plan import make_plan, needs_calibration, with_rotation
 
+BENCH = Path(__file__).resolve().parent.parent / "bench"
 SHAPES = {"self_attn.q_proj": (32, 64), "self_attn.k_proj": (16, 64), "self_attn.v_proj": (16, 64), "self_attn.o_proj": (64, 32), "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
 RTN = {format: mg.Recipe.named("rtn", format) for format in mg.FORMATS}
 
@@ -42,11 +46,6 @@ def folder(tmp_path):
 
 def listing(path):
     return sorted(p.name for p in path.iterdir())
-
-
-def contents(path):
-    """{name: bytes} of a folder's files."""
-    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def stored(path):
@@ -240,26 +239,19 @@ def test_with_rotation():
 
 
 MEASURE = """
-import sys, threading, time
+import sys
+sys.path.insert(0, sys.argv[4])
+from anonymous import Peak
 import mrgptq as mg
 from mrgptq.jobs import quantize_checkpoint
 from mrgptq.plan import make_plan
 
-def used():
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-
-def watch():
-    while True:
-        seen.append(used())
-        time.sleep(0.0005)
-
 recipe = mg.Recipe.named("rtn", sys.argv[3])
 plan = make_plan(sys.argv[1], sys.argv[2], recipe)
 mg.quantize_layer([[1.0] * 64], None, recipe)
-before, seen = used(), []
-threading.Thread(target=watch, daemon=True).start()
+peak = Peak()
 quantize_checkpoint(plan)
-print(plan.memory_bytes, max(seen) - before)
+print(plan.memory_bytes, peak.above)
 """
 
 
@@ -270,7 +262,7 @@ def test_expected_memory_is_a_bound_and_not_twice_too_high(format, layers, rows,
     (tmp_path / "model").mkdir()
     weight = np.random.default_rng(0).standard_normal((rows, cols)).astype(ml_dtypes.bfloat16)
     safetensors.numpy.save_file({f"m.layers.{i}.up_proj.weight": weight for i in range(layers)}, tmp_path / "model" / "model.safetensors")
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "model"), str(tmp_path / "out"), format], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "model"), str(tmp_path / "out"), format, str(BENCH)], capture_output=True, text=True, check=True)
     expected, measured = map(int, done.stdout.split())
     assert expected > 40e6
     assert 0.5 * expected < measured < expected + 4e6

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from folders import contents
+
 import mrgptq as mg
 from mrgptq import hf
 from mrgptq.checkpoint.partial_run import first_difference
@@ -23,11 +26,6 @@ from mrgptq.plan import make_plan
 KILLS = int(os.environ.get("MRGPTQ_KILLS", "4"))  # of each kind of run; CONTRIBUTING.md says how to try more
 
 
-def contents(folder):
-    """{name: bytes} of a folder's files."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory, calibration_text):
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
@@ -35,23 +33,12 @@ def text_file(tmp_path_factory, calibration_text):
     return path
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory, leaf_folder, calibration_text):
-    """Leaf's Hessians on disk, and in memory."""
-    model = hf.load_model(leaf_folder)
-    names = [f"model.layers.{i}.{leaf}" for i in range(4) for leaf in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
-    hessians = hf.collect_hessians(model, hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 5, 100), names)
-    folder = tmp_path_factory.mktemp("hessians") / "stored"
-    mg.save_hessians(folder, hessians)
-    return folder, hessians
-
-
 # What the command is given beside MODEL OUT.
 RUNS = {
-    "rounded": lambda text, stored: ["--recipe", "rtn", "--max-shard-bytes", "300000"],
-    "under stored Hessians": lambda text, stored: ["--recipe", "mr-gptq", "--hessians", str(stored)],
-    "calibrated": lambda text, stored: ["--recipe", "best", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
-    "calibrated W4A4": lambda text, stored: ["--recipe", "mr-gptq", "--activations", "nvfp4", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
+    "rounded": lambda text, stored_hessians: ["--recipe", "rtn", "--max-shard-bytes", "300000"],
+    "under stored Hessians": lambda text, stored_hessians: ["--recipe", "mr-gptq", "--hessians", str(stored_hessians)],
+    "calibrated": lambda text, stored_hessians: ["--recipe", "best", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
+    "calibrated W4A4": lambda text, stored_hessians: ["--recipe", "mr-gptq", "--activations", "nvfp4", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
 }
 
 
@@ -68,9 +55,9 @@ def run(leaf_folder, out, arguments, kill_after=None):
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(kind, leaf_folder, text_file, stored, tmp_path):
+def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(kind, leaf_folder, text_file, stored_hessians, tmp_path):
     """At random moments of what an undisturbed run takes, each process killed being one of two or three to the same output. The seed is printed, and another one each day."""
-    arguments = RUNS[kind](text_file, stored[0])
+    arguments = RUNS[kind](text_file, stored_hessians)
     status, err, seconds = run(leaf_folder, tmp_path / "whole", arguments)
     assert status == 0, err
     expected = contents(tmp_path / "whole")
@@ -130,6 +117,14 @@ def test_a_run_that_was_finished_before_it_could_say_so_is_taken_as_it_is(swept,
         make_plan(leaf_folder, tmp_path / "out", recipe)
 
 
+def test_the_manifest_goes_last(leaf_folder, tmp_path, monkeypatch):
+    """Of what is swept up, all else by its name before the folder goes with it."""
+    swept, unlink = [], type(tmp_path).unlink
+    monkeypatch.setattr(type(tmp_path), "unlink", lambda self, *args, **kwargs: (swept.append(self.name), unlink(self, *args, **kwargs)))
+    quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn")))
+    assert sum(name.endswith(".safetensors") for name in swept) == 16 and "assembling.json" not in swept and "manifest.json" not in swept
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -152,9 +147,7 @@ def test_another_run_does_not_go_on_from_what_is_left(change, words, leaf_folder
 
 def test_changed_weights_another_text_version_and_number_of_threads_are_told(leaf_folder, calibration_text, tmp_path, monkeypatch):
     model = tmp_path / "model"
-    model.mkdir()
-    for path in leaf_folder.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(leaf_folder, model)
     plan = make_plan(model, tmp_path / "out", mg.Recipe.named("gptq"), tokens=256, sequence=64)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(plan, calibration_text, threads=1, progress=stop_at(3))
@@ -245,11 +238,60 @@ def test_restart_throws_away_what_is_left(leaf_folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and "28 layers" in capsys.readouterr().out
 
 
+def test_a_side_file_that_vanishes_is_missed(leaf_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(leaf_folder, model)
+
+    def progress(stage, done, total):
+        if done == 5:
+            (model / "tokenizer.json").unlink()
+
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        quantize_checkpoint(make_plan(model, tmp_path / "out", mg.Recipe.named("rtn")), progress=progress)
+    assert not (tmp_path / "out").exists()
+
+
+def test_hessians_given_to_other_layers_are_told(leaf_folder, stored_hessians, tmp_path):
+    """The same files under another index."""
+    shutil.copytree(stored_hessians, tmp_path / "h")
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("gptq"), hessians=tmp_path / "h")
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan, progress=stop_at(3))
+    index = tmp_path / "h" / "hessians.json"
+    files = json.loads(index.read_text())["hessians"]
+    up, gate = (f"model.layers.{i}.mlp.up_proj" for i in (2, 3))
+    index.write_text(json.dumps({"hessians": files | {up: files[gate], gate: files[up]}}))
+    with pytest.raises(ValueError, match=r"begun by a run with Hessian file\.hessians\.json"):
+        quantize_checkpoint(plan)
+
+
+def test_a_tokenizer_behind_a_link_is_an_input_too(leaf_folder, calibration_text, tmp_path):
+    """transformers follows it, though it is not copied into the result."""
+    model, elsewhere = tmp_path / "model", tmp_path / "tokenizer.json"
+    shutil.copytree(leaf_folder, model)
+    shutil.move(model / "tokenizer.json", elsewhere)
+    (model / "tokenizer.json").symlink_to(elsewhere)
+    plan = make_plan(model, tmp_path / "out", mg.Recipe.named("gptq"), tokens=256, sequence=64)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan, calibration_text, threads=1, progress=stop_at(3))
+    elsewhere.write_bytes(elsewhere.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"begun by a run with model file\.tokenizer\.json"):
+        quantize_checkpoint(plan, calibration_text, threads=1)
+
+
+def test_what_a_run_would_go_on_from_is_gone_when_the_checkpoint_is_made(leaf_folder, calibration_text, tmp_path, monkeypatch):
+    """It may be as large as the checkpoint."""
+    from mrgptq import jobs
+
+    save, seen = jobs.save, []
+    monkeypatch.setattr(jobs, "save", lambda *args, **kwargs: (seen.extend(path.name for path in (tmp_path / ".out.partial").iterdir()), save(*args, **kwargs)))
+    quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("best"), tokens=256, sequence=64), calibration_text, threads=1)
+    assert sorted(seen) == [*(f"{number:05d}.safetensors" for number in range(16)), "assembling.json", "lock", "result"]
+
+
 def test_inputs_that_vanish_are_named_and_nothing_looks_like_a_result(leaf_folder, tmp_path):
     model = tmp_path / "model"
-    model.mkdir()
-    for path in leaf_folder.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(leaf_folder, model)
     plan = make_plan(model, tmp_path / "out", mg.Recipe.named("rtn"))
 
     def progress(stage, done, total):

@@ -44,7 +44,7 @@ def test_shared_hessians_are_stored_once_and_read_when_asked_for(tmp_path):
     assert list(stored) == ["x.q_proj", "x.k_proj", "x.o_proj"] and stored.groups == [("x.q_proj", "x.k_proj"), ("x.o_proj",)]
     assert len(list((tmp_path / "h").glob("*.safetensors"))) == 2 and "3 modules, 2 inputs" in repr(stored)
     tensors = safetensors.numpy.load_file(stored.file("x.o_proj"))  # in the words of another library
-    assert tensors["tokens"].tolist() == [10] and tensors["open"].shape == (10, 33) and not tensors["sum"].any()
+    assert tensors["tokens"].tolist() == [10] and tensors["panel"].shape == (10, 33) and not tensors["triangle"].any()
     (tmp_path / "h" / stored.file("x.o_proj").name).unlink()
     assert stored["x.q_proj"].tokens == 300
     with pytest.raises(FileNotFoundError):
@@ -110,15 +110,15 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         (lambda f: (f / "hessians.json").write_text('{"hessians": {}}'), "must be an object that maps modules to file names"),
         (lambda f: (f / "hessians.json").write_text('{"hessians": {"a": "../00000.safetensors"}}'), "must be the name of a safetensors file beside it"),
         (lambda f: os.truncate(f / "00000.safetensors", 300), "00000.safetensors"),
-        (lambda f: rewrite(f, sum=np.zeros(5, np.float32)), r"sum is F32 of rank 1; a Hessian's is F64 of rank 1"),
-        (lambda f: rewrite(f, sum=np.zeros(5)), "sum has 5 numbers; the lower triangle of 70 columns has 2485"),
-        (lambda f: rewrite(f, open=np.zeros((300, 70), np.float32)), "an open panel of 300 tokens does not fit"),
+        (lambda f: rewrite(f, triangle=np.zeros(5, np.float32)), r"triangle is F32 of rank 1; a Hessian's is F64 of rank 1"),
+        (lambda f: rewrite(f, triangle=np.zeros(5)), "triangle has 5 numbers; the lower triangle of 70 columns has 2485"),
+        (lambda f: rewrite(f, panel=np.zeros((300, 70), np.float32)), "an open panel of 300 tokens does not fit"),
         (lambda f: rewrite(f, tokens=np.array([3])), "an open panel of 10 tokens does not fit 3 in all"),
-        (lambda f: rewrite(f, open=np.full((10, 70), np.nan, np.float32)), "open holds what is not finite"),
-        (lambda f: rewrite(f, sum=np.full(70 * 71 // 2, np.inf)), "sum holds what is not finite"),
+        (lambda f: rewrite(f, panel=np.full((10, 70), np.nan, np.float32)), "panel holds what is not finite"),
+        (lambda f: rewrite(f, triangle=np.full(70 * 71 // 2, np.inf)), "triangle holds what is not finite"),
         (lambda f: rewrite(f, tokens=np.array([1, 2])), "tokens has shape"),
-        (lambda f: rewrite(f, open=np.zeros((0, 0), np.float32)), "the lower triangle of 0 columns has 0"),
-        (lambda f: rewrite(f, sum=np.full(70 * 71 // 2, -1.0)), "sum has a negative diagonal entry"),
+        (lambda f: rewrite(f, panel=np.zeros((0, 0), np.float32)), "the lower triangle of 0 columns has 0"),
+        (lambda f: rewrite(f, triangle=np.full(70 * 71 // 2, -1.0)), "triangle has a negative diagonal entry"),
     ],
 )
 def test_what_is_no_hessian_is_refused_by_file(spoil, words, tmp_path):

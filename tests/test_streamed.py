@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from folders import contents
+
 import mrgptq as mg
 from mrgptq import hf, plan
 from mrgptq.jobs import quantize_checkpoint
@@ -16,11 +18,6 @@ RECIPES = {
     "mr-gptq W4A4": mg.Recipe.named("mr-gptq", activations="nvfp4"),
     "best-online W4A4": replace(mg.Recipe.named("best-online", "mxfp4", activations="mxfp4"), activation_rule="absmax", rotation=None),
 }
-
-
-def contents(folder):
-    """{name: bytes} of a folder's files."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture

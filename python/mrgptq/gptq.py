@@ -48,26 +48,26 @@ class Hessian:
         self._sum = _core.HessianSum(int(cols))
 
     @classmethod
-    def from_state(cls, sum: NDArray[np.float64], open: NDArray[np.float32], tokens: int) -> "Hessian":
+    def from_state(cls, triangle: NDArray[np.float64], panel: NDArray[np.float32], tokens: int) -> "Hessian":
         """The Hessian whose :meth:`state` that was; it goes on where that one stood, byte for byte. ValueError where the three do not fit each other or hold what is not finite."""
-        for name, array, rank, dtype in (("sum", sum, 1, np.float64), ("open", open, 2, np.float32)):
+        for name, array, rank, dtype in (("triangle", triangle, 1, np.float64), ("panel", panel, 2, np.float32)):
             if array.ndim != rank or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype} of rank {array.ndim}; a Hessian's is {np.dtype(dtype)} of rank {rank}")
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} holds what is not finite; a Hessian never does")
-        cols = open.shape[1]
-        if sum.size != cols * (cols + 1) // 2:
-            raise ValueError(f"sum has {sum.size} numbers; the lower triangle of {cols} columns has {cols * (cols + 1) // 2}")
-        if (sum[np.cumsum(np.arange(1, cols + 1)) - 1] < 0).any():
-            raise ValueError("sum has a negative diagonal entry; a second moment has none")
+        cols = panel.shape[1]
+        if triangle.size != cols * (cols + 1) // 2:
+            raise ValueError(f"triangle has {triangle.size} numbers; the lower triangle of {cols} columns has {cols * (cols + 1) // 2}")
+        if (triangle[np.cumsum(np.arange(1, cols + 1)) - 1] < 0).any():
+            raise ValueError("triangle has a negative diagonal entry; a second moment has none")
         made = cls(cols)
-        made._sum = _core.HessianSum(np.ascontiguousarray(sum).reshape(1, -1), np.ascontiguousarray(open), int(tokens))
+        made._sum = _core.HessianSum(np.ascontiguousarray(triangle).reshape(1, -1), np.ascontiguousarray(panel), int(tokens))
         return made
 
     def state(self) -> tuple[NDArray[np.float64], NDArray[np.float32], int]:
         """All there is to it, to be stored: the sum over whole panels, its lower triangle row by row, (cols (cols + 1) / 2,) float64; the tokens of the panel under way, (0 ... 255, cols) float32; how many tokens in all."""
-        sum, open = self._sum.state()
-        return sum.reshape(-1), open, self.tokens
+        triangle, panel = self._sum.state()
+        return triangle.reshape(-1), panel, self.tokens
 
     @property
     def cols(self) -> int:

@@ -118,9 +118,9 @@ def quantize_checkpoint(
     return reports
 
 
-def _expect_room(plan: Plan, kept_bytes: int) -> None:
+def _expect_room(plan: Plan, done_bytes: int) -> None:
     """Refuse now, with OSError(ENOSPC), what will not fit: the layers that are still to be kept and the checkpoint made of all of them."""
-    needed = plan.bytes_out + max(plan.kept_bytes - kept_bytes, 0)
+    needed = plan.bytes_out + max(plan.kept_bytes - done_bytes, 0)
     free = shutil.disk_usage(plan.out.absolute().parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{plan.out} needs {needed} bytes while it is made, {plan.bytes_out} of them in the end, but its filesystem has only {free} free")
@@ -178,7 +178,7 @@ class _Ledger:
         file = SafetensorsFile(self._run.part("outputs"))
         if int(file.metadata["first block"]) != first_block:
             return None
-        return {name.removesuffix(".sum"): hessian_of(file, name.removesuffix("sum")) for name in file.names if name.endswith(".sum")}
+        return {name.removesuffix(".tokens"): hessian_of(file, name.removesuffix("tokens")) for name in file.names if name.endswith(".tokens")}
 
     def keep_output_hessians(self, first_block: int, hessians: dict[str, Hessian]) -> None:
         tensors = {f"{module}.{name}": tensor for module, hessian in hessians.items() for name, tensor in hessian_tensors(hessian).items()}

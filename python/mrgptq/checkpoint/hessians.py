@@ -60,7 +60,7 @@ class StoredHessians(Mapping[str, Hessian]):
         """Number of columns, from the file's header."""
         file = SafetensorsFile(self.file(module))
         _check(file, "")
-        return file.shape("open")[1]
+        return file.shape("panel")[1]
 
     def __getitem__(self, module: str) -> Hessian:
         return read_hessian(self.file(module))
@@ -140,21 +140,21 @@ def check_new(path: Path) -> None:
 
 
 def hessian_tensors(hessian: Hessian) -> dict[str, NDArray[Any]]:
-    """What is stored of a Hessian: its sum, the panel under way and the number of tokens."""
-    sum, open, tokens = hessian.state()
-    return {"sum": sum, "open": open, "tokens": np.array([tokens], dtype=np.int64)}
+    """What is stored of a Hessian: the triangle of its sum, the panel under way and the number of tokens."""
+    triangle, panel, tokens = hessian.state()
+    return {"triangle": triangle, "panel": panel, "tokens": np.array([tokens], dtype=np.int64)}
 
 
 def hessian_of(file: SafetensorsFile, prefix: str = "") -> Hessian:
     """The Hessian that :func:`hessian_tensors` took apart, its names behind a prefix; ValueError names the file."""
     _check(file, prefix)
     with located(str(file.path)):
-        return Hessian.from_state(file.tensor(f"{prefix}sum").bits, file.tensor(f"{prefix}open").bits, int(file.tensor(f"{prefix}tokens").bits[0]))
+        return Hessian.from_state(file.tensor(f"{prefix}triangle").bits, file.tensor(f"{prefix}panel").bits, int(file.tensor(f"{prefix}tokens").bits[0]))
 
 
 def _check(file: SafetensorsFile, prefix: str) -> None:
     """Refuse what is not of the form of a stored Hessian."""
-    for name, dtype, rank in (("sum", "F64", 1), ("open", "F32", 2), ("tokens", "I64", 1)):
+    for name, dtype, rank in (("triangle", "F64", 1), ("panel", "F32", 2), ("tokens", "I64", 1)):
         if (found := (file.dtype(prefix + name), len(file.shape(prefix + name)))) != (dtype, rank):
             raise ValueError(f"{file.path}: {prefix}{name} is {found[0]} of rank {found[1]}; a Hessian's is {dtype} of rank {rank}")
     if file.shape(f"{prefix}tokens") != (1,):

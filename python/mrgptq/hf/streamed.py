@@ -39,7 +39,7 @@ class StreamedBlocks(BlockSource):
         for name, _ in list(block.named_parameters()):
             whole = f"{self._prefix}.{index}.{name}"
             matrix = self._answer(whole.removesuffix(".weight")) if index < self.done else None
-            values = matrix.dequantize(unrotate=True) if matrix is not None else np.array(as_float32(self._reader.tensor(whole), whole))
+            values = matrix.dequantize(unrotate=True) if matrix is not None else np.require(as_float32(self._reader.tensor(whole), whole), requirements="W")
             _set_parameter(block, name, torch.from_numpy(values).to(self._device))
         try:
             yield block
@@ -65,7 +65,7 @@ def load_streamed(folder: str | os.PathLike[str], *, device: str = "cpu") -> Any
         return None
     for name in parameters:
         if not name.startswith(f"{prefix}."):
-            _set_parameter(model, name, torch.from_numpy(np.array(as_float32(reader.tensor(name), name))).to(target))
+            _set_parameter(model, name, torch.from_numpy(np.require(as_float32(reader.tensor(name), name), requirements="W")).to(target))
     model.tie_weights()
     for buffer_owner in model.modules():
         for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
