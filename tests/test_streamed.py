@@ -68,6 +68,22 @@ def test_a_streamed_run_that_was_cut_short_goes_on_to_the_same_bytes(recipe, lay
     assert run("out", RECIPES[recipe], 0) == expected
 
 
+def test_a_run_cut_short_in_its_second_backward_pass_does_not_take_the_firsts(run, monkeypatch):
+    """What the first gave is still kept then."""
+    monkeypatch.setattr("mrgptq.gptq.OUTPUT_HESSIAN_BYTES", 3_000_000)  # two passes
+    expected, quantised = run("whole", BEST, 0), []
+
+    def stop(stage, done, total):
+        if stage == "gradients" and quantised:
+            raise KeyboardInterrupt
+        if stage == "quantise":
+            quantised.append(done)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("out", BEST, 0, progress=stop)
+    assert run("out", BEST, 0) == expected
+
+
 def test_no_more_than_one_block_is_in_memory(leaf_folder, calibration_text, monkeypatch, tmp_path):
     """Whenever a layer or a window is done, and when all is."""
     models, counts = [], []
