@@ -10,6 +10,8 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from refusals import refusal
+
 import mrgptq as mg
 from mrgptq import cli
 from mrgptq.checkpoint import safetensors as ours
@@ -18,12 +20,6 @@ from mrgptq.checkpoint.safetensors import SafetensorsFile
 
 INDEX = "model.safetensors.index.json"
 NAME = "model.layers.0.mlp.up_proj"
-
-
-def refusal(build, error=ValueError):
-    with pytest.raises(error) as refused:
-        build()
-    return str(refused.value)
 
 
 @pytest.fixture

@@ -7,14 +7,11 @@ import shutil
 import pytest
 import torch
 
+from refusals import refusal
+
 from mrgptq import cli, hf
+
 INDEX = "model.safetensors.index.json"
-
-
-def refusal(build, error=ValueError):
-    with pytest.raises(error) as refused:
-        build()
-    return str(refused.value)
 
 
 @pytest.fixture
@@ -75,8 +72,6 @@ def test_settings_that_make_no_model_are_refused(model, load, settings):
 
 
 def test_pickles_are_not_read(model):
-    import torch
-
     folder, trace = model
 
     class Program:
