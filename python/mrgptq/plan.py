@@ -1,5 +1,6 @@
 """What a run over a checkpoint will do, before it does it: layers, sizes, memory, refusals."""
 
+import logging
 import math
 import os
 import re
@@ -11,6 +12,7 @@ from .checkpoint import Scheme, dialect_named
 from .checkpoint.hessians import StoredHessians
 from .checkpoint.partial_run import is_finished
 from .checkpoint.reader import CheckpointReader
+from .checkpoint.safetensors import shown
 from .codecs import HESSIAN_SEARCHES, check_groups
 from .display import Shown, align, format_bytes
 from .formats import block_format
@@ -19,12 +21,14 @@ from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modul
 from .recipe import Recipe
 from .rotations import rotation_of
 
+_log = logging.getLogger("mrgptq")
+
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their layers are transformers' Conv1D
 
 BATCH_WINDOWS = 8  # calibration windows in one forward pass of a block
 RESIDENT_BYTES = 2 << 30
 """Models of no more in float32 are held whole while they are calibrated; of others one block is in memory at a time. A fixed bound, so that the machine's memory does not decide bytes."""
-_STREAMED = ("gemma2", "gemma3_text", "llama", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3")
+_STREAMED = ("deepseek_v3", "gemma2", "gemma3_text", "glm4_moe", "llama", "mistral", "mixtral", "olmo", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """Models (model_type) whose checkpoints name tensors as transformers does, so that blocks can be read one by one; tried. Others are held whole, whatever their size."""
 HELD_BYTES = 4 << 30  # of hidden states between blocks, in a backward pass that goes block by block; see hf.fisher
 
@@ -153,6 +157,8 @@ def make_plan(
         raise ValueError(f"{model} is quantised already, by {reader.config['quantization_config'].get('quant_method')!r}; quantise the original")
     tensors = {name: reader.shape(name) for name in reader.names}
     shapes = {name: (tensors[f"{name}.weight"][0], tensors[f"{name}.weight"][1]) for name in select_modules(tensors, targets, ignore)}
+    if fused := [name for name, shape in tensors.items() if len(shape) > 2 and re.search(targets, name) and not (ignore and re.search(ignore, name))]:
+        _log.warning("%s has %d tensors of rank 3 or more where layers are quantised, such as %s; only matrices are quantised, so they stay as they are", model, len(fused), shown(fused[0]))
     for name, (_, cols) in shapes.items():
         check_groups(cols, recipe.format, f"{name}.weight")
         rotation_of(recipe.rotation).check_columns(cols, f"{name}.weight")

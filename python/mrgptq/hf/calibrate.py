@@ -1,6 +1,7 @@
 """Calibration block by block: each block is quantised under the inputs it gets from the quantised blocks before it."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -275,8 +276,18 @@ def _observe(
             apart = observe_both(block, original, groups, named, hidden, original_hidden, kwargs)
     if not recipe.activations:
         return hessians, {}, apart
+    _lend_to_unreached(largest)
     scales: dict[Group, float | None] = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
     return hessians, {group: cast(Activations, activations_of(recipe, scales[group])) for group in groups}, apart
+
+
+def _lend_to_unreached(largest: dict[Group, float]) -> None:
+    """Give experts that no token reached the largest input of their fellows: runtimes take one scale for all of a layer's, and that of an expert of which nothing is known must not decide it."""
+    fellows: dict[str, float] = {}
+    kind = {group: re.sub(r"\.experts\.\d+\.", ".experts.", group[0]) for group in largest}
+    for group, value in largest.items():
+        fellows[kind[group]] = max(value, fellows.get(kind[group], 0.0))
+    largest.update({group: fellows[kind[group]] for group, value in largest.items() if value == 0})
 
 
 def _quantize_group(
