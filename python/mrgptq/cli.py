@@ -17,7 +17,7 @@ import numpy as np
 
 from .arguments import build_parser
 from .arrays import default_threads
-from .checkpoint import dialect_named, load, load_hessians, merge_hessians, save_hessians
+from .checkpoint import load, load_hessians, loaders, merge_hessians, save_hessians
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
 from .checkpoint.hessians import check_new
 from .checkpoint.partial_run import discard, folder_of
@@ -76,7 +76,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         recipe = replace(recipe, cross=args.cross)
     if args.output_hessian is not None:
         recipe = replace(recipe, output_hessian=None if args.output_hessian == "none" else args.output_hessian)
-    return recipe
+    return replace(recipe, pad=True) if args.pad else recipe
 
 
 def _dialect(args: argparse.Namespace) -> str:
@@ -131,7 +131,7 @@ def _quantize(args: argparse.Namespace) -> None:
         minded = [report.output_error for report in reports.values() if report.output_error is not None]
         by_outputs = f", {sum(minded) / len(minded):.3e} as the predictions mind it" if minded else ""
         print(f"mean relative layer error {sum(errors) / len(errors):.3e}{by_outputs}, largest {max(errors):.3e}; {fallbacks} fallbacks")
-    print(dialect_named(plan.dialect).loaders(Scheme.of_recipe(recipe)))
+    print(loaders(plan.dialect, Scheme.of_recipe(recipe), reports))
 
 
 @contextmanager

@@ -4,22 +4,22 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoint import Scheme, dialect_named
+from .checkpoint import Scheme, check_layer, dialect_named
 from .checkpoint.hessians import StoredHessians
 from .checkpoint.partial_run import is_finished
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.safetensors import shown
-from .codecs import HESSIAN_SEARCHES, check_groups
+from .codecs import HESSIAN_SEARCHES
 from .display import Shown, align, format_bytes
 from .formats import block_format
 from .gptq import backward_passes
 from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modules
 from .recipe import Recipe
-from .rotations import rotation_of
 
 _log = logging.getLogger("mrgptq")
 
@@ -82,6 +82,15 @@ class Plan(Shown):
         count = len(_backward_passes(self.shapes)) if self.recipe.output_hessian else 0
         return f", {count} backward pass{'es' if count > 1 else ''} through the model" if count else ""
 
+    def _scheme(self) -> str:
+        """The scheme, and how many layers are rotated in smaller blocks or padded."""
+        fits = [self.recipe.fit(cols, name) for name, (_, cols) in self.shapes.items()]
+        sizes = Counter(rotation.block_size for _, rotation in fits if rotation.block_size != self.recipe.rotation)
+        parts = [Scheme.of_recipe(self.recipe).label, *(f"{count} layers by Hadamard {size}" for size, count in sizes.items())]
+        if padded := sum(padding > 0 for padding, _ in fits):
+            parts.append(f"{padded} layers with columns of zeros added")
+        return "; ".join(parts)
+
     def _title(self) -> str:
         return f"{self.model} -> {self.out}"
 
@@ -89,7 +98,7 @@ class Plan(Shown):
         weights = sum(r * c for r, c in self.shapes.values())
         return [
             ("layers to quantise", f"{len(self.shapes)}, {weights:,} weights"),
-            ("scheme", Scheme.of_recipe(self.recipe).label),
+            ("scheme", self._scheme()),
             ("dialect", self.dialect),
             ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" + self._passes() if self.calibrated else f"Hessians of {self.hessians}" if self.hessians else "none"),
             ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}, and {format_bytes(self.kept_bytes)} more while it runs"),
@@ -98,7 +107,9 @@ class Plan(Shown):
 
 
 def _matrix_bytes(format: str, rows: int, cols: int) -> int:
-    return rows * (cols // 2 + cols // block_format(format).group_size)
+    group_size = block_format(format).group_size
+    groups = -(-cols // group_size)
+    return rows * groups * (group_size // 2 + 1)
 
 
 def needs_calibration(recipe: Recipe) -> str | None:
@@ -135,7 +146,7 @@ def make_plan(
 
     Raises
     ------
-    ValueError : a layer whose columns the group or the rotation does not divide, a recipe the dialect cannot store, a missing calibration or Hessian, by name.
+    ValueError : a layer whose columns no group divides, unless the recipe pads and the dialect stores that; a recipe the dialect cannot store, a missing calibration or Hessian, by name.
     FileExistsError : ``out`` exists. FileNotFoundError : ``model`` does not.
     """
     out = Path(out)
@@ -159,12 +170,14 @@ def make_plan(
     shapes = {name: (tensors[f"{name}.weight"][0], tensors[f"{name}.weight"][1]) for name in select_modules(tensors, targets, ignore)}
     if fused := [name for name, shape in tensors.items() if len(shape) > 2 and re.search(targets, name) and not (ignore and re.search(ignore, name))]:
         _log.warning("%s has %d tensors of rank 3 or more where layers are quantised, such as %s; only matrices are quantised, so they stay as they are", model, len(fused), shown(fused[0]))
-    for name, (_, cols) in shapes.items():
-        check_groups(cols, recipe.format, f"{name}.weight")
-        rotation_of(recipe.rotation).check_columns(cols, f"{name}.weight")
+    fits = {name: recipe.fit(cols, f"{name}.weight") for name, (_, cols) in shapes.items()}
+    if recipe.rotation:
+        recipe = replace(recipe, rotation=max(rotation.block_size or 0 for _, rotation in fits.values()))  # where no layer takes the one asked the same codes come of the largest that one takes
+    for name, (padding, rotation) in fits.items():
+        check_layer(dialect_named(dialect), name, padding, rotation.block_size, recipe.rotation)
         if stored is not None and name not in stored:
             raise ValueError(f"{hessians} holds no Hessian of {name}; it was made of another model or other modules: leave the layer out with ignore, or calibrate it")
-        if stored is not None and stored.cols(name) != cols:
+        if stored is not None and stored.cols(name) != (cols := shapes[name][1]):
             raise ValueError(f"{stored.file(name)} is of {stored.cols(name)} columns; {name} has {cols}: it was made of another model")
     if reader.config.get("model_type") in _TRANSPOSED:
         raise ValueError(f"{model} is a {reader.config['model_type']} model, which stores its layers transposed, (in_features, out_features); only models of ordinary linear layers are read")

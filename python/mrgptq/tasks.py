@@ -101,7 +101,7 @@ def write_matrices(part: Path, matrices: Mapping[str, QuantizedMatrix]) -> None:
     for name, matrix in matrices.items():
         tensors[f"{name}.codes"], tensors[f"{name}.scales"] = StoredTensor.from_bits("U8", matrix.codes), StoredTensor.from_bits("U8", matrix.scales)
         activations = None if matrix.activations is None else asdict(matrix.activations)
-        layers[name] = {"format": matrix.format, "tensor_scale": matrix.tensor_scale, "rotation": matrix.rotation.block_size, "activations": activations, "report": layer_report(matrix).as_dict()}
+        layers[name] = {"format": matrix.format, "tensor_scale": matrix.tensor_scale, "rotation": matrix.rotation.block_size, "padding": matrix.padding, "activations": activations, "report": layer_report(matrix).as_dict()}
     write_part(part, tensors, {"layers": json.dumps(layers, ensure_ascii=False)})
 
 
@@ -112,7 +112,7 @@ def read_matrices(part: Path, recipe: Recipe) -> Iterator[tuple[str, QuantizedMa
         with located(str(part)):
             codes, scales = (file.tensor(f"{name}.{what}").bits for what in ("codes", "scales"))
             activations = None if layer["activations"] is None else Activations(**layer["activations"])
-            yield name, QuantizedMatrix(layer["format"], codes, scales, layer["tensor_scale"], rotation_of(layer["rotation"]), activations, recipe, LayerReport.from_dict(layer["report"]))
+            yield name, QuantizedMatrix(layer["format"], codes, scales, layer["tensor_scale"], rotation_of(layer["rotation"]), activations, recipe, LayerReport.from_dict(layer["report"]), padding=layer["padding"])
 
 
 def log_report(name: str, report: LayerReport, recipe: Recipe) -> None:

@@ -18,6 +18,8 @@ from .scheme import Scheme
 from .stored_tensor import StoredTensor
 
 QUANT_METHOD = "fp_quant"
+ROTATES_BY_LAYER, PADS = False, False
+EXPERTS = "Experts' layers are packed one by one; neither transformers nor vLLM runs experts in this dialect."
 _BLOCK_SIZES = {"nvfp4": (16, 32, 64, 128), "mxfp4": (32, 64, 128)}
 _PARTS = ("qweight", "scales", "weight_global_scale", "act_global_scale", "forward_hadamard_matrix", "backward_hadamard_matrix")
 
@@ -72,8 +74,8 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
+def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int]) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are. ``rotations`` is empty: one block size is all layers'."""
     return {
         "quant_method": QUANT_METHOD,
         "forward_dtype": scheme.format,

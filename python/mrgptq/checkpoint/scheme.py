@@ -13,7 +13,8 @@ from ..rotations import Dense
 
 @dataclass(frozen=True)
 class Scheme:
-    """Format, rotation block size (None: none) and activation format (None: W4A16) of a checkpoint's layers, the MX rules of both and how activation scales are found."""
+    """Format, rotation block size (None: none) and activation format (None: W4A16) of a checkpoint's layers, the MX rules of both and how activation scales are found. Layers whose columns the rotation does not divide have
+    a smaller one."""
 
     format: str
     rotation: int | None
@@ -38,7 +39,7 @@ class Scheme:
         four_thirds = matrix.format == "mxfp4" and matrix.tensor_scale == 3
         return cls(
             matrix.format,
-            matrix.rotation.block_size,
+            matrix.recipe.rotation if matrix.recipe is not None else matrix.rotation.block_size,
             activations.format if activations else None,
             "four-thirds" if four_thirds else "even",
             activations.mx_rule if activations else "even",

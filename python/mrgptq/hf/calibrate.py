@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.hooks import RemovableHandle
 
-from ..arrays import located
+from ..arrays import located, pad_columns
 from ..codecs import nvfp4_tensor_scale
 from ..gptq import Hessian, backward_passes
 from ..layer import activations_of, make_factor, quantize_layer, shared_tensor_scale
 from ..modules import fused_groups
 from ..recipe import Recipe
 from ..result import Activations, QuantizedMatrix
-from ..rotations import rotation_of
+from ..rotations import Rotation
 from .activations import round_inputs, to_numpy
 from .beside import Apart, Group, observe_both
 from .blocks import BlockSource, Kwargs, give_back_memory, passing_by, removing, run_block, take_place
@@ -139,7 +139,7 @@ def calibrate(
                         progress("quantise", done, len(modules))
                     yield name, matrix
                 if group in activations:
-                    round_inputs([named[name] for name in group], activations[group], rotation_of(recipe.rotation))
+                    round_inputs([named[name] for name in group], activations[group], _rotation(group, named, recipe))
             if index + 1 < len(blocks):
                 _run(block, hidden, block_kwargs[index], keep=True)
                 give_back_memory()
@@ -164,8 +164,12 @@ def _take_over(group: Group, named: dict[str, Any], ledger: Ledger, recipe: Reci
             _replace_weight(named[name], matrix, threads)
     activations = next(iter(matrices.values())).activations  # type: ignore[union-attr]
     if activations:
-        round_inputs([named[name] for name in group], activations, rotation_of(recipe.rotation))
+        round_inputs([named[name] for name in group], activations, _rotation(group, named, recipe))
     return True
+
+
+def _rotation(group: Group, named: dict[str, Any], recipe: Recipe) -> Rotation:
+    return recipe.fit(named[group[0]].in_features, group[0])[1]
 
 
 def _replace_weight(module: Any, matrix: QuantizedMatrix, threads: int | None) -> None:
@@ -248,19 +252,20 @@ def _observe(
 ) -> tuple[dict[Group, Hessian], dict[Group, Activations], Apart]:
     """One pass of a block: {group: Hessian} of the inputs before rounding, at W4A4 {group: Activations} with the calibrated tensor scale, and how far the
     block and the original have come apart where there is an original to compare with."""
-    rotation = rotation_of(recipe.rotation)
     apart = Apart({}, {})
     hessians = {group: Hessian(named[group[0]].in_features) for group in groups}
     largest = dict.fromkeys(groups, 0.0)
     handles: list[RemovableHandle] = []
 
     def watch(group: Group) -> Callable[..., None]:
+        padding, rotation = recipe.fit(named[group[0]].in_features, group[0])
+
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             values, dtype = to_numpy(args[0])
             with located(f"the input of {group[0]}"):
                 hessians[group].update(values, dtype=dtype, threads=threads)
             if recipe.activations == "nvfp4":
-                largest[group] = max(largest[group], float(np.abs(rotation.apply(values, dtype=dtype, threads=threads)).max(initial=0)))
+                largest[group] = max(largest[group], float(np.abs(rotation.apply(pad_columns(values, padding), dtype=dtype, threads=threads)).max(initial=0)))
 
         return hook
 
@@ -268,7 +273,7 @@ def _observe(
         handles.append(named[group[0]].register_forward_pre_hook(watch(group)))
         if recipe.activations:
             # Until the calibrated scale is known each batch is rounded by its own.
-            handles += round_inputs([named[name] for name in group], cast(Activations, activations_of(recipe)), rotation)
+            handles += round_inputs([named[name] for name in group], cast(Activations, activations_of(recipe)), _rotation(group, named, recipe))
     with removing(handles):
         if original is None:
             _run(block, hidden, kwargs, keep=False)
