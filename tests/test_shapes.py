@@ -1,5 +1,6 @@
 """Layers of every shape that checkpoints have: columns that no group divides, one row, one column, nothing but zeros, rotations that do not fit, biases, tied embeddings."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -135,7 +136,7 @@ def inspected(folder, capsys, column):
     assert cli.main(["inspect", str(folder)]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     header = next(words for words in table if words[:2] == ["layer", "method"])
-    return {words[0]: words[header.index(column)] for words in table if words and words[0].endswith("_proj") and len(words) >= len(header) - 1 and words[1] in ("gptq", "rounding")}
+    return {words[0]: words[header.index(column)] for words in table if len(words) > 2 and words[1] in ("gptq", "rounding")}
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
@@ -177,6 +178,9 @@ def test_rotations_of_several_sizes_are_stored_and_run(dialect, tmp_path, leaf_f
     back = {name: value for name, value in mg.load(tmp_path / "out").items() if isinstance(value, mg.QuantizedMatrix)}
     assert inspected(tmp_path / "out", capsys, "Hadamard") == {name: str(report.rotation) for name, report in reports.items()}
     assert {name: value.rotation.block_size for name, value in back.items()} == {f"{name}.weight": report.rotation for name, report in reports.items()}
+    mg.save(tmp_path / "again", mg.load(tmp_path / "out"), dialect, config=json.loads((tmp_path / "out" / "config.json").read_text()))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()
     ids = torch.arange(48).reshape(2, 24)
     with torch.no_grad():
         ours = hf.load_quantized(tmp_path / "out", kernels=False)(input_ids=ids).logits

@@ -63,8 +63,9 @@ def save(
     """
     target = dialect_named(dialect)
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    if isinstance(tensors, Mapping):
-        target.check(common_scheme(_quantized(tensors)))
+    common = common_scheme(_quantized(tensors)) if isinstance(tensors, Mapping) else None
+    if common is not None:
+        target.check(common)
     kept: list[tuple[str, tuple[int, ...]]] = []
     quantised: _Quantised = {}
     with CheckpointWriter(path, max_shard_bytes, build_in) as writer:
@@ -78,11 +79,12 @@ def save(
             module = name.removesuffix(".weight")
             if module == name:
                 raise ValueError(f"the QuantizedMatrix {name!r} must be called <module>.weight")
-            check_layer(target, module, value.padding, value.rotation.block_size, Scheme.of_matrix(value).rotation)
-            for part, tensor in target.encode(module, value).items():
+            own = common or Scheme.of_matrix(value)
+            check_layer(target, module, value.padding, value.rotation.block_size, own.rotation)
+            for part, tensor in target.encode(module, value, own.rotation).items():
                 writer.add(part, tensor)
             # Only what the record needs is kept: the codes may be large and are on their way to the disk.
-            quantised[module] = (Scheme.of_matrix(value), value.rotation.block_size, value.recipe, value.report)
+            quantised[module] = (own, value.rotation.block_size, value.recipe, value.report)
         scheme = _one_scheme(quantised)
         target.check(scheme)
         ignore = _unquantised_linears(kept)

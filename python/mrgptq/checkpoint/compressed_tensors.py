@@ -42,8 +42,8 @@ def check(scheme: Scheme) -> None:
         raise ValueError(f'compressed-tensors rounds MXFP4 activations by "even"; the recipe asks for "{scheme.activation_mx_rule}", which it cannot say')
 
 
-def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
-    """A QuantizedMatrix as the tensors that are stored for ``module``."""
+def encode(module: str, matrix: QuantizedMatrix, rotation: int | None) -> dict[str, StoredTensor]:
+    """A QuantizedMatrix as the tensors that are stored for ``module`` of a checkpoint whose rotation is of that block size."""
     tensors = {f"{module}.weight_packed": StoredTensor.from_bits("U8", matrix.codes)}
     if matrix.format == "nvfp4":
         tensors[f"{module}.weight_scale"] = StoredTensor.from_bits("F8_E4M3", matrix.scales)
@@ -55,7 +55,7 @@ def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
     else:
         tensors[f"{module}.weight_scale"] = StoredTensor.from_bits("U8", matrix.scales)  # as U8: the loader casts F8_E8M0 by value, to zeros
     if k := matrix.rotation.block_size:
-        tensors[f"{module}.{_TRANSFORM if k == Scheme.of_matrix(matrix).rotation else _transform(k)}_input.weight"] = _online_matrix(k)
+        tensors[f"{module}.{_TRANSFORM if k == rotation else _transform(k)}_input.weight"] = _online_matrix(k)
     return tensors
 
 

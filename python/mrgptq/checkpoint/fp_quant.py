@@ -52,8 +52,8 @@ def _online_matrix(format: str, rotation: int | None) -> StoredTensor:
     return StoredTensor.from_bits("BF16", ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16))
 
 
-def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
-    """A QuantizedMatrix as the tensors that are stored for ``module``."""
+def encode(module: str, matrix: QuantizedMatrix, rotation: int | None) -> dict[str, StoredTensor]:
+    """A QuantizedMatrix as the tensors that are stored for ``module``; ``rotation``, the checkpoint's, is its own."""
     activation_scale = 3.0 if matrix.format == "mxfp4" or matrix.activations is None else matrix.activations.tensor_scale
     if activation_scale is None:
         raise ValueError(f"{module} is W4A4 NVFP4, but its activations have no tensor_scale: calibrate it first, loaders need it")

@@ -30,9 +30,9 @@ def check(scheme: Scheme) -> None:
     """Every scheme can be stored."""
 
 
-def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
-    """A QuantizedMatrix as the tensors that are stored for ``module``: the divisor lies beside MXFP4 too, and the shape beside a padded layer."""
-    tensors = compressed_tensors.encode(module, matrix)
+def encode(module: str, matrix: QuantizedMatrix, rotation: int | None) -> dict[str, StoredTensor]:
+    """A QuantizedMatrix as the tensors that are stored for ``module``, whatever the checkpoint's rotation: the divisor lies beside MXFP4 too, and the shape beside a padded layer."""
+    tensors = compressed_tensors.encode(module, matrix, rotation)
     tensors[f"{module}.weight_global_scale"] = StoredTensor.of(np.array([matrix.tensor_scale], dtype=np.float32))
     if matrix.padding:
         tensors[f"{module}.weight_shape"] = StoredTensor.of(np.array(matrix.shape, dtype=np.int64))
