@@ -14,7 +14,7 @@ import mrgptq as mg
 from mrgptq import hf, plan
 from mrgptq.hf.beside import observe_both
 from mrgptq.hf.blocks import removing
-from mrgptq.hf.experts import Experts
+from mrgptq.hf.experts import Experts, split_experts
 from mrgptq.hf.model import decoder_blocks
 from mrgptq.jobs import quantize_checkpoint
 from mrgptq.modules import fused_groups
@@ -162,3 +162,24 @@ def test_fused_tensors_of_a_checkpoint_stay_as_they_are_and_that_is_said(tmp_pat
     name = "model.layers.0.mlp.experts.down_proj"
     np.testing.assert_array_equal(np.asarray(kept[name]), np.asarray(before[name]))
     assert not isinstance(decoder_blocks(hf.load_model(tmp_path / "model"))[1][0].mlp.experts, Experts)
+
+
+@pytest.mark.parametrize("form", [("has_gate", False), ("has_bias", True), ("is_transposed", True), ("is_concatenated", False), ("has_post_expert_norm", True), ("gate", None)], ids=lambda form: form[0])
+def test_experts_of_another_form_are_left_alone(form, tmp_path, leaf_folder):
+    """Whatever transformers' decorator says of a class that our forward pass does not do; a gate of its own, too."""
+    model = make_moe("mixtral", tmp_path / "model", leaf_folder)
+    names = set(mg.load(tmp_path / "model"))
+    for block in model.model.layers:
+        if form[0] == "gate":
+            block.mlp.experts.__class__ = type("Gated", (type(block.mlp.experts),), {"_apply_gate": lambda self, both: both})
+        else:
+            setattr(block.mlp.experts, *form)
+    split_experts(model, names)
+    assert not any(isinstance(module, Experts) for module in model.modules())
+    for block in model.model.layers:
+        if form[0] == "gate":
+            block.mlp.experts.__class__ = type(block.mlp.experts).__mro__[1]
+        else:
+            setattr(block.mlp.experts, form[0], not form[1])
+    split_experts(model, names)
+    assert sum(isinstance(module, Experts) for module in model.modules()) == 2
