@@ -77,7 +77,7 @@ def save(
                 continue
             module = name.removesuffix(".weight")
             if module == name:
-                raise ValueError(f"the QuantizedMatrix {name!r} must be called <module>.weight")
+                raise ValueError(f"the QuantizedMatrix {shown(name)} must be called <module>.weight")
             for part, tensor in target.encode(module, value).items():
                 writer.add(part, tensor)
             # Only what the record needs is kept: the codes may be large and are on their way to the disk.

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from numpy.typing import ArrayLike
 
-from .safetensors import checked_tensor, new_file, write_file
+from .safetensors import checked_tensor, new_file, shown, write_file
 from .stored_tensor import StoredTensor
 
 
@@ -86,7 +86,7 @@ class CheckpointWriter:
         self._require_block()
         stored = checked_tensor(name, tensor, self.path)
         if name in self._names:
-            raise ValueError(f"tensor {name!r} was added to {self.path} before; names must differ")
+            raise ValueError(f"tensor {shown(name)} was added to {self.path} before; names must differ")
         if self._pending and self._pending_bytes + stored.nbytes > self._max_shard_bytes:
             self._write_shard()
         self._pending[name] = stored
@@ -110,9 +110,9 @@ class CheckpointWriter:
     def _write_side_file(self, name: str, content: bytes) -> None:
         self._require_block()
         if Path(name).name != name or name in ("", ".."):
-            raise ValueError(f"{name!r} is not the name of a file in {self.path}; give a name without any folder")
+            raise ValueError(f"{shown(name)} is not the name of a file in {self.path}; give a name without any folder")
         if name.endswith((".safetensors", ".safetensors.index.json")):
-            raise ValueError(f"{name!r} is a name for weights in {self.path}; tensors go there by add()")
+            raise ValueError(f"{shown(name)} is a name for weights in {self.path}; tensors go there by add()")
         with new_file(self._partial / name) as file:
             file.write(content)
 
