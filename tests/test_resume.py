@@ -42,24 +42,15 @@ RUNS = {
 }
 
 
-def run(leaf_folder, out, arguments, kill_after=None):
-    """The command in a process of its own, killed after so many seconds; (exit status, stderr, seconds)."""
-    begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), str(out), "--threads", "1", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, err = process.communicate(timeout=kill_after)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        _, err = process.communicate()
-    return process.returncode, err, time.perf_counter() - begin
-
-
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(kind, leaf_folder, text_file, stored_hessians, tmp_path):
+def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(kind, leaf_folder, text_file, stored_hessians, tmp_path, forks):
     """At random moments of what an undisturbed run takes, each process killed being one of two or three to the same output. The seed is printed, and another one each day."""
-    arguments = RUNS[kind](text_file, stored_hessians)
-    status, err, seconds = run(leaf_folder, tmp_path / "whole", arguments)
-    assert status == 0, err
+
+    def run(out, kill_after=None):
+        return forks.run("mrgptq", "quantize", leaf_folder, out, "--threads", 1, *RUNS[kind](text_file, stored_hessians), cwd=tmp_path, kill_after=kill_after)
+
+    whole = run(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
     expected = contents(tmp_path / "whole")
     seed = int(time.time()) // 86400
     print("seed", seed)
@@ -68,9 +59,9 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_
         number += 1
         out = tmp_path / f"out{number}"
         for last in (False, False, True):
-            status, err, _ = run(leaf_folder, out, arguments, kill_after=None if last else draw.uniform(0.3, 1.0) * seconds)
-            assert status == (0 if last else status) and status in (0, -signal.SIGKILL), err
-            killed += status != 0
+            done = run(out, None if last else draw.uniform(0, 1) * whole.seconds)
+            assert done.returncode == (0 if last else done.returncode) and done.returncode in (0, -signal.SIGKILL), done.stderr
+            killed += done.returncode != 0
             left = {path.name for path in tmp_path.iterdir()} - {"whole", f".{out.name}.partial"} - {f"out{n + 1}" for n in range(number)}
             assert not left and (not out.exists() or contents(out) == expected)  # whole or not at all, nothing beside the hidden folder
             if out.exists() and not (tmp_path / f".{out.name}.partial").exists():  # nothing is left to do, whenever after that it was killed
