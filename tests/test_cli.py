@@ -40,19 +40,18 @@ def run(capsys):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, leaf_folder):
     """Leaf at NVFP4 W4A4 by MR-GPTQ, as a stranger makes it, in a process of its own: (folder, CompletedProcess)."""
-    return stranger(tmp_path_factory, leaf_folder, "--recipe", "mr-gptq", "--activations", "nvfp4")
+    return made(tmp_path_factory, lambda *command, cwd: subprocess.run([sys.executable, "-m", "mrgptq.cli", *command], capture_output=True, text=True, cwd=cwd), leaf_folder, "--recipe", "mr-gptq")
 
 
 @pytest.fixture(scope="module")
-def best(tmp_path_factory, leaf_folder):
+def best(tmp_path_factory, leaf_folder, forks):
     """The same by the recipe that is taken where none is named."""
-    return stranger(tmp_path_factory, leaf_folder, "--activations", "nvfp4")
+    return made(tmp_path_factory, lambda *command, cwd: forks.run("mrgptq", *command, cwd=cwd), leaf_folder)
 
 
-def stranger(tmp_path_factory, leaf_folder, *options):
+def made(tmp_path_factory, run, leaf_folder, *options):
     folder = tmp_path_factory.mktemp("cli")
-    command = [sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), "leaf-nvfp4", *options, "--calibration", CALIBRATION, "--tokens", "4096", "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    done = run("quantize", str(leaf_folder), "leaf-nvfp4", *options, "--activations", "nvfp4", "--calibration", CALIBRATION, "--tokens", "4096", "--threads", "1", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert os.listdir(folder) == ["leaf-nvfp4"]
     return folder / "leaf-nvfp4", done
