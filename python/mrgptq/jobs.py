@@ -90,7 +90,7 @@ def quantize_checkpoint(
                     progress("quantise", done, len(plan.shapes))
 
         kept = [group for group, part in parts.items() if part.is_file()]
-        _expect_room(plan, sum(parts[group].stat().st_size for group in kept))
+        _expect_room(plan, sum(parts[group].stat().st_size for group in kept), _small_bytes(plan, reader, side_files))
         if run.resumed:
             _log.warning("going on from %s: %d of %d layers are done", run.folder, sum(map(len, kept)), len(plan.shapes))
         for group in kept:
@@ -118,12 +118,19 @@ def quantize_checkpoint(
     return reports
 
 
-def _expect_room(plan: Plan, done_bytes: int) -> None:
+def _expect_room(plan: Plan, done_bytes: int, small_bytes: int) -> None:
     """Refuse now, with OSError(ENOSPC), what will not fit: the layers that are still to be kept and the checkpoint made of all of them."""
-    needed = plan.bytes_out + max(plan.kept_bytes - done_bytes, 0)
+    in_the_end = plan.bytes_out + small_bytes
+    needed = in_the_end + max(plan.kept_bytes - done_bytes, 0)
     free = shutil.disk_usage(plan.out.absolute().parent).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{plan.out} needs {needed} bytes while it is made, {plan.bytes_out} of them in the end, but its filesystem has only {free} free")
+        raise OSError(errno.ENOSPC, f"{plan.out} needs {needed} bytes while it is made, {in_the_end} of them in the end, but its filesystem has only {free} free")
+
+
+def _small_bytes(plan: Plan, reader: CheckpointReader, side_files: Iterable[Path]) -> int:
+    """At most what is written beside the data of tensors: side files; of each tensor its places in headers, index and configuration; of each layer those too, its report twice, a stored rotation, and what is left of a
+    filesystem's block."""
+    return sum(path.stat().st_size + 4096 for path in side_files) + 65536 + 1024 * len(reader.names) + (8192 + 2 * (plan.recipe.rotation or 0) ** 2) * len(plan.shapes)
 
 
 def _identity(plan: Plan, reader: CheckpointReader, calibration: str | None, device: str, threads: int | None) -> dict[str, Any]:
