@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
@@ -34,6 +35,12 @@ _log = logging.getLogger("mrgptq")
 
 Progress = Callable[[str, int, int], None]
 
+_SUMMING = (
+    "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "KMP_DETERMINISTIC_REDUCTION", "MKL_CBWR", "MKL_DOMAIN_NUM_THREADS", "MKL_DYNAMIC", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)  # fmt: skip
+"""Environment variables that choose the kernels, and so the order of the sums, of what torch multiplies with. ATEN_CPU_CAPABILITY is seen in what torch makes of it."""
+
 
 def quantize_checkpoint(
     plan: Plan,
@@ -61,7 +68,7 @@ def quantize_checkpoint(
 
     Raises
     ------
-    ValueError : what an earlier run left was begun with another model, recipe, text, version or number of threads; the difference is named. BlockingIOError : another process works on it.
+    ValueError : what an earlier run left was begun with another model, recipe, text, version, number of threads or setting of torch's sums; the difference is named. BlockingIOError : another process works on it.
     OSError : no space, with the file's name.
     """
     if plan.calibrated and calibration is None:
@@ -154,6 +161,7 @@ def _identity(plan: Plan, reader: CheckpointReader, calibration: str | None, dev
         # torch's sums, and so everything after them, depend on its threads.
         libraries = {name: version(name) for name in ("torch", "transformers") if find_spec(name)}
         identity["model file"] |= files(path for path in reader.folder.glob("*tok*") if path.is_file())  # wherever a link leads
+        identity |= {"CPU capability of torch": _hf().cpu_capability(), "environment variable": {name: os.environ[name] for name in _SUMMING if name in os.environ}}
         text = hashlib.sha256((calibration or "").encode()).hexdigest()
         identity |= {"tokens": plan.tokens, "sequence": plan.sequence, "SHA-256 of the calibration text": text, "library version": libraries, "threads": as_threads(threads), "device": device, "ISA level": _core.build_info()["isa"]}
     return identity
