@@ -159,6 +159,46 @@ def test_changed_weights_another_text_version_and_number_of_threads_are_told(lea
         quantize_checkpoint(plan, calibration_text, threads=1)
 
 
+def test_settings_that_change_torchs_sums_are_told(leaf_folder, calibration_text, tmp_path, monkeypatch):
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("gptq"), tokens=256, sequence=64)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setenv("MKL_CBWR", "COMPATIBLE")
+        quantize_checkpoint(plan, calibration_text, threads=1, progress=stop_at(3))
+    with pytest.raises(ValueError, match=r'begun by a run with environment variable\.MKL_CBWR "COMPATIBLE"; this one has null'):
+        quantize_checkpoint(plan, calibration_text, threads=1)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r'begun by a run with CPU capability of torch ".+"; this one has "DEFAULT"'):
+        patch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+        quantize_checkpoint(plan, calibration_text, threads=1)
+    quantize_checkpoint(plan, calibration_text, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "error", "words"),
+    [
+        (lambda model: None, KeyboardInterrupt(), r": the same command goes on from there$"),
+        (lambda model: None, OSError(28, "full"), r": the same command goes on from there$"),
+        (lambda model: None, ValueError("no such number"), r"; remove that folder to begin anew$"),
+        (lambda model: (model / "tokenizer.json").write_text("{}"), KeyboardInterrupt(), r', but meanwhile model file\.tokenizer\.json has changed from "of .*" to "of .*": remove that folder to begin anew$'),
+        (lambda model: os.remove(model / "model.safetensors"), OSError(28, "full"), r", but the run's inputs cannot be read any more \(.*model\.safetensors.*\): remove that folder to begin anew$"),
+    ],
+)
+def test_what_is_kept_is_said_and_that_the_same_command_goes_on_only_where_it_does(meanwhile, error, words, leaf_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(leaf_folder, model)
+
+    def progress(stage, done, total):
+        if done == 9:
+            meanwhile(model)
+            raise error
+
+    plan = make_plan(model, tmp_path / "out", mg.Recipe.named("rtn"))
+    with pytest.raises(type(error)) as failure:
+        quantize_checkpoint(plan, progress=progress)
+    (note,) = failure.value.__notes__
+    assert re.search(rf"^what is done is kept in .*\.out\.partial{words}", note), note
+
+
 def test_two_processes_do_not_write_the_same_output(leaf_folder, tmp_path):
     plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
     refused = []
@@ -302,7 +342,7 @@ def test_a_folder_that_cannot_be_written_is_named(leaf_folder, tmp_path, monkeyp
         raise OSError(30, "Read-only file system", str(self))
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
-    with pytest.raises(OSError, match=r"Read-only file system: .*\.out\.partial"):
+    with pytest.raises(OSError, match=r"could not write .*\.out\.partial: Read-only file system"):
         quantize_checkpoint(plan)
     assert list(tmp_path.iterdir()) == []
 

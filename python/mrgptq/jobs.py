@@ -82,7 +82,7 @@ def quantize_checkpoint(
         if written.get(key) != reader.config.get(key, written.get(key)):
             _log.warning("config.json will say %s %s instead of %s: the loaders of %s unpack weights to it", key, written[key], reader.config[key], plan.dialect)
     side_files = reader.side_files()  # one that vanishes meanwhile is missed
-    with PartialRun(plan.out, _identity(plan, reader, calibration, device, threads)) as run:
+    with PartialRun(plan.out, lambda: _identity(plan, reader, calibration, device, threads)) as run:
         if plan.finished:
             return {name: LayerReport.from_dict(report) for name, report in read_json_object(plan.out / RECORD_NAME)["layers"].items()}
         parts = {group: run.part(f"{number:05d}") for number, group in enumerate(fused_groups(plan.shapes))}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..arrays import located
 from ..gptq import Hessian
 from .reader import read_json_object, refuse_outside
-from .safetensors import SafetensorsFile, new_file, shown, write_file
+from .safetensors import SafetensorsFile, new_file, shown, write_file, writing
 from .writer import sync_folder
 
 _INDEX = "hessians.json"
@@ -174,7 +174,8 @@ def _write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str
     path = Path(path).absolute()
     check_new(path)
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir()
+    with writing(partial):
+        partial.mkdir()
     try:
         files: dict[str, str] = {}
         for number, (group, hessian) in enumerate(groups):
@@ -188,7 +189,8 @@ def _write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str
         sync_folder(partial)
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
-        os.rename(partial, path)
+        with writing(path):
+            os.rename(partial, path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
