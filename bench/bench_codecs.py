@@ -139,6 +139,6 @@ def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) 
             calls["ggml quantise"], calls["ggml dequantise"] = peer
         elif compare:
             found.append(absent("codecs", format, "ggml quantise", f"{rows} × {cols}", "Gelt/s", threads, f"no ggml with {format}: pass --ggml"))
-        timings = interleaved(calls, budget=0.01 if quick else 1.5)
+        timings = interleaved(calls, quick=quick, budget=1.5)
         found += records("codecs", format, f"{rows} × {cols}", "Gelt/s", threads, timings, amount={name: amount.get(name, elements / 1e9) for name in calls}, against=against)
     return found

@@ -108,7 +108,7 @@ def hessian_update(threads, quick, compare):
         contenders["torch addmm"] = lambda: torch_sum.addmm_(tensor.T, tensor)
     elif compare:
         rows.append(absent(ROOM, work, "torch addmm", shape, unit, threads, "torch is not installed"))
-    timings = interleaved(contenders, budget=0.1 if quick else 6.0)
+    timings = interleaved(contenders, quick=quick, budget=6.0)
     expected = np.einsum("ti,ti->i", x, x, dtype=np.float64) / tokens
     agree("the trace of the core's H", float(ours.matrix.diagonal().sum()), float(expected.sum()), 1e-5)
     against = {name: ("OpenBLAS ssyrk",) for name in contenders if name != "OpenBLAS ssyrk"}
@@ -138,7 +138,7 @@ def layer(rows, cols, threads, quick, compare, by_best):
     def keep(name):
         answers[name] = calls[name]()
 
-    timings = interleaved({name: lambda name=name: keep(name) for name in calls}, budget=0.1 if quick else 12.0, at_least=2 if by_best else 3, warm_up=quick)
+    timings = interleaved({name: lambda name=name: keep(name) for name in calls}, quick=quick, budget=12.0, at_least=2 if by_best else 3, warm_up=quick)
     exact = _loss(weight, solve(weight, h64, scales, divisor, "float64", threads) if by_best else answers["mrgptq float64"], scales, divisor, h64, threads)
     for name, answer in answers.items():
         loss = _loss(weight, answer, scales, divisor, h64, threads)

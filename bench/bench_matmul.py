@@ -114,7 +114,7 @@ def measure(threads: int, quick: bool, compare: bool, ggml: Path | None = None) 
         for name, tensors in peer_weights.items():
             calls[name], peer_answers[name] = peer.product(tensors, x, rows)
         work, shape, unit = f"{tokens} token{'s' * (tokens > 1)}", f"{rows} × {cols}", "GFLOP/s"
-        timings = interleaved(calls, budget=0.01 if quick else 1.5, warm_up=True)
+        timings = interleaved(calls, quick=quick, budget=1.5, warm_up=True)
         for format in packed:  # energies: rounding adds one or two hundredths at four bits and less than a ten-thousandth at eight, and chance more in a few rows
             for kind, tolerance in (("W4A4", 0.2), ("int8", 0.02)):
                 agree(f"the product {kind} {format}", float(np.square(outs[kind, format]).sum()), float(np.square(outs["W4A16", format]).sum()), tolerance)

@@ -69,6 +69,6 @@ def measure(threads: int, quick: bool, compare: bool) -> list[dict]:
         ours = contenders(block, cold, threads)
         calls = {"bound: in-place scale": lambda: bound.bound_scale(cold.next(), elements, -1.0, threads)} | ours | (peers(block, cold, threads) if compare else {})
         against = dict.fromkeys(ours, ("bound: in-place scale", "FFHT-style C++", "NumPy X @ H"))
-        timings = interleaved(calls, budget=0.01 if quick else 1.5)
+        timings = interleaved(calls, quick=quick, budget=1.5)
         found += records("rotations", f"block {block}", f"{rows} × {cols}", "GB/s", threads, timings, amount=8 * elements / 1e9, against=against)
     return found

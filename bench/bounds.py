@@ -98,7 +98,7 @@ def _rows(threads: int, quick: bool) -> tuple[dict, ...]:
         "FMA float64": (lambda: bound.bound_fma_double(rounds, threads), "registers", "GFLOP/s", flops["bound_fma_double"] / 1e9),
         "SGEMM, NumPy": (lambda: np.matmul(a, b, out=c), f"{n}³", "GFLOP/s", 2 * n**3 / 1e9),
     }
-    timings = interleaved({name: call for name, (call, *_) in work.items()}, budget=0.01 if quick else 1.0)
+    timings = interleaved({name: call for name, (call, *_) in work.items()}, quick=quick, budget=1.0)
     return tuple(records("machine", name, shape, unit, threads, {"bound": timings[name]}, amount=amount)[0] for name, (_, shape, unit, amount) in work.items())
 
 

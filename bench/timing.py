@@ -25,11 +25,11 @@ class Timing:
         return median(values), values[0], values[-1]
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], *, budget: float = 4.0, at_least: int = 3, at_most: int = 25, pause: float = 0.03, warm_up: bool = True) -> dict[str, Timing]:
+def interleaved(contenders: Mapping[str, Callable[[], object]], *, quick: bool = False, budget: float = 4.0, at_least: int = 3, at_most: int = 25, warm_up: bool = True) -> dict[str, Timing]:
     """One call of each to warm up (what takes seconds can do without), then rounds in which each is called once, the order turned by one from round to round.
 
     Rounds end after ``at_most``, or where the next would pass ``budget`` seconds for each contender, but not before ``at_least``. Before each call stands a pause: the threads of another
-    contender's BLAS spin for a while after their work and would take the core.
+    contender's BLAS spin for a while after their work and would take the core. ``quick`` shows that everything runs: ``at_least`` rounds, no pauses.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -37,12 +37,12 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, budget: float
     for name in names if warm_up else ():
         contenders[name]()
     for done in range(at_most):
-        if done >= at_least and spent * (done + 1) / done > budget * len(names):
+        if done >= at_least and (quick or spent * (done + 1) / done > budget * len(names)):
             break
         start = time.perf_counter()
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
-            time.sleep(pause)
+            time.sleep(0 if quick else 0.03)
             begin = time.perf_counter()
             contenders[name]()
             seconds[name].append(time.perf_counter() - begin)

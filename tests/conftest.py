@@ -12,6 +12,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+from forked import Forks
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 WINDOWS, SEQUENCE = 16, 128  # 2048 tokens: more than five times the widest layer's columns, so no Hessian is singular for want of tokens
 
@@ -81,3 +83,11 @@ def stored_hessians(tmp_path_factory, leaf_folder, calibration_text):
     folder = tmp_path_factory.mktemp("hessians") / "stored"
     mg.save_hessians(folder, hf.collect_hessians(hf.load_model(leaf_folder), hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 5, 100), names))
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Processes that need not import torch first."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.end()

@@ -40,19 +40,18 @@ def run(capsys):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, leaf_folder):
     """Leaf at NVFP4 W4A4 by MR-GPTQ, as a stranger makes it, in a process of its own: (folder, CompletedProcess)."""
-    return stranger(tmp_path_factory, leaf_folder, "--recipe", "mr-gptq", "--activations", "nvfp4")
+    return made(tmp_path_factory, lambda *command, cwd: subprocess.run([sys.executable, "-m", "mrgptq.cli", *command], capture_output=True, text=True, cwd=cwd), leaf_folder, "--recipe", "mr-gptq")
 
 
 @pytest.fixture(scope="module")
-def best(tmp_path_factory, leaf_folder):
+def best(tmp_path_factory, leaf_folder, forks):
     """The same by the recipe that is taken where none is named."""
-    return stranger(tmp_path_factory, leaf_folder, "--activations", "nvfp4")
+    return made(tmp_path_factory, lambda *command, cwd: forks.run("mrgptq", *command, cwd=cwd), leaf_folder)
 
 
-def stranger(tmp_path_factory, leaf_folder, *options):
+def made(tmp_path_factory, run, leaf_folder, *options):
     folder = tmp_path_factory.mktemp("cli")
-    command = [sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), "leaf-nvfp4", *options, "--calibration", CALIBRATION, "--tokens", "4096", "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    done = run("quantize", str(leaf_folder), "leaf-nvfp4", *options, "--activations", "nvfp4", "--calibration", CALIBRATION, "--tokens", "4096", "--threads", "1", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert os.listdir(folder) == ["leaf-nvfp4"]
     return folder / "leaf-nvfp4", done
@@ -277,8 +276,42 @@ def test_a_refusal_is_status_1_and_one_sentence_on_stderr_and_nothing_is_left(ca
     status, out, err = run("quantize", *arguments)
     assert status == 1 and out == ""
     last = err.splitlines()[-1]
-    assert last.startswith("mrgptq: ") and all(word in last for word in words), err
+    assert last.startswith("mrgptq: ") and all(word in last for word in words) and "Errno" not in err, err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "words"),
+    [
+        ("model.safetensors", "os.open", "could not read {model}/model.safetensors: Permission denied"),
+        ("config.json", "os.open", "could not read {model}/config.json: Permission denied"),
+        ("model", "pathlib.Path.iterdir", "{model} cannot be used: Permission denied"),
+        (".out.partial", "pathlib.Path.mkdir", "could not write {out}/.out.partial: Permission denied"),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence_with_the_file(name, asked, words, run, leaf_folder, tmp_path, monkeypatch):
+    """As it does to a user who may not read a file; whoever runs the tests may be root, who may."""
+    model = shutil.copytree(leaf_folder, tmp_path / "model")
+    owner, _, function = asked.rpartition(".")
+    real = getattr({"os": os, "pathlib.Path": Path}[owner], function)
+
+    def refuse(path, *arguments, **more):
+        if os.path.basename(path) == name:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(asked, refuse)
+    status, out, err = run("quantize", model, tmp_path / "out", "--recipe", "rtn")
+    assert (status, out) == (1, "") and err.splitlines()[-1] == "mrgptq: " + words.format(model=model, out=tmp_path)
+
+
+def test_a_shard_that_vanishes_while_the_command_runs_is_named_and_nothing_is_promised(run, leaf_folder, tmp_path, monkeypatch):
+    model = shutil.copytree(leaf_folder, tmp_path / "model")
+    monkeypatch.setattr(cli._Progress, "__call__", lambda self, stage, done, total: done == 5 and (model / "model.safetensors").unlink())
+    status, out, err = run("quantize", model, tmp_path / "out", "--recipe", "rtn")
+    said = err.splitlines()[-2:]
+    assert (status, out) == (1, "") and str(model) in said[0] and "Errno" not in err
+    assert said[1].startswith(f"mrgptq: what is done is kept in {tmp_path / '.out.partial'}, but the run's inputs cannot be read any more") and "goes on" not in err
 
 
 def test_an_interrupt_says_what_is_kept_and_the_same_command_goes_on(run, leaf_folder, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, name):
         return reader.tensor("a"), reader.config
 
     message = refusal(read)
-    assert f"{folder / name} is a link to {target}, outside its folder; links that lead out of a checkpoint are not followed" in message
+    assert f"{folder / name} is a link to {target}, outside its folder; links that lead out of one are not followed" in message
     (folder / name).unlink()
     shutil.copy(target, folder / "inside")
     (folder / name).symlink_to("inside")

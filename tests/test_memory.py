@@ -51,11 +51,13 @@ def growth(rows, cols, threads, name, given):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize(
-    ("given", "threads"), [("array", 2), ("array", 5), ("skewed", 2), ("float32", 2), ("by columns", 2), ("strided", 2), ("running", 2)], ids=lambda value: str(value).replace(" ", "-")
-)
 @pytest.mark.parametrize(("name", "share"), [("mr-gptq", 6), ("best", 3)])
-@pytest.mark.parametrize(("rows", "cols"), [(512, 2048), (8192, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "given", "threads"),
+    # How H was given shows where H is the most of it, what is held for each row and thread where rows are.
+    [(512, 2048, given, 2) for given in ("array", "skewed", "float32", "by columns", "strided", "running")] + [(512, 2048, "array", 5), (8192, 1024, "array", 2), (8192, 1024, "array", 5)],
+    ids=lambda value: str(value).replace(" ", "-"),
+)
 def test_a_layer_takes_its_factor_and_a_share_of_its_rows_in_hand(rows, cols, name, share, given, threads):
     """Beside W and H, report included: the factor, 8 bytes a pair of columns, and no second H, however it was given: as a running sum, as an array of any layout and dtype or as one to be made symmetric; nor a
     rotated W, which is turned row by row where it is read. Then the rows in hand, a third of them in float32 and a sixth in float64, but at least eight or four tiles of 32 a thread: errors and gradients (8 bytes

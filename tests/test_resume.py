@@ -42,24 +42,15 @@ RUNS = {
 }
 
 
-def run(leaf_folder, out, arguments, kill_after=None):
-    """The command in a process of its own, killed after so many seconds; (exit status, stderr, seconds)."""
-    begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "mrgptq.cli", "quantize", str(leaf_folder), str(out), "--threads", "1", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, err = process.communicate(timeout=kill_after)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        _, err = process.communicate()
-    return process.returncode, err, time.perf_counter() - begin
-
-
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(kind, leaf_folder, text_file, stored_hessians, tmp_path):
+def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_bytes(kind, leaf_folder, text_file, stored_hessians, tmp_path, forks):
     """At random moments of what an undisturbed run takes, each process killed being one of two or three to the same output. The seed is printed, and another one each day."""
-    arguments = RUNS[kind](text_file, stored_hessians)
-    status, err, seconds = run(leaf_folder, tmp_path / "whole", arguments)
-    assert status == 0, err
+
+    def run(out, kill_after=None):
+        return forks.run("mrgptq", "quantize", leaf_folder, out, "--threads", 1, *RUNS[kind](text_file, stored_hessians), cwd=tmp_path, kill_after=kill_after)
+
+    whole = run(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
     expected = contents(tmp_path / "whole")
     seed = int(time.time()) // 86400
     print("seed", seed)
@@ -68,9 +59,9 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_
         number += 1
         out = tmp_path / f"out{number}"
         for last in (False, False, True):
-            status, err, _ = run(leaf_folder, out, arguments, kill_after=None if last else draw.uniform(0.3, 1.0) * seconds)
-            assert status == (0 if last else status) and status in (0, -signal.SIGKILL), err
-            killed += status != 0
+            done = run(out, None if last else draw.uniform(0, 1) * whole.seconds)
+            assert done.returncode == (0 if last else done.returncode) and done.returncode in (0, -signal.SIGKILL), done.stderr
+            killed += done.returncode != 0
             left = {path.name for path in tmp_path.iterdir()} - {"whole", f".{out.name}.partial"} - {f"out{n + 1}" for n in range(number)}
             assert not left and (not out.exists() or contents(out) == expected)  # whole or not at all, nothing beside the hidden folder
             if out.exists() and not (tmp_path / f".{out.name}.partial").exists():  # nothing is left to do, whenever after that it was killed
@@ -166,6 +157,46 @@ def test_changed_weights_another_text_version_and_number_of_threads_are_told(lea
         file.write(bytes([bit]))
     with pytest.raises(ValueError, match=r'model file\.model\.safetensors "of \d+ bytes, changed at \d+ ns"; this one has "of'):
         quantize_checkpoint(plan, calibration_text, threads=1)
+
+
+def test_settings_that_change_torchs_sums_are_told(leaf_folder, calibration_text, tmp_path, monkeypatch):
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("gptq"), tokens=256, sequence=64)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setenv("MKL_CBWR", "COMPATIBLE")
+        quantize_checkpoint(plan, calibration_text, threads=1, progress=stop_at(3))
+    with pytest.raises(ValueError, match=r'begun by a run with environment variable\.MKL_CBWR "COMPATIBLE"; this one has null'):
+        quantize_checkpoint(plan, calibration_text, threads=1)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r'begun by a run with CPU capability of torch ".+"; this one has "DEFAULT"'):
+        patch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+        quantize_checkpoint(plan, calibration_text, threads=1)
+    quantize_checkpoint(plan, calibration_text, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "error", "words"),
+    [
+        (lambda model: None, KeyboardInterrupt(), r": the same command goes on from there$"),
+        (lambda model: None, OSError(28, "full"), r": the same command goes on from there$"),
+        (lambda model: None, ValueError("no such number"), r"; remove that folder to begin anew$"),
+        (lambda model: (model / "tokenizer.json").write_text("{}"), KeyboardInterrupt(), r', but meanwhile model file\.tokenizer\.json has changed from "of .*" to "of .*": remove that folder to begin anew$'),
+        (lambda model: os.remove(model / "model.safetensors"), OSError(28, "full"), r", but the run's inputs cannot be read any more \(.*model\.safetensors.*\): remove that folder to begin anew$"),
+    ],
+)
+def test_what_is_kept_is_said_and_that_the_same_command_goes_on_only_where_it_does(meanwhile, error, words, leaf_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(leaf_folder, model)
+
+    def progress(stage, done, total):
+        if done == 9:
+            meanwhile(model)
+            raise error
+
+    plan = make_plan(model, tmp_path / "out", mg.Recipe.named("rtn"))
+    with pytest.raises(type(error)) as failure:
+        quantize_checkpoint(plan, progress=progress)
+    (note,) = failure.value.__notes__
+    assert re.search(rf"^what is done is kept in .*\.out\.partial{words}", note), note
 
 
 def test_two_processes_do_not_write_the_same_output(leaf_folder, tmp_path):
@@ -311,7 +342,7 @@ def test_a_folder_that_cannot_be_written_is_named(leaf_folder, tmp_path, monkeyp
         raise OSError(30, "Read-only file system", str(self))
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
-    with pytest.raises(OSError, match=r"Read-only file system: .*\.out\.partial"):
+    with pytest.raises(OSError, match=r"could not write .*\.out\.partial: Read-only file system"):
         quantize_checkpoint(plan)
     assert list(tmp_path.iterdir()) == []
 

@@ -49,7 +49,7 @@ def test_shared_hessians_are_stored_once_and_read_when_asked_for(tmp_path):
     assert stored["x.q_proj"].tokens == 300
     with pytest.raises(FileNotFoundError):
         stored["x.o_proj"]
-    with pytest.raises(FileNotFoundError, match=r"places 'x\.o_proj' in 00001\.safetensors, but .* has no such file"):
+    with pytest.raises(FileNotFoundError, match=r"places 'x\.o_proj' in '00001\.safetensors', but .* has no such file"):
         mg.load_hessians(tmp_path / "h")
 
 
@@ -109,6 +109,9 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         (lambda f: (f / "hessians.json").write_text("[]"), "must be a JSON object"),
         (lambda f: (f / "hessians.json").write_text('{"hessians": {}}'), "must be an object that maps modules to file names"),
         (lambda f: (f / "hessians.json").write_text('{"hessians": {"a": "../00000.safetensors"}}'), "must be the name of a safetensors file beside it"),
+        (lambda f: (f / "hessians.json").write_text('{"hessians": {"' + 9999 * "a" + '": "' + 9999 * "b" + '.safetensors"}}'), r"places 'aaa.{,300}aaa' in 'bbb.{,300}', but .* has no such file"),
+        (lambda f: behind_a_link(f / "hessians.json"), r"hessians\.json is a link to .*elsewhere, outside its folder; links that lead out of one are not followed"),
+        (lambda f: behind_a_link(f / "00000.safetensors"), r"00000\.safetensors is a link to .*elsewhere, outside its folder"),
         (lambda f: os.truncate(f / "00000.safetensors", 300), "00000.safetensors"),
         (lambda f: rewrite(f, triangle=np.zeros(5, np.float32)), r"triangle is F32 of rank 1; a Hessian's is F64 of rank 1"),
         (lambda f: rewrite(f, triangle=np.zeros(5)), "triangle has 5 numbers; the lower triangle of 70 columns has 2485"),
@@ -127,6 +130,10 @@ def test_what_is_no_hessian_is_refused_by_file(spoil, words, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=words) as refusal:
         mg.load_hessians(tmp_path / "h")["a"]
     assert "h" in str(refusal.value)
+
+
+def behind_a_link(path):
+    path.symlink_to(path.rename(path.parent.parent / "elsewhere"))
 
 
 def rewrite(folder, **changes):

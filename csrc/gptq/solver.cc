@@ -1,6 +1,7 @@
 #include "gptq/solver.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <string>
 #include <vector>
@@ -240,12 +241,12 @@ std::vector<std::vector<double>> solve_band(const Problem<Real>& problem, Weight
             for (const auto& tile : band.tiles) before.push_back(tile.error);
         const std::vector<double> falls = refine_columns<Format>(problem, band, gradients, round, moving);
         for (std::size_t t = 0; t < band.tiles.size(); ++t) {
-            if (problem.options.prove_rounds) {
+            moving[t] = moving[t] && falls[t] != 0;
+            if (moving[t]) losses[t].push_back(losses[t].back() - falls[t]);
+            if (problem.options.prove_rounds && std::isfinite(losses[t].back())) {
                 histories[t] += (band.tiles[t].error - before[t]).cwiseAbs();
                 check_round(before[t], band.tiles[t].error, histories[t], problem.factor, Format::group_size, round + 1);
             }
-            moving[t] = moving[t] && falls[t] != 0;
-            if (moving[t]) losses[t].push_back(losses[t].back() - falls[t]);
         }
     }
 

@@ -26,7 +26,9 @@ struct SolverOptions {
     bool search_scales = false;
     MxRule mx = MxRule::even;
     int rounds = 0;  // of refinement, see refine.h; needs Order::group
-    bool prove_rounds = always_prove_rounds;  // after each round, that it raised the loss by no more than refinement_slack(); solve() throws where one did
+    // After each round, that it raised the loss by no more than refinement_slack(); solve() throws where one did. Losses that are not finite, where feedback outgrew the precision, tell whoever asked to take
+    // another, so of those nothing is proved.
+    bool prove_rounds = always_prove_rounds;
 };
 
 // Losses Σ (w-q)ᵀ (H + λI) (w-q) over all rows, summed in float64, where a dead column counts with weight Factor::dead_weight(): after the solver, then after each round carried out.

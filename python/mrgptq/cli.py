@@ -20,10 +20,10 @@ from .arrays import default_threads
 from .checkpoint import load, load_hessians, loaders, merge_hessians, save_hessians
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
 from .checkpoint.hessians import check_new
-from .checkpoint.partial_run import discard, folder_of
+from .checkpoint.partial_run import discard
 from .checkpoint.reader import CheckpointReader, read_config, read_json_object
 from .checkpoint.scheme import Scheme, common_scheme
-from .display import align, format_bytes, printable
+from .display import align, format_bytes, printable, sentence
 from .formats import decode_e4m3
 from .jobs import quantize_checkpoint
 from .modules import select_modules
@@ -321,22 +321,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails again
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        print(f"mrgptq: {printable(str(error))}", file=sys.stderr)
-        if (kept := _kept(args)) and str(kept) not in str(error):
-            print(f"mrgptq: what is done is kept in {kept}: the same command goes on from there", file=sys.stderr)
+        for line in (sentence(error), *_notes(error)):
+            print(f"mrgptq: {printable(line)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        kept = _kept(args)
-        left = f"; what is done is kept in {kept}: the same command goes on from there" if kept else "; nothing was written" if args.command == "quantize" else ""
-        print(f"mrgptq: interrupted{left}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        left = _notes(error) or ["nothing was written"] * (args.command == "quantize")
+        print("; ".join(["mrgptq: interrupted", *left]), file=sys.stderr)
         return 130
     return 0
 
 
-def _kept(args: argparse.Namespace) -> Path | None:
-    """The folder from which a run that was cut short can go on; None where there is none."""
-    folder = folder_of(args.out) if args.command == "quantize" else None
-    return folder if folder and folder.is_dir() else None
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an exception, or to the one that it stands for."""
+    return [*getattr(error, "__notes__", ()), *getattr(error.__cause__, "__notes__", ())]
 
 
 if __name__ == "__main__":

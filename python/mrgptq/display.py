@@ -60,3 +60,10 @@ class Shown:
             f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(format_number(value))}</td></tr>" for name, value in self._rows()
         )
         return f"<table><caption style='text-align:left'>{html.escape(self._title())}</caption>{rows}</table>"
+
+
+def sentence(error: BaseException) -> str:
+    """What an exception says, without the number of a system's error."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename} cannot be used: {error.strerror}" if error.filename else error.strerror
+    return str(error)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
@@ -34,6 +35,12 @@ _log = logging.getLogger("mrgptq")
 
 Progress = Callable[[str, int, int], None]
 
+_SUMMING = (
+    "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "KMP_DETERMINISTIC_REDUCTION", "MKL_CBWR", "MKL_DOMAIN_NUM_THREADS", "MKL_DYNAMIC", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)  # fmt: skip
+"""Environment variables that choose the kernels, and so the order of the sums, of what torch multiplies with. ATEN_CPU_CAPABILITY is seen in what torch makes of it."""
+
 
 def quantize_checkpoint(
     plan: Plan,
@@ -61,7 +68,7 @@ def quantize_checkpoint(
 
     Raises
     ------
-    ValueError : what an earlier run left was begun with another model, recipe, text, version or number of threads; the difference is named. BlockingIOError : another process works on it.
+    ValueError : what an earlier run left was begun with another model, recipe, text, version, number of threads or setting of torch's sums; the difference is named. BlockingIOError : another process works on it.
     OSError : no space, with the file's name.
     """
     if plan.calibrated and calibration is None:
@@ -75,7 +82,7 @@ def quantize_checkpoint(
         if written.get(key) != reader.config.get(key, written.get(key)):
             _log.warning("config.json will say %s %s instead of %s: the loaders of %s unpack weights to it", key, written[key], reader.config[key], plan.dialect)
     side_files = reader.side_files()  # one that vanishes meanwhile is missed
-    with PartialRun(plan.out, _identity(plan, reader, calibration, device, threads)) as run:
+    with PartialRun(plan.out, lambda: _identity(plan, reader, calibration, device, threads)) as run:
         if plan.finished:
             return {name: LayerReport.from_dict(report) for name, report in read_json_object(plan.out / RECORD_NAME)["layers"].items()}
         parts = {group: run.part(f"{number:05d}") for number, group in enumerate(fused_groups(plan.shapes))}
@@ -90,7 +97,7 @@ def quantize_checkpoint(
                     progress("quantise", done, len(plan.shapes))
 
         kept = [group for group, part in parts.items() if part.is_file()]
-        _expect_room(plan, sum(parts[group].stat().st_size for group in kept))
+        _expect_room(plan, sum(parts[group].stat().st_size for group in kept), _small_bytes(plan, reader, side_files))
         if run.resumed:
             _log.warning("going on from %s: %d of %d layers are done", run.folder, sum(map(len, kept)), len(plan.shapes))
         for group in kept:
@@ -118,12 +125,19 @@ def quantize_checkpoint(
     return reports
 
 
-def _expect_room(plan: Plan, done_bytes: int) -> None:
+def _expect_room(plan: Plan, done_bytes: int, small_bytes: int) -> None:
     """Refuse now, with OSError(ENOSPC), what will not fit: the layers that are still to be kept and the checkpoint made of all of them."""
-    needed = plan.bytes_out + max(plan.kept_bytes - done_bytes, 0)
+    in_the_end = plan.bytes_out + small_bytes
+    needed = in_the_end + max(plan.kept_bytes - done_bytes, 0)
     free = shutil.disk_usage(plan.out.absolute().parent).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{plan.out} needs {needed} bytes while it is made, {plan.bytes_out} of them in the end, but its filesystem has only {free} free")
+        raise OSError(errno.ENOSPC, f"{plan.out} needs {needed} bytes while it is made, {in_the_end} of them in the end, but its filesystem has only {free} free")
+
+
+def _small_bytes(plan: Plan, reader: CheckpointReader, side_files: Iterable[Path]) -> int:
+    """At most what is written beside the data of tensors: side files; of each tensor its places in headers, index and configuration; of each layer those too, its report twice, a stored rotation, and what is left of a
+    filesystem's block."""
+    return sum(path.stat().st_size + 4096 for path in side_files) + 65536 + 1024 * len(reader.names) + (8192 + 2 * (plan.recipe.rotation or 0) ** 2) * len(plan.shapes)
 
 
 def _identity(plan: Plan, reader: CheckpointReader, calibration: str | None, device: str, threads: int | None) -> dict[str, Any]:
@@ -147,6 +161,7 @@ def _identity(plan: Plan, reader: CheckpointReader, calibration: str | None, dev
         # torch's sums, and so everything after them, depend on its threads.
         libraries = {name: version(name) for name in ("torch", "transformers") if find_spec(name)}
         identity["model file"] |= files(path for path in reader.folder.glob("*tok*") if path.is_file())  # wherever a link leads
+        identity |= {"CPU capability of torch": _hf().cpu_capability(), "environment variable": {name: os.environ[name] for name in _SUMMING if name in os.environ}}
         text = hashlib.sha256((calibration or "").encode()).hexdigest()
         identity |= {"tokens": plan.tokens, "sequence": plan.sequence, "SHA-256 of the calibration text": text, "library version": libraries, "threads": as_threads(threads), "device": device, "ISA level": _core.build_info()["isa"]}
     return identity

@@ -158,6 +158,18 @@ TEST_P(Refinement, NoRoundRaisesTheLossAndReportedFallsAreTrue) {
     }
 }
 
+TEST_P(Refinement, FeedbackBeyondFloat32IsToldByItsLossesAndNotTakenForARaise) {
+    const Index n = 128;
+    Matrix<double> h = second_moment(Kind::random, n);
+    const auto scale = [](Index c) { return std::pow(10.0, -30.0 * static_cast<double>(c * 37 % n) / static_cast<double>(n)); };
+    for (Index i = 0; i < n; ++i)
+        for (Index j = 0; j < n; ++j) h(i, j) *= scale(i) * scale(j);
+    const Factor factor(h.view(), Order::group, 0, p.group_size);
+    ASSERT_TRUE(factor.usable());
+    const Solved s = run(weights(Kind::random, 37, n), factor, true, 2);
+    for (const double loss : s.losses) EXPECT_EQ(std::isfinite(loss), p.precision == Precision::float64);
+}
+
 TEST_P(Refinement, RowsAndTheirNumberDoNotMatter) {
     const Factor factor(second_moment(Kind::random, cols).view(), Order::group, 0.01, p.group_size);
     const Matrix<float> w = weights(Kind::random, rows, cols);

@@ -78,7 +78,7 @@ def save(
                 continue
             module = name.removesuffix(".weight")
             if module == name:
-                raise ValueError(f"the QuantizedMatrix {name!r} must be called <module>.weight")
+                raise ValueError(f"the QuantizedMatrix {shown(name)} must be called <module>.weight")
             own = common or Scheme.of_matrix(value)
             check_layer(target, module, value.padding, value.rotation.block_size, own.rotation)
             for part, tensor in target.encode(module, value, own.rotation).items():

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ..arrays import located
 from ..gptq import Hessian
-from .reader import read_json_object
-from .safetensors import SafetensorsFile, new_file, write_file
+from .reader import read_json_object, refuse_outside
+from .safetensors import SafetensorsFile, new_file, shown, write_file, writing
 from .writer import sync_folder
 
 _INDEX = "hessians.json"
@@ -24,9 +24,11 @@ _INDEX = "hessians.json"
 class StoredHessians(Mapping[str, Hessian]):
     """{module: Hessian} of a folder that :func:`save_hessians` wrote. Each is read when it is asked for, anew each time.
 
+    Links that lead out of the folder are not followed.
+
     Raises
     ------
-    FileNotFoundError : no such folder, or a file of it is missing. ValueError : what is not of that form, by file.
+    FileNotFoundError : no such folder, or a file of it is missing. ValueError : what is not of that form or lies elsewhere, by file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -34,14 +36,16 @@ class StoredHessians(Mapping[str, Hessian]):
         self.index = index = self.path / _INDEX
         if not index.is_file():
             raise FileNotFoundError(f"{path} holds no Hessians: there is no {_INDEX} in it")
+        refuse_outside(index, self.path)
         files = read_json_object(index).get("hessians")
         if not isinstance(files, dict) or not files:
             raise ValueError(f"{index} has hessians {short_repr(files)}; it must be an object that maps modules to file names")
         for module, name in files.items():
             if not isinstance(name, str) or set(name) & set("/\\:\0") or not name.endswith(".safetensors"):
-                raise ValueError(f"{index} places {module!r} in {short_repr(name)}; it must be the name of a safetensors file beside it")
-            if not (self.path / name).is_file():
-                raise FileNotFoundError(f"{index} places {module!r} in {name}, but {path} has no such file")
+                raise ValueError(f"{index} places {shown(module)} in {short_repr(name)}; it must be the name of a safetensors file beside it")
+            if not os.path.isfile(self.path / name):  # Path.is_file raises for a name that is too long
+                raise FileNotFoundError(f"{index} places {shown(module)} in {shown(name)}, but {path} has no such file")
+            refuse_outside(self.path / name, self.path)
         self._files: dict[str, str] = files
 
     @property
@@ -170,7 +174,8 @@ def _write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str
     path = Path(path).absolute()
     check_new(path)
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir()
+    with writing(partial):
+        partial.mkdir()
     try:
         files: dict[str, str] = {}
         for number, (group, hessian) in enumerate(groups):
@@ -184,7 +189,8 @@ def _write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str
         sync_folder(partial)
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
-        os.rename(partial, path)
+        with writing(path):
+            os.rename(partial, path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

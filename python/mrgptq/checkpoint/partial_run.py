@@ -5,14 +5,15 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
 from numpy.typing import ArrayLike
 
+from ..display import sentence
 from .reader import read_json_object
-from .safetensors import new_file, write_file
+from .safetensors import new_file, write_file, writing
 from .stored_tensor import StoredTensor
 from .writer import sync_folder
 
@@ -25,33 +26,35 @@ _BUILDING = "result"
 class PartialRun:
     """The folder ``.OUT.partial`` of a run to OUT, begun or gone on with::
 
-        with PartialRun(out, {"recipe": recipe.as_dict(), ...}) as run:
+        with PartialRun(out, lambda: {"recipe": recipe.as_dict(), ...}) as run:
             if not run.has("00007"):
                 write_part(run.part("00007"), tensors)
 
     A part has its name only once it lies on the disk whole, so what has a name is done, whenever the process was killed. When the block ends, the folder is removed; where it raises, the folder is
-    kept for the next run if a part is in it. One process at a time works on it; its workers may be others, which write parts alone.
+    kept for the next run if a part is in it, and the exception gets a note of that and of whether the same command goes on from there. One process at a time works on it; its workers may be others, which write parts alone.
 
     Parameters
     ----------
-    out : where the result will be. identity : {what: JSON value}, all that the parts depend on.
+    out : where the result will be. identity : gives {what: JSON value}, all that the parts depend on, as it is when it is called.
 
     Raises
     ------
     ValueError : the folder there was begun by a run of another identity; the first difference is named. BlockingIOError : another process is at it. OSError : it cannot be made or written.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, identity: Callable[[], Mapping[str, Any]]) -> None:
         self.out = out.absolute()
         self.folder = folder_of(self.out)
         self.resumed = False
-        self._identity = json.loads(json.dumps(identity))  # as it will be read
+        self._identity_now = lambda: json.loads(json.dumps(identity()))  # as it will be read
+        self._identity = self._identity_now()
 
     def __enter__(self) -> Self:
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is no folder; a run to {self.out.name} keeps there what is done: move it away")
-        self.folder.mkdir(exist_ok=True)
-        self._lock = open(self.folder / _LOCK, "w")
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            self._lock = open(self.folder / _LOCK, "w")
         try:
             _take(self._lock, self.out)
             manifest = self.folder / _MANIFEST
@@ -75,8 +78,8 @@ class PartialRun:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is None:
             # The manifest goes last: as long as anything of value is here, the next run knows whose it is.
             for path in self.folder.iterdir():
                 if path.is_dir():
@@ -86,6 +89,8 @@ class PartialRun:
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
             self._remove_if_empty()
+            if self.folder.is_dir():
+                error.add_note(f"what is done is kept in {self.folder}{self._prospect(error)}")
         self._lock.close()
 
     def part(self, name: str) -> Path:
@@ -113,6 +118,17 @@ class PartialRun:
         if difference:
             what, was, now = difference
             raise ValueError(f"{self.folder} was begun by a run with {what} {was}; this one has {now}. Give the same command to go on, or remove that folder to begin anew")
+
+    def _prospect(self, error: BaseException) -> str:
+        """What becomes of the parts: where an input has changed, or was refused for what it is, the same command does not go on."""
+        try:
+            difference = first_difference(self._identity, self._identity_now())
+        except (OSError, ValueError) as unreadable:
+            return f", but the run's inputs cannot be read any more ({sentence(unreadable)}): remove that folder to begin anew"
+        if difference:
+            what, was, now = difference
+            return f", but meanwhile {what} has changed from {was} to {now}: remove that folder to begin anew"
+        return "; remove that folder to begin anew" if isinstance(error, (ValueError, TypeError)) else ": the same command goes on from there"
 
     def _remove_if_empty(self) -> None:
         if not any(self.folder.glob("*.safetensors")):
@@ -157,10 +173,11 @@ def write_part(path: Path, tensors: Mapping[str, ArrayLike | StoredTensor], meta
     unfinished = temporary(path)
     write_file(unfinished, tensors, metadata)
     try:
-        os.replace(unfinished, path)
-    except OSError as error:
+        with writing(path):
+            os.replace(unfinished, path)
+    except OSError:
         unfinished.unlink(missing_ok=True)
-        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
+        raise
     sync_folder(path.parent)
 
 

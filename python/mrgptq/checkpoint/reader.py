@@ -51,7 +51,7 @@ class CheckpointReader:
         if self.path.is_dir():
             self.folder = self.path
             weights = _find_weights(self.path)
-            _refuse_outside(weights, self.folder)
+            refuse_outside(weights, self.folder)
         elif self.path.exists():
             self.folder = self.path.parent
             weights = self.path
@@ -133,7 +133,7 @@ class CheckpointReader:
 
     def _open(self, shard_name: str) -> SafetensorsFile:
         """Open a shard of the index and compare the two, so that no tensor is missing and none is dropped unseen."""
-        _refuse_outside(self.folder / shard_name, self.folder)
+        refuse_outside(self.folder / shard_name, self.folder)
         shard = SafetensorsFile(self.folder / shard_name)
         for name in self._names_in[shard_name]:
             if name not in shard:
@@ -150,10 +150,10 @@ def _homes(folder: Path) -> list[Path]:
     return [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
 
 
-def _refuse_outside(path: Path, folder: Path) -> None:
+def refuse_outside(path: Path, folder: Path) -> None:
     """ValueError for a link that leads out of the folder it lies in: what somebody packed could make a file of this machine part of what is written from it."""
     if path.is_symlink() and not any((target := Path(os.path.realpath(path))).is_relative_to(home) for home in _homes(folder)):
-        raise ValueError(f"{path} is a link to {target}, outside its folder; links that lead out of a checkpoint are not followed: put the file itself there")
+        raise ValueError(f"{path} is a link to {target}, outside its folder; links that lead out of one are not followed: put the file itself there")
 
 
 def _find_weights(folder: Path) -> Path:
@@ -212,7 +212,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A model's config.json; ValueError too for a link that leads out of its folder, and for a setting that is read here and has another form."""
-    _refuse_outside(path, path.parent)
+    refuse_outside(path, path.parent)
     config = read_json_object(path)
     for key, (kind, form) in _FORMS.items():
         value = config.get(key)

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 
 from .stored_tensor import BITS_DTYPE, StoredTensor, bits_shape
 
-__all__ = ["SafetensorsFile", "StoredTensor", "checked_tensor", "new_file", "open_file", "parse_json_object", "shown", "unknown_tensor", "write_file"]
+__all__ = ["SafetensorsFile", "StoredTensor", "checked_tensor", "new_file", "open_file", "parse_json_object", "shown", "unknown_tensor", "write_file", "writing"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the library's limit
 _MAX_AXES = 32  # NumPy's limit before 2.0
@@ -49,7 +49,10 @@ def shown(name: object) -> str:
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file for reading; ValueError for a pipe or a device, which would be waited for or never end."""
     # Without O_NONBLOCK the opening of a pipe waits for a writer. Asked of the open descriptor, for what lies at the path may change meanwhile.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise OSError(error.errno, f"could not read {os.fspath(path)}: {error.strerror}") from None
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)
@@ -287,6 +290,15 @@ def write_file(
 
 
 @contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError of the block as that of the file or folder that it makes."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open ``path`` for binary writing; when the block ends, the whole file is on the disk, and if it fails, no file is left.
 
@@ -299,19 +311,17 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     is_device = path.is_char_device()
-    try:
+    if not is_device and os.path.lexists(path):
+        raise FileExistsError(f"{path} exists already and is not overwritten")
+    with writing(path):
         file = open(path, "wb" if is_device else "xb")
-    except FileExistsError:
-        raise FileExistsError(f"{path} exists already and is not overwritten") from None
-    try:
-        with file:
-            yield file
-            file.flush()
+        try:
+            with file:
+                yield file
+                file.flush()
+                if not is_device:
+                    os.fsync(file.fileno())
+        except BaseException:
             if not is_device:
-                os.fsync(file.fileno())
-    except BaseException as error:
-        if not is_device:
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
-        raise
+                path.unlink(missing_ok=True)
+            raise

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from numpy.typing import ArrayLike
 
-from .safetensors import checked_tensor, new_file, write_file
+from .safetensors import checked_tensor, new_file, shown, write_file, writing
 from .stored_tensor import StoredTensor
 
 
@@ -61,7 +61,8 @@ class CheckpointWriter:
         self._total_bytes = 0
 
     def __enter__(self) -> Self:
-        self._partial.mkdir(exist_ok=self._build_in)  # not tempfile.mkdtemp, which makes the folder 0700 whatever the umask says
+        with writing(self._partial):
+            self._partial.mkdir(exist_ok=self._build_in)  # not tempfile.mkdtemp, which makes the folder 0700 whatever the umask says
         self._in_block = True
         return self
 
@@ -86,7 +87,7 @@ class CheckpointWriter:
         self._require_block()
         stored = checked_tensor(name, tensor, self.path)
         if name in self._names:
-            raise ValueError(f"tensor {name!r} was added to {self.path} before; names must differ")
+            raise ValueError(f"tensor {shown(name)} was added to {self.path} before; names must differ")
         if self._pending and self._pending_bytes + stored.nbytes > self._max_shard_bytes:
             self._write_shard()
         self._pending[name] = stored
@@ -110,9 +111,9 @@ class CheckpointWriter:
     def _write_side_file(self, name: str, content: bytes) -> None:
         self._require_block()
         if Path(name).name != name or name in ("", ".."):
-            raise ValueError(f"{name!r} is not the name of a file in {self.path}; give a name without any folder")
+            raise ValueError(f"{shown(name)} is not the name of a file in {self.path}; give a name without any folder")
         if name.endswith((".safetensors", ".safetensors.index.json")):
-            raise ValueError(f"{name!r} is a name for weights in {self.path}; tensors go there by add()")
+            raise ValueError(f"{shown(name)} is a name for weights in {self.path}; tensors go there by add()")
         with new_file(self._partial / name) as file:
             file.write(content)
 
@@ -139,7 +140,8 @@ class CheckpointWriter:
         sync_folder(self._partial)
         # rename() would replace an empty folder that somebody made meanwhile; everything else it refuses by itself.
         self._refuse_existing()
-        os.rename(self._partial, self.path)
+        with writing(self.path):
+            os.rename(self._partial, self.path)
         sync_folder(self.path.parent)
 
     def _require_block(self) -> None:
@@ -158,10 +160,9 @@ def _unnumbered(i: int) -> str:
 
 def sync_folder(path: Path) -> None:
     """Put a folder's entries on the disk, as fsync of a file does with its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, f"could not write the folder {path}: {error.strerror or error}") from error
-    finally:
-        os.close(descriptor)
+    with writing(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -205,6 +205,11 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def cpu_capability() -> str:
+    """Which instructions torch's own kernels use on this machine."""
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     """The tokenizer in ``folder``; no code of its own is run. FileNotFoundError where transformers can load none."""
     checked_config(folder)  # a folder that is no model is refused as that
