@@ -26,6 +26,9 @@ def make_moe(kind, folder, tokenizer_folder, seed=0, **more):
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:  # as large as trained ones, so that the router has its preferences
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):
+                buffer.normal_(std=0.1)
     model.save_pretrained(folder)
     for path in tokenizer_folder.glob("tokenizer*"):
         shutil.copy(path, folder)

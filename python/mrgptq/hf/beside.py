@@ -96,8 +96,6 @@ def observe_both(
             before = original_hidden[i]
             answer, after = run_block(original, before, kwargs), run_block(block, batch, kwargs)
             for path, (own, block_own) in list(routed.items()):
-                for group in [group for group in asked if paths[named[group[0]]].startswith(f"{path}.")]:
-                    del asked[group]
                 original.get_submodule(path)(own[0], *block_own[1:])
                 routed[path].clear()
             for group in asked.keys() & seen.keys():  # some may never see an input
@@ -105,7 +103,6 @@ def observe_both(
                 for name in writers.keys() & group:
                     apart = before - batch if writers[name] == first else (answer - meant[name]) - (after - added[name])
                     streams[name] += apart.flatten(0, -2).T @ seen[group]
-            asked.clear()
-            seen.clear()
+            seen.clear()  # or what an expert saw of one batch would meet another's, which the block sends elsewhere
             original_hidden[i] = take_place(before, answer)
     return Apart(crosses, streams)
