@@ -20,6 +20,7 @@ _MANIFEST = "manifest.json"
 _ASSEMBLING = "assembling.json"  # its name from when all parts are done: what then lies at OUT is the run's own
 _LOCK = "lock"
 _BUILDING = "result"
+_SCRATCH = ".scratch"
 
 
 class PartialRun:
@@ -66,8 +67,8 @@ class PartialRun:
                 os.replace(name, manifest)
                 sync_folder(self.folder)
                 sync_folder(self.folder.parent)
-            for left in self.folder.glob("*.tmp-*"):
-                left.unlink()
+            self._sweep("*.tmp-*")
+            self._sweep(f"*{_SCRATCH}")
         except BaseException as error:
             if not isinstance(error, BlockingIOError):
                 self._remove_if_empty()
@@ -82,15 +83,20 @@ class PartialRun:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.name not in (_MANIFEST, _ASSEMBLING):
-                    path.unlink()
+                    path.unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
+            self._sweep(f"*{_SCRATCH}")
             self._remove_if_empty()
         self._lock.close()
 
     def part(self, name: str) -> Path:
         """Where a part is or will be."""
         return self.folder / f"{name}.safetensors"
+
+    def scratch(self, name: str) -> Path:
+        """A new place for a file that this run alone needs, for its workers: no other goes on from it, and tasks of an earlier one that are still at work do not take it for theirs."""
+        return self.folder / f"{name}-{secrets.token_hex(4)}{_SCRATCH}"
 
     def has(self, name: str) -> bool:
         """Whether it is done."""
@@ -113,6 +119,10 @@ class PartialRun:
         if difference:
             what, was, now = difference
             raise ValueError(f"{self.folder} was begun by a run with {what} {was}; this one has {now}. Give the same command to go on, or remove that folder to begin anew")
+
+    def _sweep(self, pattern: str) -> None:
+        for left in self.folder.glob(pattern):
+            left.unlink(missing_ok=True)
 
     def _remove_if_empty(self) -> None:
         if not any(self.folder.glob("*.safetensors")):
