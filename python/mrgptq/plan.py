@@ -42,11 +42,12 @@ class Plan(Shown):
     model, out : pathlib.Path. recipe : Recipe. dialect : str.
     shapes : {module name: (rows, cols)} of the layers that will be quantised, in order.
     tokens, sequence : calibration tokens and window length; 0 for a run without calibration.
-    bytes_in, bytes_out : sizes of the weights on disk. memory_bytes : expected peak, without what the imported libraries take themselves; of each process where there are several.
+    bytes_in, bytes_out : sizes of the weights on disk. memory_bytes : expected peak, without what the imported libraries take themselves; of this process, which without a text holds nothing where an executor quantises.
     max_shard_bytes : a file of the result is closed before it grows beyond that. hessians : folder of stored Hessians, None without.
     finished : ``out`` is there, written by this very run, which was cut short before it could say so.
     model_bytes : of the model in float32. kept_bytes : on disk beside the result while the run lasts: the layers as they are done, and what it would go on from.
     streamed : whether calibration holds one block of the model at a time.
+    worker_bytes, moments_bytes : where an executor quantises, the expected peak of each worker, and what a text's moments take on disk beside ``kept_bytes``, for workers to read.
     """
 
     model: Path
@@ -65,6 +66,12 @@ class Plan(Shown):
     model_bytes: int = 0
     kept_bytes: int = 0
     streamed: bool = False
+    worker_bytes: int = 0
+    moments_bytes: int = 0
+
+    def memory_of(self, workers: int) -> int:
+        """Expected peak of all processes, with so many workers; 0 for a run without an executor."""
+        return (self.memory_bytes if self.calibrated or not workers else 0) + workers * self.worker_bytes
 
     @property
     def calibrated(self) -> bool:
@@ -103,6 +110,7 @@ class Plan(Shown):
             ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" + self._passes() if self.calibrated else f"Hessians of {self.hessians}" if self.hessians else "none"),
             ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}, and {format_bytes(self.kept_bytes)} more while it runs"),
             ("expected memory", f"{format_bytes(self.memory_bytes)}{', one block of the model at a time,' if self.streamed else ''} and what the libraries take"),
+            ("with workers", f"{format_bytes(self.worker_bytes)}{' more' if self.calibrated else ''} in each" + (f", {format_bytes(self.moments_bytes)} more on disk" if self.moments_bytes else "")),
         ]
 
 
@@ -187,11 +195,11 @@ def make_plan(
     bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
     model_bytes = _float32_bytes(reader, reader.names)
     streamed = tokens > 0 and model_bytes > RESIDENT_BYTES and reader.config.get("model_type") in _STREAMED
+    worker = memory = _task_memory(shapes, recipe, hessians=stored is not None or tokens > 0, text=tokens > 0)
     if tokens:
         memory = _calibrating_memory(reader, shapes, tokens, sequence, streamed=streamed, twice=recipe.cross > 0, outputs=recipe.output_hessian is not None)
-    else:
-        memory = _streaming_memory(shapes, recipe.format, stored is not None)
-    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, model_bytes, _kept_bytes(reader, shapes, recipe, tokens), streamed)
+    moments = max(_moments_bytes(block, recipe, _hidden_size(reader, shapes)) for block in _by_block(shapes)) if tokens else 0
+    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, model_bytes, _kept_bytes(reader, shapes, recipe, tokens), streamed, worker, moments)
 
 
 def _check_hessians_suffice(recipe: Recipe) -> None:
@@ -204,14 +212,17 @@ def _check_hessians_suffice(recipe: Recipe) -> None:
         raise ValueError("W4A4 NVFP4 stores a scale for each layer's inputs, which stored Hessians do not tell: give the calibration text")
 
 
-def _streaming_memory(shapes: Mapping[str, tuple[int, int]], format: str, hessians: bool) -> int:
-    """Peak bytes of a run that goes from layer to layer: a weight, widened, and what the report counts; codes and scales of those that share its input; with Hessians one of them, its factor and the solver's rows in hand."""
-    largest = max(rows * cols for rows, cols in shapes.values()) * 4
-    answers = max(sum(_matrix_bytes(format, *shapes[name]) for name in group) for group in fused_groups(shapes))
-    if not hessians:
-        return largest * 3 // 2 + answers
-    widest = max(cols for _, cols in shapes.values())
-    return largest * 4 + answers + 2 * 8 * widest**2
+def _task_memory(shapes: Mapping[str, tuple[int, int]], recipe: Recipe, *, hessians: bool, text: bool) -> int:
+    """Peak bytes of a task, of a run that goes from one to the next and of a worker: a weight, widened, and what the report counts; codes and scales of those that share its input; with ``hessians`` theirs, its factor and
+    the solver's rows in hand; after a ``text`` also a working copy of a cross moment, and the layers' output Hessians with two working copies of one. Measured, one task with all of it takes three quarters of that."""
+    most = 0
+    for group in fused_groups(shapes):
+        cols, rows = shapes[group[0]][1], [shapes[name][0] for name in group]
+        task = max(rows) * cols * 4 * (4 if hessians else 1.5) + sum(_matrix_bytes(recipe.format, count, cols) for count in rows)
+        task += 8 * cols**2 * (3 if text and recipe.cross else 2) if hessians else 0
+        task += 8 * (sum(count**2 for count in rows) + 2 * max(rows) ** 2) if text and recipe.output_hessian else 0
+        most = max(most, int(task))
+    return most
 
 
 def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], tokens: int, sequence: int, *, streamed: bool, twice: bool, outputs: bool) -> int:
@@ -257,9 +268,23 @@ def _kept_bytes(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]],
     hidden = 4 * tokens * _hidden_size(reader, shapes) * (2 if recipe.cross else 1)
     outputs = 0
     if recipe.output_hessian:
-        sizes = [sum(4 * rows * (rows + 1) + 4 * 256 * rows for rows, _ in block.values()) for block in _by_block(shapes)]
+        sizes = [sum(_stored_hessian_bytes(rows) for rows, _ in block.values()) for block in _by_block(shapes)]
         outputs = max(sum(sizes[index] for index in shared) for shared in _backward_passes(shapes))
     return layers + 2 * (hidden + outputs)
+
+
+def _stored_hessian_bytes(cols: int) -> int:
+    """At most: the triangle, and the panel under way."""
+    return 4 * cols * (cols + 1) + 4 * 256 * cols
+
+
+def _moments_bytes(block: Mapping[str, tuple[int, int]], recipe: Recipe, hidden_size: int) -> int:
+    """What is written of a block for workers, at most: Hessians, cross moments and those of the stream, output Hessians."""
+    cols = [block[group[0]][1] for group in fused_groups(block)]
+    hessians = sum(map(_stored_hessian_bytes, cols))
+    cross = sum(8 * c**2 for c in cols) + sum(8 * r * c for r, c in block.values() if r == hidden_size) if recipe.cross else 0
+    outputs = sum(_stored_hessian_bytes(rows) for rows, _ in block.values()) if recipe.output_hessian else 0
+    return hessians + cross + outputs
 
 
 def _hidden_size(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]]) -> int:

@@ -2,8 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -15,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from ..arrays import located, pad_columns
 from ..codecs import nvfp4_tensor_scale
 from ..gptq import Hessian, backward_passes
-from ..layer import activations_of, make_factor, quantize_layer, shared_tensor_scale
+from ..group import Moments, quantize_together
+from ..layer import activations_of
 from ..modules import fused_groups
 from ..recipe import Recipe
 from ..result import Activations, QuantizedMatrix
@@ -62,6 +62,7 @@ def calibrate(
     progress: Callable[[str, int, int], None] | None = None,
     ledger: Ledger | None = None,
     source: BlockSource | None = None,
+    elsewhere: Callable[[Iterable[tuple[Group, Moments]]], None] | None = None,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise a decoder's linear layers in order, and the model with them.
 
@@ -81,10 +82,11 @@ def calibrate(
     progress : called as progress(stage, done, total): "gradients" counts the windows of a backward pass, "quantise" the modules.
     ledger : where to go on from what an earlier call with the same arguments has done, and to keep what this one does.
     source : where the blocks get their numbers; None where the model holds them all.
+    elsewhere : quantises a block's groups of layers under what is known of them, which it takes one by one, and returns when the ledger, which it needs, has all of them. None quantises them here, one after the other.
 
     Yields
     ------
-    (module name, QuantizedMatrix), block by block, without those that the ledger has. NVFP4 tensor scales, and activation scales, are equal within q/k/v and within gate/up.
+    (module name, QuantizedMatrix), block by block, without those that the ledger has, by whomever. NVFP4 tensor scales, and activation scales, are equal within q/k/v and within gate/up.
 
     Raises
     ------
@@ -129,17 +131,21 @@ def calibrate(
             hessians, activations, apart = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
             del original
             give_back_memory()
+            known = partial(_take, hessians=hessians, apart=apart, output_hessians=output_hessians, activations=activations)
+            if elsewhere:
+                elsewhere((group, known(group)) for group in groups if cast(Ledger, ledger).matrix(group[0]) is None)
             for group in groups:
                 if ledger and _take_over(group, named, ledger, recipe, threads):
-                    hessians.pop(group)
                     continue
-                for name, matrix in _quantize_group(group, named, hessians.pop(group), apart, output_hessians, activations.get(group), recipe, threads):
+                for name, matrix in quantize_together({name: to_numpy(named[name].weight)[0] for name in group}, known(group), recipe, threads=threads):
+                    _replace_weight(named[name], matrix, threads)
                     done += 1
                     if progress:
                         progress("quantise", done, len(modules))
                     yield name, matrix
                 if group in activations:
                     round_inputs([named[name] for name in group], activations[group], _rotation(group, named, recipe))
+            del known, hessians, apart  # where an earlier run had quantised layers, theirs are left
             if index + 1 < len(blocks):
                 _run(block, hidden, block_kwargs[index], keep=True)
                 give_back_memory()
@@ -295,32 +301,15 @@ def _lend_to_unreached(largest: dict[Group, float]) -> None:
     largest.update({group: fellows[kind[group]] for group, value in largest.items() if value == 0})
 
 
-def _quantize_group(
-    group: Group,
-    named: dict[str, Any],
-    hessian: Hessian,
-    apart: Apart,
-    output_hessians: dict[str, Hessian],
-    activations: Activations | None,
-    recipe: Recipe,
-    threads: int | None,
-) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """Quantise the layers of one group under one Hessian, factor and tensor scale, and put their values into the model."""
-    weights = {name: to_numpy(named[name].weight)[0] for name in group}
-    with located(", ".join(group)):
-        tensor_scale = shared_tensor_scale(list(weights.values()), recipe, threads=threads)
-    seen = hessian.tokens
-    factor, kept = (make_factor(hessian, recipe, threads=threads), None) if recipe.solver == "gptq" else (None, hessian)
-    del hessian  # the factor has all that is needed of it
+def _take(group: Group, hessians: dict[Group, Hessian], apart: Apart, output_hessians: dict[str, Hessian], activations: dict[Group, Activations]) -> Moments:
+    """What is known of a group, out of what is known of its block and then held by nobody else."""
+    hessian, cross = hessians.pop(group), apart.crosses.pop(group, None)
+    streams = {name: apart.streams.pop(name) for name in group if name in apart.streams}
+    outputs = {name: output_hessians.pop(name) for name in group if name in output_hessians}
 
-    def mean(total: torch.Tensor | None) -> NDArray[np.float64] | None:
-        return None if total is None or not seen else total.cpu().numpy() / seen
+    def mean(total: torch.Tensor) -> NDArray[np.float64]:
+        return total.cpu().numpy() / hessian.tokens
 
-    cross = mean(apart.crosses.pop(group, None))
-    for name, weight in weights.items():
-        with located(name):
-            stream, outputs = mean(apart.streams.pop(name, None)), output_hessians.pop(name, None)
-            matrix = quantize_layer(weight, kept, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, stream=stream, output_hessian=outputs, threads=threads)
-        matrix = replace(matrix, activations=activations)
-        _replace_weight(named[name], matrix, threads)
-        yield name, matrix
+    if cross is None or not hessian.tokens:
+        return Moments(hessian, None, {}, outputs, activations.get(group))
+    return Moments(hessian, mean(cross), {name: mean(total) for name, total in streams.items()}, outputs, activations.get(group))
