@@ -1,6 +1,7 @@
 """Models with experts: each expert's layers are quantised like any others, under the tokens that reach them."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -91,13 +92,15 @@ def test_one_block_at_a_time_gives_the_same_bytes(recipe, moe, tmp_path, calibra
     assert contents(tmp_path / "streamed") == contents(tmp_path / "whole")
 
 
-def test_an_expert_that_no_token_reaches_is_rounded_plainly_and_that_is_recorded(tmp_path, leaf_folder, calibration_text):
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in workers"])
+def test_an_expert_that_no_token_reaches_is_rounded_plainly_and_that_is_recorded(elsewhere, tmp_path, leaf_folder, calibration_text):
     """Its weights are what plain rounding makes of them, its inputs' scale is its fellows' and no infinite one."""
     model = make_moe("glm4_moe", tmp_path / "model", leaf_folder)
     model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -1e4
     model.save_pretrained(tmp_path / "model")
     recipe = RECIPES["mr-gptq W4A4"]
-    reports = quantize_checkpoint(make_plan(tmp_path / "model", tmp_path / "out", recipe, tokens=512, sequence=64), calibration_text, threads=2)
+    with ThreadPoolExecutor(2) as pool:
+        reports = quantize_checkpoint(make_plan(tmp_path / "model", tmp_path / "out", recipe, tokens=512, sequence=64), calibration_text, threads=2, executor=pool if elsewhere else None)
     unreached = {name for name, report in reports.items() if report.tokens == 0}
     assert unreached == {f"model.layers.1.mlp.experts.3.{leaf}_proj" for leaf in ("gate", "up", "down")}
     weights, made = mg.load(tmp_path / "model"), mg.load(tmp_path / "out")
