@@ -12,7 +12,7 @@ from mrgptq.study.analysis import crossover, expected_error, preserved_mass, sim
 from mrgptq.study.distributions import Empirical, Laplace, Normal, StudentT
 from mrgptq.study.grids import E2M1, FORMATS, INT4, Grid, StudyFormat
 
-VALUES = 1 << 21
+VALUES = 1 << 20
 
 
 # ---- Formats

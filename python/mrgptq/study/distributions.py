@@ -15,7 +15,9 @@ Floats = NDArray[np.float64]
 class Distribution(Protocol):
     """Independent values of mean 0 and variance 1, or those of a tensor."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """For tables."""
 
     def sample(self, groups: int, group_size: int, rng: np.random.Generator) -> Floats:
         """(groups, group_size) float64."""
