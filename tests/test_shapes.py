@@ -95,6 +95,13 @@ def test_out_of_a_padded_matrix_is_filled():
         q.dequantize(rotated, unrotate=True)
 
 
+@pytest.mark.parametrize("padding", [-1, 16, 32])
+def test_padding_is_less_than_a_group(padding):
+    q = mg.quantize_layer(layer(4, 32)[0], None, "rtn")
+    with pytest.raises(ValueError, match=f"padding is {padding}; of 32 columns in groups of 16 fewer than a group can be added"):
+        mg.QuantizedMatrix(q.format, q.codes, q.scales, q.tensor_scale, padding=padding)
+
+
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 def test_zeros_and_single_rows_are_zeros_and_single_rows(recipe):
     """A weight of zeros, rows of zeros among others, one row: no scale that is not finite, no value where there was none."""
