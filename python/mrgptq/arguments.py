@@ -18,6 +18,7 @@ Quantise language models to 4-bit floats (NVFP4, MXFP4) with MR-GPTQ, on a CPU.
   mrgptq evaluate OUT --text test.txt --reference MODEL perplexity, beside the original's
   mrgptq generate OUT "Once upon a time"                text, token by token, on packed weights
   mrgptq inspect OUT                                    errors, bits and scales of every layer
+  mrgptq study MODEL --out report.html                  what the formats lose, and why rotations help one of them
 
 MODEL and OUT are folders in Hugging Face layout (config.json, safetensors, tokenizer).
 `mrgptq COMMAND --help` explains each. Exit status: 0 done, 1 refused (with the reason), 2 wrong usage."""
@@ -52,6 +53,13 @@ folder OUT. Several machines can do so, each with a text of its own; `mrgptq mer
 
   mrgptq calibrate llama llama.hessians --calibration wiki.txt --tokens 1e6
   mrgptq quantize llama llama-nvfp4 --recipe mr-gptq --hessians llama.hessians"""
+
+_STUDY = """\
+Write one page, complete in itself: what MXFP4, NVFP4 and 4-bit integers lose on model distributions
+and, where MODEL is given, on its weights, with and without rotations; figures, tables, meanings.
+
+  mrgptq study --out report.html
+  mrgptq study llama --out llama.html"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,6 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="make one folder of Hessians of several", description="Add up the Hessians of several texts on one model, in the order given.", formatter_class=formatter)
     merge.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     merge.add_argument("folders", metavar="FOLDER", type=Path, nargs="+", help="folders that `mrgptq calibrate` wrote")
+
+    study = commands.add_parser("study", help="a page on what the formats lose and why rotations help one of them", description=_STUDY, formatter_class=formatter)
+    study.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="folder of a model whose weights are measured, too")
+    study.add_argument("--out", metavar="FILE", type=Path, required=True, help="page to write, HTML; must not exist")
+    study.add_argument("--values", metavar="N", type=_positive, default=1 << 22, help="values drawn for each number (default: 4194304)")
+    study.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
 
     evaluate = commands.add_parser(
         "evaluate",

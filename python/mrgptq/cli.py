@@ -1,4 +1,4 @@
-"""The command line: ``mrgptq quantize``, ``calibrate``, ``merge``, ``evaluate``, ``generate``, ``inspect``. Progress and warnings go to stderr, results to stdout."""
+"""The command line: ``mrgptq quantize``, ``calibrate``, ``merge``, ``evaluate``, ``generate``, ``inspect``, ``study``. Progress and warnings go to stderr, results to stdout."""
 
 import argparse
 import logging
@@ -281,6 +281,22 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"\n{scale_histogram(matrices.values(), scheme.format)}")
 
 
+def _study(args: argparse.Namespace) -> None:
+    if os.path.lexists(args.out):
+        raise FileExistsError(f"{args.out} exists already and is not overwritten; give another path or remove it")
+    try:
+        from .study.findings import collect
+        from .study.report import write_report
+    except ImportError as error:
+        raise ImportError(f"study draws its figures with matplotlib, which is not installed ({error.name}): pip install 'mrgptq[plot]'") from error
+    progress = _Progress()
+    findings = collect(args.model, values=args.values, seed=args.seed, progress=lambda what, done, total: progress("study", done, total))
+    progress.close()
+    command = ["study", *([str(args.model)] if args.model else []), "--out", str(args.out), "--values", str(args.values), "--seed", str(args.seed)]
+    write_report(findings, args.out, command)
+    print(f"{args.out}: the study{f' and the weights of {args.model}' if args.model else ''}")
+
+
 def _record(path: Path) -> str:
     """The record of a run as text; ValueError where it is none."""
     stored = read_json_object(path)
@@ -315,7 +331,7 @@ def scale_histogram(matrices: Iterable[QuantizedMatrix], format: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(arguments)
-    commands = {"quantize": _quantize, "calibrate": _calibrate, "merge": _merge, "evaluate": _evaluate, "generate": _generate, "inspect": _inspect}
+    commands = {"quantize": _quantize, "calibrate": _calibrate, "merge": _merge, "evaluate": _evaluate, "generate": _generate, "inspect": _inspect, "study": _study}
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         commands[args.command](args)
