@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--output-hessian", choices=("none", "fisher"), help="weigh each layer's outputs by what they matter to the predictions, found by backward passes, one for each 4 GiB of matrices (--dry-run counts them); none saves them (default: the recipe's)")
     quantize.add_argument("--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size a file of the checkpoint may reach (default: 5e9)")
     quantize.add_argument("--dry-run", action="store_true", help="print the plan, sizes and expected memory, then stop")
-    quantize.add_argument("--memory-limit", metavar="SIZE", type=_size, help="refuse at once what is expected to take more, such as 16GB; with --workers of all processes together")
+    _add_memory_limit(quantize, "; with --workers of all processes together")
     quantize.add_argument("--restart", action="store_true", help="throw away what an earlier run to OUT left unfinished")
     where = quantize.add_mutually_exclusive_group()
     where.add_argument("--workers", metavar="N", type=_positive, help="quantise in so many processes beside this one, in which a text passes through the model; they share the threads")
@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--calibration", metavar="TEXT", type=Path, required=True, help="text file that is passed through the model, UTF-8, like what it will read")
     _add_text(calibrate)
     _add_modules(calibrate)
+    _add_memory_limit(calibrate)
     _add_common(calibrate)
 
     merge = commands.add_parser("merge", help="make one folder of Hessians of several", description="Add up the Hessians of several texts on one model, in the order given.", formatter_class=formatter)
@@ -151,6 +152,10 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _add_modules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", metavar="REGEX", default=DEFAULT_TARGETS, help="modules to quantise (default: linear layers inside numbered blocks, without routers)")
     parser.add_argument("--ignore", metavar="REGEX", default=DEFAULT_IGNORE, help=f"modules to leave as they are (default: {DEFAULT_IGNORE})")
+
+
+def _add_memory_limit(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument("--memory-limit", metavar="SIZE", type=_size, help=f"refuse at once what is expected to take more, such as 16GB{more}")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -17,17 +17,15 @@ import numpy as np
 
 from .arguments import build_parser
 from .arrays import default_threads
-from .checkpoint import load, load_hessians, loaders, merge_hessians, save_hessians
+from .checkpoint import load, load_hessians, loaders, merge_hessians
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
-from .checkpoint.hessians import check_new
 from .checkpoint.partial_run import discard
-from .checkpoint.reader import CheckpointReader, read_config, read_json_object
+from .checkpoint.reader import read_config, read_json_object
 from .checkpoint.scheme import Scheme, common_scheme
 from .display import align, format_bytes, printable, sentence
 from .formats import decode_e4m3
-from .jobs import quantize_checkpoint
-from .modules import select_modules
-from .plan import make_plan, needs_calibration, with_rotation
+from .jobs import quantize_checkpoint, store_hessians
+from .plan import make_plan, needs_calibration, plan_calibration, with_rotation
 from .recipe import Recipe
 from .result import QuantizedMatrix
 from .tasks import end_with_parent
@@ -181,19 +179,16 @@ def _executor(args: argparse.Namespace) -> Iterator[Executor | None]:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    check_new(args.out)
-    reader = CheckpointReader(args.model)
-    modules = select_modules({name: reader.shape(name) for name in reader.names}, args.targets, args.ignore)
+    plan = plan_calibration(args.model, args.out, tokens=args.tokens, sequence=args.sequence, targets=args.targets, ignore=args.ignore)
+    _check_memory(plan.memory_bytes, args.memory_limit)
     text = _read_text(args.calibration)
-    hf = _hf(args)
-    inputs = hf.token_windows(hf.load_tokenizer(args.model), text, max(1, args.tokens // args.sequence), args.sequence)
-    if inputs.numel() < args.tokens // args.sequence * args.sequence:
-        logging.getLogger("mrgptq").warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), args.tokens)
+    print(plan, file=sys.stderr)
     progress = _Progress()
-    hessians = hf.collect_hessians(hf.load_model(args.model, device=args.device), inputs, modules, threads=args.threads, progress=lambda done, total: progress("calibrate", done, total))
-    progress.close()
-    save_hessians(args.out, hessians)
-    print(f"{args.out}: Hessians of {len(modules)} layers, {inputs.numel()} tokens")
+    try:
+        tokens = store_hessians(plan, text, device=args.device, threads=args.threads, progress=progress)
+    finally:
+        progress.close()
+    print(f"{args.out}: Hessians of {len(plan.shapes)} layers, {tokens} tokens")
 
 
 def _merge(args: argparse.Namespace) -> None:
