@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import mrgptq as mg
-from mrgptq import hf, jobs
+from mrgptq import group, hf, jobs
 from mrgptq.plan import make_plan
 from mrgptq.display import align, format_bytes
 
@@ -37,8 +37,8 @@ PHASES = (  # (phase, where the function is looked up, its name)
     ("cross moments", calibrate, "observe_both"),
     ("backward pass", calibrate, "collect_output_hessians"),
     ("Hessians", mg.Hessian, "update"),
-    ("factors", calibrate, "make_factor"),
-    ("solves and reports", calibrate, "quantize_layer"),
+    ("factors", group, "make_factor"),
+    ("solves and reports", group, "quantize_layer"),
     ("values back into the model", mg.QuantizedMatrix, "dequantize"),
     ("writing", jobs, "write_matrices"),
     ("writing", jobs, "write_part"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -231,6 +231,13 @@ def text_file(tmp_path, content):
     return tmp_path / "text.txt"
 
 
+def odd_columns(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    safetensors.numpy.save_file({"model.layers.0.w.weight": np.ones((4, 100), np.float32)}, folder / "model.safetensors")
+    return folder
+
+
 REFUSED = {
     "no calibration": (lambda leaf, tmp: [leaf, tmp / "out"], ["needs a calibration text", "solver"]),
     "gptq without": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "gptq", "--format", "mxfp4"], ["needs a calibration text"]),
@@ -252,7 +259,8 @@ REFUSED = {
     "short text": (lambda leaf, tmp: [leaf, tmp / "out", "--calibration", text_file(tmp, b"once"), "--tokens", 512], ["the text has", "one window needs 512"]),
     "other format": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "rtn", "--activations", "mxfp4"], ["activations for nvfp4", "'mxfp4'"]),
     "rotation 12": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "rtn", "--rotation", 12], ["block_size is 12", "power of two"]),
-    "rotation 512": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "rtn", "--rotation", 512], ["384 columns", "512"]),
+    "padding": (lambda leaf, tmp: [odd_columns(tmp / "model"), tmp / "out", "--recipe", "rtn"], ["w.weight has 100 columns", "nvfp4 needs a multiple of 16", "--pad"]),
+    "padding that no loader knows": (lambda leaf, tmp: [odd_columns(tmp / "model"), tmp / "out", "--recipe", "rtn", "--pad"], ["model.layers.0.w has 12 columns of zeros", "compressed-tensors", '"mrgptq"']),
     "fp_quant W4A16": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "rtn", "--dialect", "fp_quant"], ["fp_quant", "W4A4", "W4A16"]),
     "bad pattern": (lambda leaf, tmp: [leaf, tmp / "out", "--recipe", "rtn", "--ignore", "("], ["ignore", "'('", "regular expression"]),
     "lm_head": (lambda leaf, tmp: [leaf, tmp / "out", "--calibration", CALIBRATION, "--targets", "embed", "--tokens", 512], ["model.embed_tokens is not a linear layer inside model.layers.0"]),

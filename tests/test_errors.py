@@ -113,11 +113,10 @@ def test_columns_that_no_group_or_rotation_divides(w, h):
     for call, words in (
         (lambda: mg.quantize(w[:, :40]), "weight has 40 columns; nvfp4 needs a multiple of 16"),
         (lambda: mg.quantize_layer(w[:, :40], h[:40, :40], format="mxfp4"), "weight has 40 columns; mxfp4 needs a multiple of 32"),
-        (lambda: mg.quantize_layer(w[:, :48], h[:48, :48], mg.Recipe(rotation=32)), "weight has 48 columns; a rotation of block size 32 needs a multiple of it"),
         (lambda: mg.round_activations(w[:, :40], "mxfp4"), "x has 40 columns; mxfp4 needs a multiple of 32"),
         (lambda: mg.Hadamard(64).apply(w[:, :48]), "x has 48 columns; a rotation of block size 64 needs"),
         (lambda: mg.Hadamard(64).apply_hessian(h[:48, :48]), "hessian has 48 columns; a rotation of block size 64 needs"),
-        (lambda: mg.make_factor(h[:40, :40], "mr-gptq"), "hessian has 40 columns; a rotation of block size 16 needs"),
+        (lambda: mg.make_factor(h[:40, :40], "mr-gptq"), "hessian has 40 columns; nvfp4 needs a multiple of 16"),
         (lambda: mg.Hessian(32).update(w), "x has 64 columns; this Hessian has 32"),
     ):
         with pytest.raises(ValueError, match=words):

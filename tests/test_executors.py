@@ -6,7 +6,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +17,7 @@ import pytest
 from folders import contents
 
 import mrgptq as mg
-from mrgptq import cli, hf, tasks
+from mrgptq import cli, group, tasks
 from mrgptq.jobs import quantize_checkpoint
 from mrgptq.plan import make_plan
 
@@ -51,7 +50,7 @@ def test_layers_are_those_that_quantize_layer_gives_under_these_hessians(leaf_fo
 def test_pools_give_the_same_bytes(make, leaf_folder, stored_hessians, expected, tmp_path):
     calls = []
     with make() as executor:
-        reports = quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored_hessians), executor=executor, threads=1, progress=lambda *state: calls.append(state))
+        reports = quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored_hessians), executor=executor, worker_threads=1, progress=lambda *state: calls.append(state))
     assert contents(tmp_path / "out") == expected and calls == [("quantise", i + 1, 28) for i in range(28)] and len(reports) == 28
 
 
@@ -73,9 +72,9 @@ def test_a_task_carries_names_and_no_arrays(leaf_folder, tmp_path):
 def test_threads_of_a_worker_are_those_it_was_given(leaf_folder, tmp_path, monkeypatch):
     """Not the machine's: workers side by side would ask for the cores several times over."""
     asked = []
-    monkeypatch.setattr(tasks, "quantize_layer", lambda *args, threads, **kwargs: asked.append(threads) or mg.quantize_layer(*args, threads=threads, **kwargs))
+    monkeypatch.setattr(group, "quantize_layer", lambda *args, threads, **kwargs: asked.append(threads) or mg.quantize_layer(*args, threads=threads, **kwargs))
     with ThreadPoolExecutor(2) as executor:
-        quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn")), executor=executor, threads=1)
+        quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn")), executor=executor, worker_threads=1)
     assert asked == [1] * 28
 
 
@@ -156,8 +155,8 @@ def test_the_first_task_that_fails_ends_the_run_by_name(leaf_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bytes(leaf_folder, stored_hessians, expected, tmp_path):
-    """A scheduler and three workers on loopback, each a process of its own; one is killed, as by the system, after the third layer."""
+def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bytes(leaf_folder, calibration_text, stored_hessians, expected, tmp_path):
+    """A scheduler and three workers on loopback, each a process of its own; one is killed, as by the system, after the third layer. Then a run with a text."""
     from distributed import Client
 
     environment = os.environ | {"DASK_DISTRIBUTED__ADMIN__TICK__LIMIT": "30s", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -173,7 +172,7 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bytes(leaf_folder, st
                 if done == 3:
                     processes[2].kill()
 
-            quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored_hessians), executor=client.get_executor(), threads=1, progress=progress)
+            quantize_checkpoint(plan_of(leaf_folder, tmp_path, stored_hessians), executor=client.get_executor(), worker_threads=1, progress=progress)
             assert contents(tmp_path / "out") == expected
             deadline = time.monotonic() + 30
             while len(client.scheduler_info(n_workers=-1)["workers"]) != 2 and time.monotonic() < deadline:
@@ -181,7 +180,10 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_same_bytes(leaf_folder, st
             assert len(client.scheduler_info(n_workers=-1)["workers"]) == 2
             address = client.scheduler.address
             assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "again"), "--recipe", "mr-gptq", "--hessians", str(stored_hessians), "--scheduler", address, "--threads", "1"]) == 0
-        assert contents(tmp_path / "again") == expected
+            plans = [make_plan(leaf_folder, tmp_path / name, mg.Recipe.named("mr-gptq"), tokens=256, sequence=64) for name in ("by the cluster", "here")]
+            quantize_checkpoint(plans[0], calibration_text, threads=1, executor=client.get_executor(), worker_threads=1)
+            quantize_checkpoint(plans[1], calibration_text, threads=1)
+        assert contents(tmp_path / "again") == expected and contents(plans[0].out) == contents(plans[1].out)
     finally:
         for process in processes:
             process.kill()
@@ -192,7 +194,7 @@ def test_mpi_gives_the_same_bytes(leaf_folder, stored_hessians, expected, tmp_pa
     """By the mpiexec beside this Python, where the wheel mpich puts it, or else the system's; the variables let Open MPI work for root and on few cores."""
     code = (
         "import sys, mrgptq as mg\nfrom mpi4py.futures import MPIPoolExecutor\nfrom mrgptq.jobs import quantize_checkpoint\nfrom mrgptq.plan import make_plan\n"
-        "if __name__ == '__main__':\n    with MPIPoolExecutor() as executor:\n        quantize_checkpoint(make_plan(sys.argv[1], sys.argv[2], mg.Recipe.named('mr-gptq'), hessians=sys.argv[3]), executor=executor, threads=1)\n"
+        "if __name__ == '__main__':\n    with MPIPoolExecutor() as executor:\n        quantize_checkpoint(make_plan(sys.argv[1], sys.argv[2], mg.Recipe.named('mr-gptq'), hessians=sys.argv[3]), executor=executor, worker_threads=1)\n"
     )
     (tmp_path / "run.py").write_text(code)
     beside = Path(sys.executable).with_name("mpiexec")
@@ -201,10 +203,3 @@ def test_mpi_gives_the_same_bytes(leaf_folder, stored_hessians, expected, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | open_mpi | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
-
-
-def test_a_calibrated_run_takes_no_executor(leaf_folder, calibration_text, tmp_path):
-    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("gptq"), tokens=256, sequence=64)
-    with ThreadPoolExecutor(1) as executor, pytest.raises(ValueError, match=r"executor is given, but a calibrated run goes from block to block: store the Hessians first \(mrgptq calibrate\)"):
-        quantize_checkpoint(plan, calibration_text, executor=executor)
-    assert not list(tmp_path.iterdir()) and threading.active_count() < 50

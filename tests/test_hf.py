@@ -11,7 +11,7 @@ import transformers
 from scipy.linalg import block_diag, hadamard
 
 import mrgptq as mg
-from mrgptq import hf
+from mrgptq import group, hf
 
 SEQUENCE = 24
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 160, "max_position_embeddings": 64}
@@ -67,8 +67,7 @@ class Captured(dict):
 def noted(monkeypatch):
     """The Hessians under which calibration quantises, by layer in order. What a factor was made of is gone by then: a block's Hessians are the most that calibration holds."""
     seen, of_group, used_up = [], [], []
-    calibration = importlib.import_module("mrgptq.hf.calibrate")  # the package has a function of that name
-    make_factor, quantize_layer = calibration.make_factor, calibration.quantize_layer
+    make_factor, quantize_layer = group.make_factor, group.quantize_layer
 
     def make(hessian, recipe, **options):
         of_group.append(hessian.matrix)
@@ -80,8 +79,8 @@ def noted(monkeypatch):
         seen.append(of_group[-1] if hessian is None else hessian.matrix)
         return quantize_layer(weight, hessian, recipe, **options)
 
-    monkeypatch.setattr(calibration, "make_factor", make)
-    monkeypatch.setattr(calibration, "quantize_layer", spy)
+    monkeypatch.setattr(group, "make_factor", make)
+    monkeypatch.setattr(group, "quantize_layer", spy)
     return seen
 
 
@@ -162,14 +161,13 @@ def test_each_block_is_calibrated_on_what_the_quantised_blocks_before_it_give(na
 def crossed(monkeypatch):
     """The (cross, stream) moments that calibration hands to quantize_layer, in order; None where it hands none."""
     seen = []
-    calibration = importlib.import_module("mrgptq.hf.calibrate")
-    original = calibration.quantize_layer
+    original = group.quantize_layer
 
     def spy(weight, hessian, recipe, **options):
         seen.append((options.get("cross"), options.get("stream")))
         return original(weight, hessian, recipe, **options)
 
-    monkeypatch.setattr(calibration, "quantize_layer", spy)
+    monkeypatch.setattr(group, "quantize_layer", spy)
     return seen
 
 
@@ -385,7 +383,7 @@ def test_values_that_are_not_finite_are_refused_by_the_layers_name():
     for recipe in (mg.Recipe.named("gptq", "nvfp4"), mg.Recipe.named("rtn", "mxfp4")):
         model = decoder("Llama")
         model.model.layers[2].self_attn.o_proj.weight.data[3, 7] = torch.inf
-        with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.o_proj: \w+ is inf at row 3, column 7"):
+        with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.o_proj\.weight: \w+ is inf at row 3, column 7"):
             list(hf.calibrate(model, random_tokens(1), recipe, ["model.layers.2.self_attn.o_proj"]))
         with pytest.raises(ValueError, match=r"the input of model\.layers\.2\.mlp\.gate_proj: x is nan at index \(0, 0, \d+\)"):
             list(hf.calibrate(model, random_tokens(1), recipe, ["model.layers.2.mlp.gate_proj"]))

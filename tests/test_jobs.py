@@ -143,7 +143,7 @@ def with_tensor(folder, name, array):
         (lambda f: os.truncate(f / "model-00001-of-00002.safetensors", 9000), {}, ValueError, ("model-00001-of-00002.safetensors", "truncated")),
         (lambda f: (f / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}'), {}, ValueError, ("quantised already", "'awq'", "the original")),
         (lambda f: with_tensor(f, "a.0.w.weight", np.ones((4, 100), np.float32)), {}, ValueError, ("a.0.w.weight has 100 columns", "nvfp4 needs a multiple of 16")),
-        (lambda f: None, {"recipe": replace(RTN["nvfp4"], rotation=64)}, ValueError, ("layers.0.mlp.down_proj.weight has 96 columns", "block size 64")),
+        (lambda f: with_tensor(f, "a.0.w.weight", np.ones((4, 100), np.float32)), {"recipe": replace(RTN["nvfp4"], pad=True)}, ValueError, ("a.0.w has 12 columns of zeros", "compressed-tensors cannot", '"mrgptq"')),
         (lambda f: None, {"recipe": replace(RTN["mxfp4"], scales="four-thirds")}, ValueError, ("four-thirds", "fp_quant")),
         (lambda f: None, {"dialect": "fp_quant"}, ValueError, ("W4A4", "W4A16")),
         (lambda f: None, {"dialect": "gguf"}, ValueError, ("'gguf'", "compressed-tensors, fp_quant")),

@@ -243,7 +243,7 @@ def setting(*path, value):
 
 
 GROUP = ("config_groups", "group_0")
-TRANSFORM = {"config_groups": {"v": {"type": "hadamard", "head_dim": 16, "apply": [{"location": "input"}, {"location": "weight_input"}]}}}
+TRANSFORM = {"config_groups": {"v": {"type": "hadamard", "head_dim": 16, "apply": [{"targets": ["Linear"], "location": location} for location in ("input", "weight_input")]}}}
 DAMAGED = {
     "no scales": (damage("weight_scale", lambda t: None), (f"no tensor '{LAYER}.weight_scale'",)),
     "no divisor": (damage("weight_global_scale", lambda t: None), (LAYER, "weight_global_scale")),
@@ -267,6 +267,8 @@ DAMAGED = {
     "rotated outputs": (setting("transform_config", value={"config_groups": {"u": TRANSFORM["config_groups"]["v"] | {"apply": [{"location": "output"}]}}}), ("transform_config", "input side")),
     "rotation of any size": (setting("transform_config", value={"config_groups": {"v": TRANSFORM["config_groups"]["v"] | {"head_dim": None}}}), ("transform_config", "head_dim")),
     "rotation by 12": (setting("transform_config", value={"config_groups": {"v": TRANSFORM["config_groups"]["v"] | {"head_dim": 12}}}), ("block_size is 12", "power of two")),
+    "two rotations of one layer": (setting("transform_config", value={"config_groups": {"v": TRANSFORM["config_groups"]["v"], "w": TRANSFORM["config_groups"]["v"]}}), ("2 transforms", "at most one")),
+    "a rotation of no layer": (setting("transform_config", value={"config_groups": {"v": TRANSFORM["config_groups"]["v"] | {"apply": [{"location": "input"}, {"location": "weight_input"}]}}}), ("targets None", "list of names")),
     "rotation that does not fit": (setting("transform_config", value={"config_groups": {"v": TRANSFORM["config_groups"]["v"] | {"head_dim": 256}}}), ("384 columns", "block size 256")),
 }
 

@@ -212,7 +212,7 @@ def test_a_memory_limit_is_kept_before_anything_starts(leaf_folder, calibrated, 
     plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("mr-gptq"), hessians=calibrated / "h")
     assert cli.main([*command, "--memory-limit", str(plan.memory_bytes - 1)]) == 1
     assert "the run is expected to take" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
-    assert cli.main([*command, "--workers", "2", "--memory-limit", str(plan.memory_bytes)]) == 1 and "in 2 workers" in capsys.readouterr().err
+    assert cli.main([*command, "--workers", "2", "--memory-limit", str(plan.memory_bytes)]) == 1 and "with 2 workers" in capsys.readouterr().err
     assert cli.main([*command, "--memory-limit", f"{plan.memory_bytes / 1e9 + 1e-6:.6f}GB"]) == 0
     with pytest.raises(SystemExit):
         cli.main([*command, "--memory-limit", "lots"])

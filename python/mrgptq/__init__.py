@@ -17,6 +17,7 @@ from .prepack import PrepackedMatrix, prepack
 from .recipe import Recipe
 from .result import Activations, LayerReport, QuantizedMatrix
 from .rotations import Dense, Hadamard, Identity
+from .transforms import transform
 
 __version__ = _version("mrgptq")
 
@@ -28,5 +29,5 @@ def build_info() -> dict[str, object]:
 
 __all__ = [
     "FORMATS", "MX_RULES", "Activations", "Dense", "Factor", "Hadamard", "Hessian", "Identity", "LayerReport", "PrepackedMatrix", "QuantizedMatrix", "Recipe", "StoredTensor", "alternating_tensor_scale", "build_info",
-    "from_blocked", "load", "load_hessians", "make_factor", "matmul", "merge_hessians", "nvfp4_tensor_scale", "pack", "prepack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "save_hessians", "shared_tensor_scale", "to_blocked", "unpack",
+    "from_blocked", "load", "load_hessians", "make_factor", "matmul", "merge_hessians", "nvfp4_tensor_scale", "pack", "prepack", "quantize", "quantize_activations", "quantize_layer", "round_activations", "save", "save_hessians", "shared_tensor_scale", "to_blocked", "transform", "unpack",
 ]

@@ -40,6 +40,7 @@ examples
   mrgptq quantize llama llama-nvfp4 --calibration wiki.txt
   mrgptq quantize llama llama-mxfp4 --format mxfp4 --activations mxfp4 --calibration wiki.txt
   mrgptq quantize llama llama-rtn --recipe rtn --dry-run
+  mrgptq quantize llama llama-nvfp4 --calibration wiki.txt --workers 4
   mrgptq quantize llama llama-mr --recipe mr-gptq --hessians llama.hessians --workers 8
 
 A run that is cut short, by whatever, keeps the layers it has done in the hidden folder .OUT.partial,
@@ -68,19 +69,20 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--activations", choices=("none", *FORMATS), default="none", help="round each layer's inputs too: W4A4, in the same format (default: none, W4A16)")
     quantize.add_argument("--calibration", metavar="TEXT", type=Path, help="text file that the model is calibrated on, UTF-8, like what it will read")
     _add_text(quantize)
-    quantize.add_argument("--hessians", metavar="FOLDER", type=Path, help="stored Hessians (`mrgptq calibrate`) in place of a text; layers are then quantised one by one, as many at a time as there are workers")
+    quantize.add_argument("--hessians", metavar="FOLDER", type=Path, help="stored Hessians (`mrgptq calibrate`) in place of a text; no layer then waits for another")
     quantize.add_argument("--dialect", choices=tuple(DIALECTS), help="layout on disk (default: compressed-tensors; mrgptq for W4A4 best-online)")
     _add_modules(quantize)
-    quantize.add_argument("--rotation", metavar="N", type=int, help="block size of the Hadamard rotation, 0 for none (default: the recipe's)")
+    quantize.add_argument("--rotation", metavar="N", type=int, help="block size of the Hadamard rotation, 0 for none (default: the recipe's); layers whose columns it does not divide take the largest power of two in it that does")
+    quantize.add_argument("--pad", action="store_true", help="add columns of zeros to layers whose columns no group divides (dialect mrgptq); without it they are refused")
     quantize.add_argument("--cross", metavar="X", type=float, help="how far targets make up for the layers before, 0 … 1, by a second pass through the original model; 0 saves that pass (default: the recipe's)")
     quantize.add_argument("--output-hessian", choices=("none", "fisher"), help="weigh each layer's outputs by what they matter to the predictions, found by backward passes, one for each 4 GiB of matrices (--dry-run counts them); none saves them (default: the recipe's)")
     quantize.add_argument("--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size a file of the checkpoint may reach (default: 5e9)")
     quantize.add_argument("--dry-run", action="store_true", help="print the plan, sizes and expected memory, then stop")
-    quantize.add_argument("--memory-limit", metavar="SIZE", type=_size, help="refuse at once what is expected to take more, such as 16GB; of all workers together")
+    quantize.add_argument("--memory-limit", metavar="SIZE", type=_size, help="refuse at once what is expected to take more, such as 16GB; with --workers of all processes together")
     quantize.add_argument("--restart", action="store_true", help="throw away what an earlier run to OUT left unfinished")
     where = quantize.add_mutually_exclusive_group()
-    where.add_argument("--workers", metavar="N", type=_positive, help="quantise in so many processes, each with --threads threads (default: the cores divided by N); for runs without a text or with --hessians")
-    where.add_argument("--scheduler", metavar="ADDRESS", help="the same on the workers of a dask cluster that see the same files, such as tcp://host:8786")
+    where.add_argument("--workers", metavar="N", type=_positive, help="quantise in so many processes beside this one, in which a text passes through the model; they share the threads")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="the same on the workers of a dask cluster that see the same files, such as tcp://host:8786, each with --threads threads")
     _add_common(quantize)
 
     calibrate = commands.add_parser("calibrate", help="store the Hessians of a model's layers", description=_CALIBRATE, formatter_class=formatter)

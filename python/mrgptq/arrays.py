@@ -144,6 +144,11 @@ def as_scale(value: float, name: str) -> float:
     return float(number)
 
 
+def pad_columns(x: Any, padding: int) -> Any:
+    """An array with so many columns of zeros behind its own, itself where that is 0; bfloat16 bits stay such."""
+    return np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, padding)]) if padding else x
+
+
 def as_square(hessian: ArrayLike, cols: int | None, name: str = "hessian") -> Any:
     """A Hessian itself, whose matrix is made for whoever asks, anything else as the array that NumPy makes of it; ``cols`` None takes any size. ValueError where it is not (cols, cols), TypeError where it
     holds no real numbers."""

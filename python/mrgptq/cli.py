@@ -17,7 +17,7 @@ import numpy as np
 
 from .arguments import build_parser
 from .arrays import default_threads
-from .checkpoint import dialect_named, load, load_hessians, merge_hessians, save_hessians
+from .checkpoint import load, load_hessians, loaders, merge_hessians, save_hessians
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
 from .checkpoint.hessians import check_new
 from .checkpoint.partial_run import discard
@@ -76,7 +76,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         recipe = replace(recipe, cross=args.cross)
     if args.output_hessian is not None:
         recipe = replace(recipe, output_hessian=None if args.output_hessian == "none" else args.output_hessian)
-    return recipe
+    return replace(recipe, pad=True) if args.pad else recipe
 
 
 def _dialect(args: argparse.Namespace) -> str:
@@ -88,8 +88,6 @@ def _quantize(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     if args.hessians and args.calibration:
         raise ValueError("--calibration and --hessians are both given; Hessians stand in place of a text: leave one out")
-    if args.calibration and (args.workers or args.scheduler) and needs_calibration(recipe):
-        raise ValueError("--workers and --scheduler are for runs without a text or with --hessians; a calibrated run goes from block to block: leave them out, or store the Hessians first (mrgptq calibrate)")
     if args.calibration and not needs_calibration(recipe):
         logging.getLogger("mrgptq").warning("the recipe needs no text; %s is not read", args.calibration)
     text = _read_text(args.calibration) if args.calibration else None
@@ -108,9 +106,7 @@ def _quantize(args: argparse.Namespace) -> None:
         max_shard_bytes=args.max_shard_bytes,
         hessians=args.hessians,
     )
-    needed = plan.memory_bytes * (args.workers or 1)
-    if args.memory_limit is not None and needed > args.memory_limit:
-        raise ValueError(f"the run is expected to take {format_bytes(needed)}{f' in {args.workers} workers' if args.workers else ''} and what the libraries take; the limit is {format_bytes(args.memory_limit)}")
+    _check_memory(plan.memory_of(args.workers or 0), args.memory_limit, f" with {args.workers} workers" if args.workers else "")
     if args.dry_run:
         print(plan, recipe, plan.layer_table(), sep="\n\n")
         return
@@ -118,8 +114,8 @@ def _quantize(args: argparse.Namespace) -> None:
     progress = _Progress()
     try:
         with _executor(args) as executor:
-            threads = args.threads or (max(1, default_threads() // args.workers) if args.workers else None)
-            reports = quantize_checkpoint(plan, text, device=args.device, threads=threads, executor=executor, progress=progress)
+            worker_threads = max(1, (args.threads or default_threads()) // args.workers) if args.workers else args.threads
+            reports = quantize_checkpoint(plan, text, device=args.device, threads=args.threads, executor=executor, worker_threads=worker_threads, progress=progress)
     except BrokenExecutor as error:
         raise OSError(f"a worker died, perhaps for want of memory: {error}") from error
     finally:
@@ -131,7 +127,13 @@ def _quantize(args: argparse.Namespace) -> None:
         minded = [report.output_error for report in reports.values() if report.output_error is not None]
         by_outputs = f", {sum(minded) / len(minded):.3e} as the predictions mind it" if minded else ""
         print(f"mean relative layer error {sum(errors) / len(errors):.3e}{by_outputs}, largest {max(errors):.3e}; {fallbacks} fallbacks")
-    print(dialect_named(plan.dialect).loaders(Scheme.of_recipe(recipe)))
+    print(loaders(plan.dialect, Scheme.of_recipe(recipe), reports))
+
+
+def _check_memory(needed: int, limit: int | None, by: str = "") -> None:
+    """Refuse what is expected to take more than the limit."""
+    if limit is not None and needed > limit:
+        raise ValueError(f"the run is expected to take {format_bytes(needed)}{by} and what the libraries take; the limit is {format_bytes(limit)}")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_number, as_output, as_square, as_threads, choose
+from .arrays import as_float32, as_number, as_output, as_square, as_threads, choose, pad_columns
 from .codecs import PackedMatrix, Turn
 from .rotations import Hadamard, Identity, Rotation
 
@@ -68,6 +68,12 @@ class Hessian:
         """All there is to it, to be stored: the sum over whole panels, its lower triangle row by row, (cols (cols + 1) / 2,) float64; the tokens of the panel under way, (0 ... 255, cols) float32; how many tokens in all."""
         triangle, panel = self._sum.state()
         return triangle.reshape(-1), panel, self.tokens
+
+    def padded(self, padding: int) -> "Hessian":
+        """The second moment of the same inputs with so many columns of zeros behind their own."""
+        triangle, panel, tokens = self.state()
+        cols = self.cols + padding
+        return Hessian.from_state(np.pad(triangle, (0, cols * (cols + 1) // 2 - triangle.size)), pad_columns(panel, padding), tokens)
 
     @property
     def cols(self) -> int:

@@ -7,10 +7,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from numpy.typing import NDArray
 
@@ -25,11 +26,12 @@ from .checkpoint.safetensors import SafetensorsFile
 from .checkpoint.stored_tensor import StoredTensor
 from .display import format_bytes
 from .gptq import Hessian
+from .group import Moments
 from .modules import fused_groups
 from .plan import BATCH_WINDOWS, Plan
 from .recipe import Recipe
 from .result import LayerReport, QuantizedMatrix, layer_report
-from .tasks import GroupTask, log_report, read_matrices, run_tasks, write_matrices
+from .tasks import GroupTask, log_report, read_matrices, run_tasks, write_matrices, write_moments
 
 _log = logging.getLogger("mrgptq")
 
@@ -49,6 +51,7 @@ def quantize_checkpoint(
     device: str = "cpu",
     threads: int | None = None,
     executor: Executor | None = None,
+    worker_threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, LayerReport]:
     """Carry out a plan. Each group of layers that share an input is kept as it is done, in the hidden folder ``.OUT.partial``; where the run is cut short, by whatever, the same call goes on from there
@@ -57,9 +60,10 @@ def quantize_checkpoint(
     Parameters
     ----------
     plan : Plan. calibration : the text, str, where the plan is calibrated.
-    device : torch's, of the forward passes. threads : None follows OMP_NUM_THREADS; of each worker where there is an executor, in which None is the worker's own default.
+    device : torch's, of the forward passes. threads : of this process; None follows OMP_NUM_THREADS.
     executor : any ``concurrent.futures.Executor`` whose workers see the same files, such as a ProcessPoolExecutor started by spawn, ``dask.distributed.Client.get_executor()``, ``mpi4py.futures.MPIPoolExecutor``.
-        None works here. The bytes do not depend on it.
+        It quantises; a text passes through the model here, from block to block, and a block's layers are then quantised side by side. None works here. The bytes do not depend on it, so what was begun with one may be finished without, or by another.
+    worker_threads : of each worker; None is its own default.
     progress : called as progress(stage, done, total); stages "gradients" (windows) and "quantise" (layers, those of an earlier run included).
 
     Returns
@@ -73,8 +77,6 @@ def quantize_checkpoint(
     """
     if plan.calibrated and calibration is None:
         raise ValueError("calibration is None, but the plan calibrates: pass the text")
-    if plan.calibrated and executor is not None:
-        raise ValueError("executor is given, but a calibrated run goes from block to block: store the Hessians first (mrgptq calibrate) and quantise under those, or leave the executor out")
     reader = CheckpointReader(plan.model)
     target = dialect_named(plan.dialect)
     written = target.model_config(reader.config)
@@ -86,28 +88,33 @@ def quantize_checkpoint(
         if plan.finished:
             return {name: LayerReport.from_dict(report) for name, report in read_json_object(plan.out / RECORD_NAME)["layers"].items()}
         parts = {group: run.part(f"{number:05d}") for number, group in enumerate(fused_groups(plan.shapes))}
-        done = 0
+        noted: list[str] = []
 
         def note(group: tuple[str, ...]) -> None:
-            nonlocal done
             for name, matrix in read_matrices(parts[group], plan.recipe):
                 log_report(name, layer_report(matrix), plan.recipe)
-                done += 1
+                noted.append(name)
                 if progress:
-                    progress("quantise", done, len(plan.shapes))
+                    progress("quantise", len(noted), len(plan.shapes))
 
         kept = [group for group, part in parts.items() if part.is_file()]
-        _expect_room(plan, sum(parts[group].stat().st_size for group in kept), _small_bytes(plan, reader, side_files))
+        _expect_room(plan, sum(parts[group].stat().st_size for group in kept), _small_bytes(plan, reader, side_files), plan.moments_bytes if executor else 0)
         if run.resumed:
             _log.warning("going on from %s: %d of %d layers are done", run.folder, sum(map(len, kept)), len(plan.shapes))
         for group in kept:
             note(group)
+
+        def task(group: tuple[str, ...], moments: Path | None) -> GroupTask:
+            return GroupTask(plan.model.absolute(), group, plan.recipe, parts[group], moments, worker_threads if executor else threads)
+
         if plan.calibrated:
-            _calibrate(plan, run, parts, calibration or "", device, threads, note, progress)
+            _calibrate(plan, run, parts, calibration or "", device, threads, note, progress, partial(_hand_over, run=run, task_of=task, executor=executor, note=note) if executor else None)
         else:
             stored = StoredHessians(plan.hessians) if plan.hessians else None
-            tasks = [GroupTask(plan.model.absolute(), group, plan.recipe, part, stored.file(group[0]).absolute() if stored else None, threads) for group, part in parts.items() if group not in kept]
-            run_tasks(tasks, executor, lambda task: note(task.modules))
+            run_tasks([task(group, stored.file(group[0]).absolute() if stored else None) for group in parts if group not in kept], executor, lambda task: note(task.modules))
+        for group in parts:
+            if group[0] not in noted:  # done meanwhile by an earlier run's worker, which lived on
+                note(group)
 
         reports: dict[str, LayerReport] = {}
 
@@ -125,10 +132,10 @@ def quantize_checkpoint(
     return reports
 
 
-def _expect_room(plan: Plan, done_bytes: int, small_bytes: int) -> None:
-    """Refuse now, with OSError(ENOSPC), what will not fit: the layers that are still to be kept and the checkpoint made of all of them."""
+def _expect_room(plan: Plan, done_bytes: int, small_bytes: int, moments_bytes: int) -> None:
+    """Refuse now, with OSError(ENOSPC), what will not fit: the layers that are still to be kept, what an executor's tasks read, and the checkpoint made of all layers."""
     in_the_end = plan.bytes_out + small_bytes
-    needed = in_the_end + max(plan.kept_bytes - done_bytes, 0)
+    needed = in_the_end + max(plan.kept_bytes - done_bytes, 0) + moments_bytes
     free = shutil.disk_usage(plan.out.absolute().parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{plan.out} needs {needed} bytes while it is made, {in_the_end} of them in the end, but its filesystem has only {free} free")
@@ -167,6 +174,24 @@ def _identity(plan: Plan, reader: CheckpointReader, calibration: str | None, dev
     return identity
 
 
+def _hand_over(
+    groups: Iterable[tuple[tuple[str, ...], Moments]], *, run: PartialRun, task_of: Callable[[tuple[str, ...], Path | None], GroupTask], executor: Executor, note: Callable[[tuple[str, ...]], None]
+) -> None:
+    """Have a block's groups quantised by an executor. What is known of each is a file for as long as its task lasts."""
+
+    def tasks() -> Iterator[GroupTask]:
+        for number, (group, moments) in enumerate(groups):
+            path = run.scratch(str(number))
+            write_moments(path, moments)
+            yield task_of(group, path)
+
+    def done(task: GroupTask) -> None:
+        note(task.modules)
+        cast(Path, task.moments).unlink()
+
+    run_tasks(tasks(), executor, done)
+
+
 class _Ledger:
     """What a calibrated run keeps beside its layers: the inputs of the next block, and the output Hessians of blocks that share a backward pass."""
 
@@ -201,9 +226,17 @@ class _Ledger:
 
 
 def _calibrate(
-    plan: Plan, run: PartialRun, parts: Mapping[tuple[str, ...], Path], text: str, device: str, threads: int | None, note: Callable[[tuple[str, ...]], None], progress: Progress | None
+    plan: Plan,
+    run: PartialRun,
+    parts: Mapping[tuple[str, ...], Path],
+    text: str,
+    device: str,
+    threads: int | None,
+    note: Callable[[tuple[str, ...]], None],
+    progress: Progress | None,
+    elsewhere: Callable[[Iterable[tuple[tuple[str, ...], Moments]]], None] | None,
 ) -> None:
-    """Pass the text through the model, block by block, and keep each group of layers as it is quantised."""
+    """Pass the text through the model, block by block, and keep each group of layers as it is quantised, here or elsewhere."""
     if all(part.is_file() for part in parts.values()):
         return
     hf = _hf()
@@ -228,7 +261,7 @@ def _calibrate(
         if progress and stage == "gradients":
             progress(stage, done, total)
 
-    for name, matrix in hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), batch_windows=BATCH_WINDOWS, threads=threads, progress=gradients, ledger=ledger, source=source):
+    for name, matrix in hf.calibrate(model, inputs, plan.recipe, list(plan.shapes), batch_windows=BATCH_WINDOWS, threads=threads, progress=gradients, ledger=ledger, source=source, elsewhere=elsewhere):
         ready[name] = matrix
         group = group_of[name]
         if ready.keys() == set(group):

@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from .arrays import as_float32, as_square, as_symmetric, as_threads
+from .arrays import as_float32, as_square, as_symmetric, as_threads, pad_columns
 from .codecs import (
     HESSIAN_SEARCHES,
     PackedMatrix,
     Turn,
     alternating_tensor_scale,
-    check_groups,
     clip_mask,
     nvfp4_tensor_scale,
     scale_offsets,
@@ -27,26 +26,38 @@ from .formats import SCALE_SEARCHES, block_format
 from .gptq import OUTPUT_DAMPING, Factor, Hessian, output_errors
 from .recipe import Recipe, as_recipe
 from .result import Activations, LayerReport, QuantizedMatrix
-from .rotations import rotate_hessian, rotation_of
+from .rotations import Rotation, rotate_hessian
 
 
 def make_factor(hessian: ArrayLike, recipe: Recipe | str, *, format: str | None = None, threads: int | None = None) -> Factor:
     """The :class:`Factor` that layers with one input share under a recipe: pass it to ``quantize_layer(..., factor=)``. The hessian is needed no longer, and left as it is."""
     recipe = as_recipe(recipe, format)
-    return Factor(hessian, rotation=rotation_of(recipe.rotation), order=recipe.order, damping=recipe.damping, group_size=_group_size(recipe), precision=recipe.precision, threads=threads)
+    given = as_square(hessian, None)
+    padding, rotation = recipe.fit(given.cols if isinstance(given, Hessian) else len(given), "hessian")
+    return Factor(_padded_moment(given, padding), rotation=rotation, order=recipe.order, damping=recipe.damping, group_size=_group_size(recipe), precision=recipe.precision, threads=threads)
+
+
+def _padded_moment(hessian: Any, padding: int) -> Any:
+    """The second moment of inputs with so many zeros behind them."""
+    if not padding:
+        return hessian
+    return hessian.padded(padding) if isinstance(hessian, Hessian) else pad_columns(np.pad(hessian, ((0, padding), (0, 0))), padding)
 
 
 def shared_tensor_scale(weights: Sequence[ArrayLike], recipe: Recipe, *, threads: int | None = None) -> float | None:
     """The NVFP4 divisor of layers that a kernel runs as one (q/k/v, gate/up), by the recipe's rule over their rotated weights (rows, cols); None for MXFP4, whose divisor is fixed."""
     if recipe.format != "nvfp4":
         return None
-    rotation = rotation_of(recipe.rotation)
+    if not len(weights):
+        raise ValueError("weights is empty; there is no tensor scale to find")
+    # Layers of one input are equally wide.
+    padding, rotation = recipe.fit(as_float32(weights[0], "weights", rank=2, threads=threads).shape[1], "weights")
     if recipe.tensor_scale == "alternating":
         search = recipe.resolved_scales[0]
-        return alternating_tensor_scale(weights, search if search in SCALE_SEARCHES["nvfp4"] else "mse", rotation=rotation, threads=threads)
+        return alternating_tensor_scale([pad_columns(weight, padding) for weight in weights], search if search in SCALE_SEARCHES["nvfp4"] else "mse", rotation=rotation, threads=threads)
 
     def largest(weight: ArrayLike) -> float:
-        values = as_float32(weight, "weights", rank=2, threads=threads)
+        values = pad_columns(as_float32(weight, "weights", rank=2, threads=threads), padding)
         rotation.check_columns(values.shape[1], "weights")
         return _core.amax(values, turn_of(rotation), as_threads(threads))
 
@@ -58,10 +69,10 @@ def _group_size(recipe: Recipe) -> int | None:
     return block_format(recipe.format).group_size if recipe.order == "group" else None
 
 
-def _check_factor(factor: Factor, recipe: Recipe, cols: int) -> None:
+def _check_factor(factor: Factor, recipe: Recipe, cols: int, rotation: Rotation) -> None:
     if not isinstance(factor, Factor):
         raise TypeError(f"factor is {type(factor).__name__}; it must be what make_factor returned")
-    asked = (cols, rotation_of(recipe.rotation), recipe.order, _group_size(recipe), recipe.damping)
+    asked = (cols, rotation, recipe.order, _group_size(recipe), recipe.damping)
     made = (factor.cols, factor.rotation, factor.order_name, factor.group_size, factor.damping_asked)
     for what, want, got in zip(("columns", "rotation", "order", "group_size", "damping"), asked, made, strict=True):
         if want != got:
@@ -132,9 +143,8 @@ def quantize_layer(
     recipe = as_recipe(recipe, format)
     values = as_float32(weight, "weight", rank=2, dtype=dtype, threads=threads)
     cols = values.shape[1]
-    check_groups(cols, recipe.format)
-    rotation = rotation_of(recipe.rotation)
-    rotation.check_columns(cols, "weight")
+    padding, rotation = recipe.fit(cols)
+    values = pad_columns(values, padding)
 
     second_moment: _core.SecondMoment | None = None
     tokens = None
@@ -145,12 +155,13 @@ def quantize_layer(
             factor = make_factor(as_square(hessian, cols), recipe, threads=threads)
         elif hessian is not None:
             as_square(hessian, cols)
-        _check_factor(factor, recipe, cols)
+        _check_factor(factor, recipe, cols + padding, rotation)
         second_moment, tokens = factor.core.second_moment(), factor.tokens
     elif factor is not None:
         raise ValueError(f'factor is given, but the solver "{recipe.solver}" uses none; pass the hessian alone')
     elif hessian is not None:
-        second_moment, tokens = _core.SecondMoment(rotate_hessian(rotation, as_square(hessian, cols), threads=threads)), getattr(hessian, "tokens", None)
+        moment = _padded_moment(as_square(hessian, cols), padding)
+        second_moment, tokens = _core.SecondMoment(rotate_hessian(rotation, moment, threads=threads)), getattr(hessian, "tokens", None)
 
     turn = turn_of(rotation)
     largest = _core.amax(values, turn, as_threads(threads))  # refuses what overflows when it is rotated
@@ -162,7 +173,7 @@ def quantize_layer(
     usable = factor is not None and factor.usable and tokens != 0
     target, target_turn = values, turn
     if cross is not None:
-        target, target_turn = _shifted(values, turn, cross, stream, recipe, factor, threads)
+        target, target_turn = _shifted(values, turn, cross, stream, padding, recipe, factor, threads)
     elif stream is not None:
         raise ValueError("stream is given without cross; a layer makes up for what its outputs are added to only beside its inputs")
     if search in HESSIAN_SEARCHES and second_moment is None:
@@ -214,12 +225,14 @@ def quantize_layer(
         output_damping=outputs.damping if outputs is not None else None,
         cross=recipe.cross if cross is not None and usable else 0.0,
         tokens=tokens,
+        rotation=rotation.block_size,
+        padding=padding,
         seconds=time.perf_counter() - start,
         **errors,
     )
     activations = activations_of(recipe)
     mask = clip_mask(recipe.format, rotation.apply(values, threads=threads), scales, divisor) if (search if usable else first) == "quest" else None
-    return QuantizedMatrix(recipe.format, codes, scales, divisor, rotation, activations, recipe, report, clip_mask=mask)
+    return QuantizedMatrix(recipe.format, codes, scales, divisor, rotation, activations, recipe, report, clip_mask=mask, padding=padding)
 
 
 def activations_of(recipe: Recipe, tensor_scale: float | None = None) -> Activations | None:
@@ -231,14 +244,14 @@ def activations_of(recipe: Recipe, tensor_scale: float | None = None) -> Activat
 
 
 def _shifted(
-    weight: NDArray[np.float32], turn: Turn, cross: ArrayLike, stream: ArrayLike | None, recipe: Recipe, factor: Factor | None, threads: int | None
+    weight: NDArray[np.float32], turn: Turn, cross: ArrayLike, stream: ArrayLike | None, padding: int, recipe: Recipe, factor: Factor | None, threads: int | None
 ) -> tuple[NDArray[np.float32], Turn]:
     """The weight moved to where it answers the inputs it will see as the original answered its own, and what turns it into the rotated basis; see ``cross`` and ``stream`` of quantize_layer."""
     if factor is None:
         raise ValueError('cross is given, but the recipe\'s solver is "rtn"; it needs "gptq"')
     if recipe.cross == 0:
         raise ValueError("cross is given, but the recipe's cross, how far the target moves, is 0; replace(recipe, cross=0.5) moves it half the way")
-    cols = weight.shape[1]
+    rows, cols = weight.shape[0], weight.shape[1] - padding
     try:
         given = np.asarray(cross)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors that NumPy cannot take
@@ -250,11 +263,11 @@ def _shifted(
     if not np.isfinite(given).all():
         raise ValueError(f"cross[{', '.join(map(str, np.argwhere(~np.isfinite(given))[0]))}] is not finite")
     missing = None if stream is None else as_float32(stream, "stream", rank=2, threads=threads)
-    if missing is not None and missing.shape != weight.shape:
-        raise ValueError(f"stream has shape {missing.shape}; the weight's is {weight.shape}")
+    if missing is not None and missing.shape != (rows, cols):
+        raise ValueError(f"stream has shape {missing.shape}; the weight's is {(rows, cols)}")
     if not factor.usable or factor.tokens == 0:
         return weight, turn
-    target = _core.shift_to_inputs(weight, turn, factor.rotation.apply_both(given, threads=threads), missing, factor.core, recipe.cross, as_threads(threads))
+    target = _core.shift_to_inputs(weight, turn, factor.rotation.apply_both(_padded_moment(given, padding), threads=threads), None if missing is None else pad_columns(missing, padding), factor.core, recipe.cross, as_threads(threads))
     if _core.first_nonfinite(target, as_threads(threads)) >= 0:
         raise ValueError("cross moves the target beyond float32; it and stream must be of the size of the hessian")
     return target, 0

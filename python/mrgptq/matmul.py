@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from .activations import quantize_activations
-from .arrays import as_float32, as_output, as_threads, choose
+from .arrays import as_float32, as_output, as_threads, choose, pad_columns
 from .formats import FORMATS
 from .prepack import PrepackedMatrix
 from .result import Activations, QuantizedMatrix
@@ -28,7 +28,8 @@ def matmul(
     Parameters
     ----------
     x : (..., cols) array, dtypes as in :func:`quantize`, finite. Where ``q`` has a rotation x is turned first, by its ``dual``. Or a QuantizedMatrix (tokens, cols) in that basis, as
-        ``quantize_activations(x, format, rotation=q.rotation.dual)`` makes it: inputs that several weights share are then rounded once.
+        ``quantize_activations(x, format, rotation=q.rotation.dual)`` makes it: inputs that several weights share are then rounded once. Where ``q`` has ``padding`` x gets as many columns of zeros; a packed x
+        was given them.
     q : (rows, cols). As :func:`prepack` gives it, it is read faster.
     activations : how x, turned, is rounded.
 
@@ -70,14 +71,14 @@ def matmul(
     elif (rounding := _as_activations(activations)) is not None:
         lead = np.shape(x)[:-1]
         packed = quantize_activations(
-            x, rounding.format, rule=rounding.rule, mx_rule=rounding.mx_rule, tensor_scale=rounding.tensor_scale, rotation=turn, dtype=dtype, threads=threads
+            _padded(x, q), rounding.format, rule=rounding.rule, mx_rule=rounding.mx_rule, tensor_scale=rounding.tensor_scale, rotation=turn, dtype=dtype, threads=threads
         )
     else:
-        packed, values = None, as_float32(x, "x", dtype=dtype, threads=threads)
+        packed, values = None, as_float32(_padded(x, q), "x", dtype=dtype, threads=threads)
         lead = values.shape[:-1]
-    given = values.shape[-1] if packed is None else packed.shape[1]
-    if given != cols:
-        raise ValueError(f"x has {given} columns; the weight has {cols}")
+    given = values.shape[-1] if packed is None else packed.shape[1] + packed.padding
+    if given != cols + q.padding:
+        raise ValueError(f"x has {given} columns; the weight has {cols + q.padding}")
     out = as_output(np.empty((*lead, rows), dtype=np.float32) if out is None else out, (*lead, rows))
     to, team = out.reshape(math.prod(lead), rows), as_threads(threads)
     if packed is not None:
@@ -88,8 +89,15 @@ def matmul(
     elif np.may_share_memory(out, values):
         values = values.copy()
     multiply = _core.matmul if activations is None else _core.matmul_int8
-    multiply(values.reshape(-1, cols), q.core_arrays(), to, team)
+    multiply(values.reshape(-1, given), q.core_arrays(), to, team)
     return out
+
+
+def _padded(x: ArrayLike, q: QuantizedMatrix | PrepackedMatrix) -> ArrayLike:
+    """x with the columns of zeros that the weight has; ValueError where its own are not as many as the weight's."""
+    if q.padding and (shape := np.shape(x)) and shape[-1] != q.shape[1]:
+        raise ValueError(f"x has {shape[-1]} columns; the weight has {q.shape[1]}")
+    return pad_columns(x, q.padding) if np.ndim(x) else x
 
 
 def _as_activations(activations: str | Activations | None) -> Activations | None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-FUSED_SUFFIXES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+FUSED_SUFFIXES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Layers of one parent that read the same input and that vLLM and TensorRT-LLM load as one matrix with one NVFP4 tensor scale."""
 
 DEFAULT_TARGETS = r"\.\d+\.(?!.*(router|gate$|norm|embed))"

@@ -1,30 +1,34 @@
 """What a run over a checkpoint will do, before it does it: layers, sizes, memory, refusals."""
 
+import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoint import Scheme, dialect_named
+from .checkpoint import Scheme, check_layer, dialect_named
 from .checkpoint.hessians import StoredHessians
 from .checkpoint.partial_run import is_finished
 from .checkpoint.reader import CheckpointReader
-from .codecs import HESSIAN_SEARCHES, check_groups
+from .checkpoint.safetensors import shown
+from .codecs import HESSIAN_SEARCHES
 from .display import Shown, align, format_bytes
 from .formats import block_format
 from .gptq import backward_passes
 from .modules import DEFAULT_IGNORE, DEFAULT_TARGETS, fused_groups, select_modules
 from .recipe import Recipe
-from .rotations import rotation_of
+
+_log = logging.getLogger("mrgptq")
 
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their layers are transformers' Conv1D
 
 BATCH_WINDOWS = 8  # calibration windows in one forward pass of a block
 RESIDENT_BYTES = 2 << 30
 """Models of no more in float32 are held whole while they are calibrated; of others one block is in memory at a time. A fixed bound, so that the machine's memory does not decide bytes."""
-_STREAMED = ("gemma2", "gemma3_text", "llama", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3")
+_STREAMED = ("deepseek_v3", "gemma2", "gemma3_text", "glm4_moe", "llama", "mistral", "mixtral", "olmo", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """Models (model_type) whose checkpoints name tensors as transformers does, so that blocks can be read one by one; tried. Others are held whole, whatever their size."""
 HELD_BYTES = 4 << 30  # of hidden states between blocks, in a backward pass that goes block by block; see hf.fisher
 
@@ -38,11 +42,12 @@ class Plan(Shown):
     model, out : pathlib.Path. recipe : Recipe. dialect : str.
     shapes : {module name: (rows, cols)} of the layers that will be quantised, in order.
     tokens, sequence : calibration tokens and window length; 0 for a run without calibration.
-    bytes_in, bytes_out : sizes of the weights on disk. memory_bytes : expected peak, without what the imported libraries take themselves; of each process where there are several.
+    bytes_in, bytes_out : sizes of the weights on disk. memory_bytes : expected peak, without what the imported libraries take themselves; of this process, which without a text holds nothing where an executor quantises.
     max_shard_bytes : a file of the result is closed before it grows beyond that. hessians : folder of stored Hessians, None without.
     finished : ``out`` is there, written by this very run, which was cut short before it could say so.
     model_bytes : of the model in float32. kept_bytes : on disk beside the result while the run lasts: the layers as they are done, and what it would go on from.
     streamed : whether calibration holds one block of the model at a time.
+    worker_bytes, moments_bytes : where an executor quantises, the expected peak of each worker, and what a text's moments take on disk beside ``kept_bytes``, for workers to read.
     """
 
     model: Path
@@ -61,6 +66,12 @@ class Plan(Shown):
     model_bytes: int = 0
     kept_bytes: int = 0
     streamed: bool = False
+    worker_bytes: int = 0
+    moments_bytes: int = 0
+
+    def memory_of(self, workers: int) -> int:
+        """Expected peak of all processes, with so many workers; 0 for a run without an executor."""
+        return (self.memory_bytes if self.calibrated or not workers else 0) + workers * self.worker_bytes
 
     @property
     def calibrated(self) -> bool:
@@ -78,6 +89,15 @@ class Plan(Shown):
         count = len(_backward_passes(self.shapes)) if self.recipe.output_hessian else 0
         return f", {count} backward pass{'es' if count > 1 else ''} through the model" if count else ""
 
+    def _scheme(self) -> str:
+        """The scheme, and how many layers are rotated in smaller blocks or padded."""
+        fits = [self.recipe.fit(cols, name) for name, (_, cols) in self.shapes.items()]
+        sizes = Counter(rotation.block_size for _, rotation in fits if rotation.block_size != self.recipe.rotation)
+        parts = [Scheme.of_recipe(self.recipe).label, *(f"{count} layers by Hadamard {size}" for size, count in sizes.items())]
+        if padded := sum(padding > 0 for padding, _ in fits):
+            parts.append(f"{padded} layers with columns of zeros added")
+        return "; ".join(parts)
+
     def _title(self) -> str:
         return f"{self.model} -> {self.out}"
 
@@ -85,16 +105,19 @@ class Plan(Shown):
         weights = sum(r * c for r, c in self.shapes.values())
         return [
             ("layers to quantise", f"{len(self.shapes)}, {weights:,} weights"),
-            ("scheme", Scheme.of_recipe(self.recipe).label),
+            ("scheme", self._scheme()),
             ("dialect", self.dialect),
             ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" + self._passes() if self.calibrated else f"Hessians of {self.hessians}" if self.hessians else "none"),
             ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}, and {format_bytes(self.kept_bytes)} more while it runs"),
             ("expected memory", f"{format_bytes(self.memory_bytes)}{', one block of the model at a time,' if self.streamed else ''} and what the libraries take"),
+            ("with workers", f"{format_bytes(self.worker_bytes)}{' more' if self.calibrated else ''} in each" + (f", {format_bytes(self.moments_bytes)} more on disk" if self.moments_bytes else "")),
         ]
 
 
 def _matrix_bytes(format: str, rows: int, cols: int) -> int:
-    return rows * (cols // 2 + cols // block_format(format).group_size)
+    group_size = block_format(format).group_size
+    groups = -(-cols // group_size)
+    return rows * groups * (group_size // 2 + 1)
 
 
 def needs_calibration(recipe: Recipe) -> str | None:
@@ -131,7 +154,7 @@ def make_plan(
 
     Raises
     ------
-    ValueError : a layer whose columns the group or the rotation does not divide, a recipe the dialect cannot store, a missing calibration or Hessian, by name.
+    ValueError : a layer whose columns no group divides, unless the recipe pads and the dialect stores that; a recipe the dialect cannot store, a missing calibration or Hessian, by name.
     FileExistsError : ``out`` exists. FileNotFoundError : ``model`` does not.
     """
     out = Path(out)
@@ -153,12 +176,16 @@ def make_plan(
         raise ValueError(f"{model} is quantised already, by {reader.config['quantization_config'].get('quant_method')!r}; quantise the original")
     tensors = {name: reader.shape(name) for name in reader.names}
     shapes = {name: (tensors[f"{name}.weight"][0], tensors[f"{name}.weight"][1]) for name in select_modules(tensors, targets, ignore)}
-    for name, (_, cols) in shapes.items():
-        check_groups(cols, recipe.format, f"{name}.weight")
-        rotation_of(recipe.rotation).check_columns(cols, f"{name}.weight")
+    if fused := [name for name, shape in tensors.items() if len(shape) > 2 and re.search(targets, name) and not (ignore and re.search(ignore, name))]:
+        _log.warning("%s has %d tensors of rank 3 or more where layers are quantised, such as %s; only matrices are quantised, so they stay as they are", model, len(fused), shown(fused[0]))
+    fits = {name: recipe.fit(cols, f"{name}.weight") for name, (_, cols) in shapes.items()}
+    if recipe.rotation:
+        recipe = replace(recipe, rotation=max(rotation.block_size or 0 for _, rotation in fits.values()))  # where no layer takes the one asked the same codes come of the largest that one takes
+    for name, (padding, rotation) in fits.items():
+        check_layer(dialect_named(dialect), name, padding, rotation.block_size, recipe.rotation)
         if stored is not None and name not in stored:
             raise ValueError(f"{hessians} holds no Hessian of {name}; it was made of another model or other modules: leave the layer out with ignore, or calibrate it")
-        if stored is not None and stored.cols(name) != cols:
+        if stored is not None and stored.cols(name) != (cols := shapes[name][1]):
             raise ValueError(f"{stored.file(name)} is of {stored.cols(name)} columns; {name} has {cols}: it was made of another model")
     if reader.config.get("model_type") in _TRANSPOSED:
         raise ValueError(f"{model} is a {reader.config['model_type']} model, which stores its layers transposed, (in_features, out_features); only models of ordinary linear layers are read")
@@ -168,11 +195,11 @@ def make_plan(
     bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
     model_bytes = _float32_bytes(reader, reader.names)
     streamed = tokens > 0 and model_bytes > RESIDENT_BYTES and reader.config.get("model_type") in _STREAMED
+    worker = memory = _task_memory(shapes, recipe, hessians=stored is not None or tokens > 0, text=tokens > 0)
     if tokens:
         memory = _calibrating_memory(reader, shapes, tokens, sequence, streamed=streamed, twice=recipe.cross > 0, outputs=recipe.output_hessian is not None)
-    else:
-        memory = _streaming_memory(shapes, recipe.format, stored is not None)
-    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, model_bytes, _kept_bytes(reader, shapes, recipe, tokens), streamed)
+    moments = max(_moments_bytes(block, recipe, _hidden_size(reader, shapes)) for block in _by_block(shapes)) if tokens else 0
+    return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, model_bytes, _kept_bytes(reader, shapes, recipe, tokens), streamed, worker, moments)
 
 
 def _check_hessians_suffice(recipe: Recipe) -> None:
@@ -185,14 +212,17 @@ def _check_hessians_suffice(recipe: Recipe) -> None:
         raise ValueError("W4A4 NVFP4 stores a scale for each layer's inputs, which stored Hessians do not tell: give the calibration text")
 
 
-def _streaming_memory(shapes: Mapping[str, tuple[int, int]], format: str, hessians: bool) -> int:
-    """Peak bytes of a run that goes from layer to layer: a weight, widened, and what the report counts; codes and scales of those that share its input; with Hessians one of them, its factor and the solver's rows in hand."""
-    largest = max(rows * cols for rows, cols in shapes.values()) * 4
-    answers = max(sum(_matrix_bytes(format, *shapes[name]) for name in group) for group in fused_groups(shapes))
-    if not hessians:
-        return largest * 3 // 2 + answers
-    widest = max(cols for _, cols in shapes.values())
-    return largest * 4 + answers + 2 * 8 * widest**2
+def _task_memory(shapes: Mapping[str, tuple[int, int]], recipe: Recipe, *, hessians: bool, text: bool) -> int:
+    """Peak bytes of a task, of a run that goes from one to the next and of a worker: a weight, widened, and what the report counts; codes and scales of those that share its input; with ``hessians`` theirs, its factor and
+    the solver's rows in hand; after a ``text`` also a working copy of a cross moment, and the layers' output Hessians with two working copies of one. Measured, one task with all of it takes three quarters of that."""
+    most = 0
+    for group in fused_groups(shapes):
+        cols, rows = shapes[group[0]][1], [shapes[name][0] for name in group]
+        task = max(rows) * cols * 4 * (4 if hessians else 1.5) + sum(_matrix_bytes(recipe.format, count, cols) for count in rows)
+        task += 8 * cols**2 * (3 if text and recipe.cross else 2) if hessians else 0
+        task += 8 * (sum(count**2 for count in rows) + 2 * max(rows) ** 2) if text and recipe.output_hessian else 0
+        most = max(most, int(task))
+    return most
 
 
 def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], tokens: int, sequence: int, *, streamed: bool, twice: bool, outputs: bool) -> int:
@@ -238,9 +268,23 @@ def _kept_bytes(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]],
     hidden = 4 * tokens * _hidden_size(reader, shapes) * (2 if recipe.cross else 1)
     outputs = 0
     if recipe.output_hessian:
-        sizes = [sum(4 * rows * (rows + 1) + 4 * 256 * rows for rows, _ in block.values()) for block in _by_block(shapes)]
+        sizes = [sum(_stored_hessian_bytes(rows) for rows, _ in block.values()) for block in _by_block(shapes)]
         outputs = max(sum(sizes[index] for index in shared) for shared in _backward_passes(shapes))
     return layers + 2 * (hidden + outputs)
+
+
+def _stored_hessian_bytes(cols: int) -> int:
+    """At most: the triangle, and the panel under way."""
+    return 4 * cols * (cols + 1) + 4 * 256 * cols
+
+
+def _moments_bytes(block: Mapping[str, tuple[int, int]], recipe: Recipe, hidden_size: int) -> int:
+    """What is written of a block for workers, at most: Hessians, cross moments and those of the stream, output Hessians."""
+    cols = [block[group[0]][1] for group in fused_groups(block)]
+    hessians = sum(map(_stored_hessian_bytes, cols))
+    cross = sum(8 * c**2 for c in cols) + sum(8 * r * c for r, c in block.values() if r == hidden_size) if recipe.cross else 0
+    outputs = sum(_stored_hessian_bytes(rows) for rows, _ in block.values()) if recipe.output_hessian else 0
+    return hessians + cross + outputs
 
 
 def _hidden_size(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]]) -> int:

@@ -26,6 +26,7 @@ class PrepackedMatrix(Shown):
     shape : (rows, cols).
     code_tiles : (tiles, cols / 8, 32) uint32, 32 rows a tile: words of eight codes, four bytes of a row as they lie there, beside those of the other rows. scale_tiles : (tiles, ceil(groups / 4), 32) uint32,
         words of four scales. What lies behind the last row and the last scale is zero.
+    padding : as of the QuantizedMatrix: columns of zeros behind those of ``shape``, which the tiles have.
     """
 
     format: str
@@ -35,13 +36,15 @@ class PrepackedMatrix(Shown):
     tensor_scale: float
     rotation: Rotation = field(default_factory=Identity)
     activations: Activations | None = None
+    padding: int = 0
 
     def __post_init__(self) -> None:
         group = block_format(self.format).group_size
-        if self.shape[1] % group:
-            raise ValueError(f"shape is {self.shape}; {self.format} has one scale for {group} columns")
-        self.rotation.check_columns(self.shape[1], "the matrix")
-        for name, expected in zip(("code_tiles", "scale_tiles"), _tile_shapes(self.format, self.shape), strict=True):
+        whole = self.shape[1] + self.padding
+        if whole % group or not 0 <= self.padding < group:
+            raise ValueError(f"shape is {self.shape}{f' and padding {self.padding}' if self.padding else ''}; {self.format} has one scale for {group} columns")
+        self.rotation.check_columns(whole, "the matrix")
+        for name, expected in zip(("code_tiles", "scale_tiles"), _tile_shapes(self.format, (self.shape[0], whole)), strict=True):
             array = getattr(self, name)
             if array.dtype != np.uint32 or array.shape != expected:
                 raise ValueError(f"{name} is {array.dtype} of shape {array.shape}; {self.format} of {self.shape[0]} x {self.shape[1]} has uint32 of {expected}")
@@ -53,10 +56,10 @@ class PrepackedMatrix(Shown):
 
     def unpack(self, *, threads: int | None = None) -> QuantizedMatrix:
         """The QuantizedMatrix again, without its recipe, report and clip mask."""
-        rows, cols = self.shape
+        rows, cols = self.shape[0], self.shape[1] + self.padding
         codes, scales = np.empty((rows, cols // 2), np.uint8), np.empty((rows, cols // block_format(self.format).group_size), np.uint8)
         _core.read_tiles(self.core_arrays(), codes, scales, as_threads(threads))
-        return QuantizedMatrix(self.format, codes, scales, self.tensor_scale, self.rotation, self.activations)
+        return QuantizedMatrix(self.format, codes, scales, self.tensor_scale, self.rotation, self.activations, padding=self.padding)
 
     def core_arrays(self) -> tuple[str, int, NDArray[np.uint32], NDArray[np.uint32], float]:
         """What the core takes."""
@@ -82,8 +85,8 @@ def prepack(q: QuantizedMatrix, *, threads: int | None = None) -> PrepackedMatri
     """
     if not isinstance(q, QuantizedMatrix):
         raise TypeError(f"q is {type(q).__name__}; it must be a QuantizedMatrix")
-    codes, scales = (_aligned(shape) for shape in _tile_shapes(q.format, q.shape))
-    tiles = PrepackedMatrix(q.format, q.shape, codes, scales, q.tensor_scale, q.rotation, q.activations)
+    codes, scales = (_aligned(shape) for shape in _tile_shapes(q.format, (q.shape[0], q.shape[1] + q.padding)))
+    tiles = PrepackedMatrix(q.format, q.shape, codes, scales, q.tensor_scale, q.rotation, q.activations, q.padding)
     _, _, flat_codes, flat_scales, _ = tiles.core_arrays()
     _core.make_tiles(q.core_arrays(), flat_codes, flat_scales, as_threads(threads))
     return tiles

@@ -12,7 +12,7 @@ from .codecs import HESSIAN_SEARCHES, resolve_scales, scales_name
 from .display import Shown
 from .formats import block_format
 from .gptq import ORDERS, PRECISIONS, as_damping
-from .rotations import rotation_of
+from .rotations import Rotation, rotation_of
 
 SOLVERS = ("rtn", "gptq")
 BEST_ROUNDS, BEST_DAMPING, BEST_CROSS, ROUNDED_CROSS = 6, 0.05, 0.4, 0.1
@@ -30,7 +30,7 @@ class Recipe(Shown):
     Attributes
     ----------
     format : "nvfp4" or "mxfp4".
-    rotation : block size of the Hadamard rotation, a power of two from 2 on; None for none.
+    rotation : block size of the Hadamard rotation, a power of two from 2 on; None for none. A layer whose columns it does not divide takes the largest power of two in it that does, which its report tells.
     scales : a rule of ``quantize``, or one that needs the Hessian: "hessian" and "hessian_block" are "mse" with the errors weighed by the diagonal of H or by the group's block of it
         (H-Scale; ModelOpt's local Hessian); "gptq" tries the storable scales when GPTQ reaches the group and keeps the one that loses least there (ours; needs the order "group").
     mx_rule : how MXFP4 rounds scales to powers of two. compressed-tensors and vLLM assume "even" for activations; only fp_quant stores "four-thirds".
@@ -50,6 +50,7 @@ class Recipe(Shown):
         the order of sums shows. "float32": faster; a row may part from the reference where a value lies within float32 rounding of a tie. Of 30 720 rows of two models' layers, under five recipes, 8
         parted; a layer of 128 rows then had an error up to 4e-3 of itself larger or smaller, and an output error 2 % once in 222 random problems. Where losses do not fit float32 a layer is
         computed in float64 and its report says so; a factor whose pivots float32 would blur takes float64 products.
+    pad : True adds columns of zeros to a layer whose columns no group divides, as many as it lacks; only the dialect "mrgptq" stores such layers. False refuses them.
 
     Raises
     ------
@@ -70,6 +71,7 @@ class Recipe(Shown):
     activations: str | None = None
     activation_rule: str = "absmax"
     precision: str = "float64"
+    pad: bool = False
 
     def __post_init__(self) -> None:
         block_format(self.format)
@@ -99,6 +101,8 @@ class Recipe(Shown):
         choose(f"activations for {self.format}", self.activations, (None, self.format))
         resolve_scales(self.format, self.activation_rule, self.mx_rule, name="activation_rule")
         choose("precision", self.precision, PRECISIONS)
+        if not isinstance(self.pad, bool):
+            raise TypeError(f"pad is {self.pad!r}; it must be True or False")
 
     @classmethod
     def named(cls, name: str, format: str = "nvfp4", dialect: str = "compressed-tensors", activations: str | None = None) -> "Recipe":
@@ -128,6 +132,14 @@ class Recipe(Shown):
         rotated = format == "mxfp4" and activations is not None and (name == "best-online" or dialect == "fp_quant")
         searched = activations is not None and name == "best-online" and dialect != "fp_quant"
         return replace_checked(best, rotation=32 if rotated else None, activation_rule="mse" if searched else "absmax")
+
+    def fit(self, cols: int, name: str = "weight") -> tuple[int, Rotation]:
+        """(columns of zeros that are added, rotation) of a layer of so many columns; ValueError, by ``name``, where no group divides them and ``pad`` is False."""
+        group_size = block_format(self.format).group_size
+        if cols % group_size and not self.pad:
+            raise ValueError(f"{name} has {cols} columns; {self.format} needs a multiple of {group_size}, or zeros behind them: pad=True, --pad, which the dialect mrgptq stores")
+        padding = -cols % group_size
+        return padding, rotation_of(self.rotation, cols + padding)
 
     @property
     def resolved_mx_rule(self) -> str:
@@ -176,6 +188,8 @@ class Recipe(Shown):
             rows.append(("cross", self.cross))
         if self.output_hessian:
             rows.append(("output Hessian", self.output_hessian))
+        if self.pad:
+            rows.append(("pad", "columns of zeros where no group divides"))
         if self.tensor_scale != "absmax":
             rows.append(("tensor scale", self.tensor_scale))
         if self.activations:

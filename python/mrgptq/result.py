@@ -36,6 +36,7 @@ class LayerReport(Shown):
     cross : how far the target was moved towards the inputs that the layer will see and, where it writes into the residual stream, to what that has lost; 0 for not at all; see ``cross`` of
         quantize_layer.
     tokens : how many tokens the Hessian saw, None where it came as a plain array.
+    rotation : block size of the Hadamard rotation as used, None without one; smaller than the recipe's where that does not divide the columns. padding : columns of zeros that were added so that groups divide them.
     seconds : wall time of the layer, its share of a common factor not included.
     """
 
@@ -59,6 +60,8 @@ class LayerReport(Shown):
     output_damping: float | None = None
     cross: float = 0.0
     tokens: int | None = None
+    rotation: int | None = None
+    padding: int = 0
     seconds: float = 0.0
 
     @property
@@ -100,6 +103,8 @@ class LayerReport(Shown):
             rows.append(("output damping", self.output_damping))
         if self.cross:
             rows.append(("cross", self.cross))
+        if self.padding:
+            rows.append(("columns of zeros added", self.padding))
         rows += [("dead columns", self.dead_columns), ("fallback", self.fallback or "none")]
         if self.tokens is not None:
             rows.append(("tokens", self.tokens))
@@ -157,6 +162,7 @@ class QuantizedMatrix(Shown):
     recipe : the Recipe it was made by, None from plain ``quantize``.
     report : LayerReport, None for a matrix that was read from disk.
     clip_mask : (rows, cols) bool from the rule "quest": True where a value was not clipped; None from other rules.
+    padding : how many columns of zeros were added behind the matrix's own, so that groups divide them. ``shape`` leaves them out; codes, scales and clip_mask have them.
     """
 
     format: str
@@ -168,6 +174,7 @@ class QuantizedMatrix(Shown):
     recipe: Any = None
     report: LayerReport | None = None
     clip_mask: NDArray[np.bool_] | None = None
+    padding: int = 0
 
     def __post_init__(self) -> None:
         group = block_format(self.format).group_size
@@ -177,12 +184,14 @@ class QuantizedMatrix(Shown):
                 raise ValueError(f"{name} is {array.dtype} of shape {array.shape}; it must be a uint8 matrix")
         if self.scales.shape != (self.codes.shape[0], self.codes.shape[1] * 2 // group) or self.codes.shape[1] * 2 % group:
             raise ValueError(f"codes {self.codes.shape} and scales {self.scales.shape} do not fit: {self.format} has one scale for {group} columns, two columns a byte of codes")
-        self.rotation.check_columns(self.shape[1], "the matrix")
+        if not 0 <= self.padding < min(group, 2 * self.codes.shape[1]):
+            raise ValueError(f"padding is {self.padding}; of {2 * self.codes.shape[1]} columns in groups of {group} fewer than a group can be added")
+        self.rotation.check_columns(self.codes.shape[1] * 2, "the matrix")
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, cols) of the matrix."""
-        return (self.codes.shape[0], self.codes.shape[1] * 2)
+        return (self.codes.shape[0], self.codes.shape[1] * 2 - self.padding)
 
     @property
     def nbytes(self) -> int:
@@ -190,10 +199,20 @@ class QuantizedMatrix(Shown):
         return self.codes.nbytes + self.scales.nbytes + (4 if self.tensor_scale != 1 else 0)
 
     def dequantize(self, out: NDArray[np.float32] | None = None, *, unrotate: bool = False, threads: int | None = None) -> NDArray[np.float32]:
-        """The values as (rows, cols) float32, in the rotated basis, or with ``unrotate=True`` in the original one. ``out``: an array to write them into; new memory costs more than the values."""
-        values = np.empty(self.shape, dtype=np.float32) if out is None else as_output(out, self.shape)
+        """The values as (rows, cols) float32, in the rotated basis, or with ``unrotate=True`` in the original one. ``out``: an array to write them into; new memory costs more than the values.
+
+        In the rotated basis a block spreads over the columns that were added, so there the values are (rows, cols + padding).
+        """
+        rows, whole = self.codes.shape[0], self.codes.shape[1] * 2
+        cut = self.padding > 0 and (unrotate or self.rotation == Identity())
+        answer = np.empty(self.shape if cut else (rows, whole), dtype=np.float32) if out is None else as_output(out, self.shape if cut else (rows, whole))
+        values = np.empty((rows, whole), dtype=np.float32) if cut else answer
         _core.dequantize_into(*self.core_arrays(), values, as_threads(threads))
-        return self.rotation.apply_inverse(values, out=values, threads=threads) if unrotate and self.rotation != Identity() else values
+        if unrotate and self.rotation != Identity():
+            self.rotation.apply_inverse(values, out=values, threads=threads)
+        if cut:
+            answer[...] = values[:, : self.shape[1]]
+        return answer
 
     def core_arrays(self) -> tuple[str, NDArray[np.uint8], NDArray[np.uint8], float]:
         """What the core takes: format, codes, scales and tensor scale."""

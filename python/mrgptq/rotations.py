@@ -1,5 +1,6 @@
 """Rotations: orthogonal maps T on the columns of a matrix, under which x W^T = (x T) (W T)^T. All of them are block-diagonal."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -234,6 +235,8 @@ def rotate_hessian(rotation: Rotation, hessian: ArrayLike, *, threads: int | Non
     return as_symmetric(hessian, None, copy=False, threads=threads) if isinstance(rotation, Identity) else rotation.apply_hessian(hessian, threads=threads)
 
 
-def rotation_of(block_size: int | None) -> Rotation:
-    """:class:`Hadamard` of that block size, :class:`Identity` for None."""
-    return Identity() if block_size is None else Hadamard(block_size)
+def rotation_of(block_size: int | None, cols: int | None = None) -> Rotation:
+    """:class:`Hadamard` of that block size, :class:`Identity` for None. ``cols``: of the largest power of two in it that divides them."""
+    if block_size is None:
+        return Identity()
+    return Hadamard(block_size if cols is None else math.gcd(block_size, cols))

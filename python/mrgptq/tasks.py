@@ -5,20 +5,22 @@ import logging
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from numpy.typing import NDArray
 
 from .arrays import located
-from .checkpoint.hessians import read_hessian
+from .checkpoint.hessians import hessian_of, hessian_tensors
 from .checkpoint.partial_run import write_part
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.safetensors import SafetensorsFile, parse_json_object
+from .checkpoint.safetensors import SafetensorsFile, parse_json_object, write_file
 from .checkpoint.stored_tensor import StoredTensor
-from .gptq import OUTPUT_DAMPING
-from .layer import make_factor, quantize_layer, shared_tensor_scale
+from .gptq import OUTPUT_DAMPING, Hessian
+from .group import Moments, quantize_together
 from .recipe import Recipe
 from .result import Activations, LayerReport, QuantizedMatrix, layer_report
 from .rotations import rotation_of
@@ -33,14 +35,14 @@ class GroupTask:
     Attributes
     ----------
     model : the checkpoint. modules : names. recipe : Recipe. part : the file to write.
-    hessian : file of their inputs' Hessian, None where the recipe needs none. threads : of the worker; None is its default.
+    moments : file of what is known of them, as :func:`write_moments` or :func:`mrgptq.save_hessians` wrote it; None where the recipe needs nothing. threads : of the worker; None is its default.
     """
 
     model: Path
     modules: tuple[str, ...]
     recipe: Recipe
     part: Path
-    hessian: Path | None = None
+    moments: Path | None = None
     threads: int | None = None
 
 
@@ -48,19 +50,7 @@ def quantize_group(task: GroupTask) -> Path:
     """Carry a task out: its file, which appears whole. Done twice, even at once, it gives the same bytes."""
     reader = CheckpointReader(task.model)
     weights = {name: reader.tensor(f"{name}.weight") for name in task.modules}
-    with located(", ".join(f"{name}.weight" for name in weights)):
-        tensor_scale = shared_tensor_scale(list(weights.values()), task.recipe, threads=task.threads)
-    hessian = None if task.hessian is None else read_hessian(task.hessian)
-    factor = None
-    if hessian is not None and task.recipe.solver == "gptq":
-        with located(str(task.hessian)):
-            factor = make_factor(hessian, task.recipe, threads=task.threads)
-        hessian = None  # the factor has all that is needed of it
-    matrices = {}
-    for name, weight in weights.items():
-        with located(f"{name}.weight"):
-            matrices[name] = quantize_layer(weight, hessian, task.recipe, tensor_scale=tensor_scale, factor=factor, threads=task.threads)
-    write_matrices(task.part, matrices)
+    write_matrices(task.part, dict(quantize_together(weights, read_moments(task.moments) if task.moments else Moments(), task.recipe, threads=task.threads)))
     return task.part
 
 
@@ -77,21 +67,43 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
-def run_tasks(tasks: Sequence[GroupTask], executor: Executor | None, done: Callable[[GroupTask], None]) -> None:
-    """Carry tasks out, here or by an executor, in any order; ``done`` is called here after each. The first that fails ends the rest: what waits is cancelled, what runs is waited for."""
+def run_tasks(tasks: Iterable[GroupTask], executor: Executor | None, done: Callable[[GroupTask], None]) -> None:
+    """Carry tasks out, here or by an executor, which has each as soon as ``tasks`` yields it; ``done`` is called here after each, in any order. The first that fails ends the rest: what waits is cancelled, and no one looks at what still runs."""
     if executor is None:
         for task in tasks:
             quantize_group(task)
             done(task)
         return
-    futures: dict[Future[Path], GroupTask] = {executor.submit(quantize_group, task): task for task in tasks}
+    futures: dict[Future[Path], GroupTask] = {}
     try:
+        for task in tasks:
+            futures[executor.submit(quantize_group, task)] = task
         for future in as_completed(futures):
             future.result()
             done(futures[future])
     finally:
         for future in futures:
             future.cancel()
+
+
+def write_moments(path: Path, moments: Moments) -> None:
+    """Write what is known of layers for the task that will quantise them: a stored Hessian's file, and beside it all else, to the bit."""
+    tensors: dict[str, NDArray[Any]] = hessian_tensors(cast(Hessian, moments.hessian))
+    if moments.cross is not None:
+        tensors["cross"] = moments.cross
+    tensors |= {f"{name}.stream": stream for name, stream in moments.streams.items()}
+    tensors |= {f"{name}.output.{what}": tensor for name, hessian in moments.output_hessians.items() for what, tensor in hessian_tensors(hessian).items()}
+    write_file(path, tensors, {"activations": json.dumps(asdict(moments.activations))} if moments.activations else None)
+
+
+def read_moments(path: Path) -> Moments:
+    """What :func:`write_moments` wrote, or of a stored Hessian's file that alone; ValueError names the file."""
+    file = SafetensorsFile(path)
+    ending, output = ".stream", ".output.tokens"
+    streams = {name.removesuffix(ending): file.tensor(name).bits for name in file.names if name.endswith(ending)}
+    outputs = {name.removesuffix(output): hessian_of(file, name.removesuffix("tokens")) for name in file.names if name.endswith(output)}
+    activations = Activations(**json.loads(file.metadata["activations"])) if "activations" in file.metadata else None
+    return Moments(hessian_of(file), file.tensor("cross").bits if "cross" in file else None, streams, outputs, activations)
 
 
 def write_matrices(part: Path, matrices: Mapping[str, QuantizedMatrix]) -> None:
@@ -101,7 +113,7 @@ def write_matrices(part: Path, matrices: Mapping[str, QuantizedMatrix]) -> None:
     for name, matrix in matrices.items():
         tensors[f"{name}.codes"], tensors[f"{name}.scales"] = StoredTensor.from_bits("U8", matrix.codes), StoredTensor.from_bits("U8", matrix.scales)
         activations = None if matrix.activations is None else asdict(matrix.activations)
-        layers[name] = {"format": matrix.format, "tensor_scale": matrix.tensor_scale, "rotation": matrix.rotation.block_size, "activations": activations, "report": layer_report(matrix).as_dict()}
+        layers[name] = {"format": matrix.format, "tensor_scale": matrix.tensor_scale, "rotation": matrix.rotation.block_size, "padding": matrix.padding, "activations": activations, "report": layer_report(matrix).as_dict()}
     write_part(part, tensors, {"layers": json.dumps(layers, ensure_ascii=False)})
 
 
@@ -112,7 +124,7 @@ def read_matrices(part: Path, recipe: Recipe) -> Iterator[tuple[str, QuantizedMa
         with located(str(part)):
             codes, scales = (file.tensor(f"{name}.{what}").bits for what in ("codes", "scales"))
             activations = None if layer["activations"] is None else Activations(**layer["activations"])
-            yield name, QuantizedMatrix(layer["format"], codes, scales, layer["tensor_scale"], rotation_of(layer["rotation"]), activations, recipe, LayerReport.from_dict(layer["report"]))
+            yield name, QuantizedMatrix(layer["format"], codes, scales, layer["tensor_scale"], rotation_of(layer["rotation"]), activations, recipe, LayerReport.from_dict(layer["report"]), padding=layer["padding"])
 
 
 def log_report(name: str, report: LayerReport, recipe: Recipe) -> None:

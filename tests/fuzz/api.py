@@ -289,7 +289,7 @@ def quantize_layer(rng):
     assert np.isfinite(values).all(), "a value is not finite"
     assert bytes_of(q) == bytes_of(mg.quantize_layer(given, h, recipe, **options, threads=3)), "threads reach the bytes"
     if recipe.solver == "rtn" and recipe.tensor_scale == "absmax" and recipe.resolved_scales[0] == "absmax":
-        plain = mg.quantize(given, format, mx_rule=recipe.resolved_scales[1], tensor_scale=options["tensor_scale"], rotation=None if recipe.rotation is None else mg.Hadamard(recipe.rotation), dtype=dtype)
+        plain = mg.quantize(given, format, mx_rule=recipe.resolved_scales[1], tensor_scale=options["tensor_scale"], rotation=None if recipe.rotation is None else recipe.fit(shape[1])[1], dtype=dtype)
         assert bytes_of(plain) == bytes_of(q), "rounding is not mg.quantize"
 
 

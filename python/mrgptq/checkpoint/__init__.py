@@ -23,7 +23,7 @@ from .stored_tensor import StoredTensor
 from .writer import CheckpointWriter
 
 DIALECTS = {dialect.QUANT_METHOD: dialect for dialect in (compressed_tensors, fp_quant, own)}
-_Quantised = dict[str, tuple[Scheme, Recipe | None, LayerReport | None]]
+_Quantised = dict[str, tuple[Scheme, int | None, Recipe | None, LayerReport | None]]
 _NUMPY_NAMES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64", "C64"}
 
 
@@ -63,8 +63,9 @@ def save(
     """
     target = dialect_named(dialect)
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    if isinstance(tensors, Mapping):
-        target.check(common_scheme(_quantized(tensors)))
+    common = common_scheme(_quantized(tensors)) if isinstance(tensors, Mapping) else None
+    if common is not None:
+        target.check(common)
     kept: list[tuple[str, tuple[int, ...]]] = []
     quantised: _Quantised = {}
     with CheckpointWriter(path, max_shard_bytes, build_in) as writer:
@@ -78,19 +79,37 @@ def save(
             module = name.removesuffix(".weight")
             if module == name:
                 raise ValueError(f"the QuantizedMatrix {shown(name)} must be called <module>.weight")
-            for part, tensor in target.encode(module, value).items():
+            own = common or Scheme.of_matrix(value)
+            check_layer(target, module, value.padding, value.rotation.block_size, own.rotation)
+            for part, tensor in target.encode(module, value, own.rotation).items():
                 writer.add(part, tensor)
             # Only what the record needs is kept: the codes may be large and are on their way to the disk.
-            quantised[module] = (Scheme.of_matrix(value), value.recipe, value.report)
+            quantised[module] = (own, value.rotation.block_size, value.recipe, value.report)
         scheme = _one_scheme(quantised)
         target.check(scheme)
         ignore = _unquantised_linears(kept)
-        recipe = next(iter(quantised.values()))[1]
-        writer.write_json("config.json", {**target.model_config(config or {}), "quantization_config": target.config(scheme, ignore)})
+        recipe = next(iter(quantised.values()))[2]
+        rotations = {module: size for module, (_, size, _, _) in quantised.items() if size != scheme.rotation}
+        writer.write_json("config.json", {**target.model_config(config or {}), "quantization_config": target.config(scheme, ignore, rotations)})
         writer.write_json(RECORD_NAME, _record(quantised, recipe, dialect))
-        writer.write_text("README.md", model_card(scheme, dialect, target.loaders(scheme), recipe, _title(config or {})))
+        writer.write_text("README.md", model_card(scheme, dialect, loaders(dialect, scheme, quantised), recipe, _title(config or {})))
         for file in side_files:
             writer.copy(file)
+
+
+def check_layer(dialect: ModuleType, module: str, padding: int, rotation: int | None, asked: int | None) -> None:
+    """ValueError for what a dialect cannot store of one layer: columns of zeros, a rotation of another block size than the other layers'."""
+    if padding and not dialect.PADS:
+        raise ValueError(f'{module} has {padding} columns of zeros behind its own; {dialect.QUANT_METHOD} cannot say so: leave the layer out with ignore, or use the dialect "mrgptq"')
+    if rotation != asked and not dialect.ROTATES_BY_LAYER:
+        raise ValueError(f"{module} has columns that a rotation of block size {asked} does not divide, {rotation} does; {dialect.QUANT_METHOD} stores one block size for all layers: ask for rotation {rotation}")
+
+
+def loaders(dialect: str, scheme: Scheme, modules: Iterable[str]) -> str:
+    """What reads a checkpoint of these quantised modules, and what reads it wrongly, in sentences."""
+    target = dialect_named(dialect)
+    experts = any(".experts." in module for module in modules)
+    return " ".join(filter(None, (target.loaders(scheme), target.EXPERTS if experts else "")))
 
 
 def _title(config: Mapping[str, Any]) -> str:
@@ -104,7 +123,7 @@ def _quantized(tensors: Mapping[str, Any]) -> dict[str, QuantizedMatrix]:
 
 
 def _one_scheme(quantised: _Quantised) -> Scheme:
-    schemes = {scheme: module for module, (scheme, _, _) in reversed(quantised.items())}
+    schemes = {scheme: module for module, (scheme, _, _, _) in reversed(quantised.items())}
     if len(schemes) > 1:
         raise ValueError("one checkpoint holds layers of one kind, but " + " and ".join(f"{module} is {scheme.label}" for scheme, module in list(schemes.items())[:2]))
     if not schemes:
@@ -120,7 +139,7 @@ def _unquantised_linears(kept: list[tuple[str, tuple[int, ...]]]) -> list[str]:
 
 def _record(quantised: _Quantised, recipe: Recipe | None, dialect: str) -> dict[str, Any]:
     # Without the seconds, which no two runs share: the same run gives the same bytes.
-    layers = {module: {name: value for name, value in report.as_dict().items() if name != "seconds"} for module, (_, _, report) in quantised.items() if report is not None}
+    layers = {module: {name: value for name, value in report.as_dict().items() if name != "seconds"} for module, (_, _, _, report) in quantised.items() if report is not None}
     return {"mrgptq": version("mrgptq"), "dialect": dialect, "recipe": recipe.as_dict() if recipe is not None else None, "layers": layers}
 
 

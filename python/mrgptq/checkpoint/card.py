@@ -47,10 +47,11 @@ def model_card(scheme: Scheme, dialect: str, loaders: str, recipe: Recipe | None
 
 
 def error_table(layers: Mapping[str, Mapping[str, object]]) -> str:
-    """The layers of a record ({module: report fields}) as aligned text, one line a layer; the error by outputs only where a layer has one."""
+    """The layers of a record ({module: report fields}) as aligned text, one line a layer; the error by outputs, rotation and padding only where layers differ in them."""
     weighted = any(report.get("output_error") is not None for report in layers.values())
-    columns = ["method", "rows", "cols", "rounded_error", "relative_error", *(["rounded_output_error", "output_error"] if weighted else []), "rounds", "weight_error", "damping", "dead_columns", "fallback"]
-    titles = {"rounded_error": "rounded", "relative_error": "rel. error", "rounded_output_error": "by outputs: rounded", "output_error": "error", "weight_error": "weight error", "dead_columns": "dead"}
+    fits = [name for name in ("rotation", "padding") if len({report.get(name) or 0 for report in layers.values()}) > 1]
+    columns = ["method", "rows", "cols", *fits, "rounded_error", "relative_error", *(["rounded_output_error", "output_error"] if weighted else []), "rounds", "weight_error", "damping", "dead_columns", "fallback"]
+    titles = {"rounded_error": "rounded", "relative_error": "rel. error", "rounded_output_error": "by outputs: rounded", "output_error": "error", "weight_error": "weight error", "dead_columns": "dead", "rotation": "Hadamard"}
     rows: list[tuple[str, ...]] = [("layer", *(titles.get(column, column) for column in columns))]
     for name, report in layers.items():
         damped = cast(Sequence[float], report.get("damped_errors") or ())

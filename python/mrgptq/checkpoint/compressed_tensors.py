@@ -11,6 +11,7 @@ import numpy as np
 
 from ..arrays import located
 from ..formats import block_format
+from ..modules import as_pattern
 from ..result import Activations, QuantizedMatrix
 from ..rotations import rotation_of
 from .fields import stored_matrix, stored_number, stored_scales, table
@@ -21,6 +22,10 @@ from .stored_tensor import StoredTensor
 QUANT_METHOD = "compressed-tensors"
 _LIBRARY_VERSION = "0.20.0"  # whose loader these files were tried with
 _TRANSFORM = "v"  # the input-side rotation's conventional name; its online matrix is stored as <module>.v_input.weight
+ROTATES_BY_LAYER, PADS = True, False
+EXPERTS = (
+    "Experts' layers are packed one by one, as vLLM and SGLang read them (not tried here). transformers, which puts experts together, leaves them as they were initialised, without an error, and answers nonsense."
+)
 _FORMAT_NAMES = {"nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}
 
 
@@ -37,8 +42,8 @@ def check(scheme: Scheme) -> None:
         raise ValueError(f'compressed-tensors rounds MXFP4 activations by "even"; the recipe asks for "{scheme.activation_mx_rule}", which it cannot say')
 
 
-def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
-    """A QuantizedMatrix as the tensors that are stored for ``module``."""
+def encode(module: str, matrix: QuantizedMatrix, rotation: int | None) -> dict[str, StoredTensor]:
+    """A QuantizedMatrix as the tensors that are stored for ``module`` of a checkpoint whose rotation is of that block size."""
     tensors = {f"{module}.weight_packed": StoredTensor.from_bits("U8", matrix.codes)}
     if matrix.format == "nvfp4":
         tensors[f"{module}.weight_scale"] = StoredTensor.from_bits("F8_E4M3", matrix.scales)
@@ -49,9 +54,14 @@ def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
             tensors[f"{module}.input_global_scale"] = StoredTensor.of(np.array([matrix.activations.tensor_scale], dtype=np.float32))
     else:
         tensors[f"{module}.weight_scale"] = StoredTensor.from_bits("U8", matrix.scales)  # as U8: the loader casts F8_E8M0 by value, to zeros
-    if matrix.rotation.block_size:
-        tensors[f"{module}.{_TRANSFORM}_input.weight"] = _online_matrix(matrix.rotation.block_size)
+    if k := matrix.rotation.block_size:
+        tensors[f"{module}.{_TRANSFORM if k == rotation else _transform(k)}_input.weight"] = _online_matrix(k)
     return tensors
+
+
+def _transform(k: int) -> str:
+    """What the transform is called of layers that have another block size than the rest."""
+    return f"{_TRANSFORM}{k}"
 
 
 def _online_matrix(k: int) -> StoredTensor:
@@ -62,8 +72,8 @@ def _online_matrix(k: int) -> StoredTensor:
     return StoredTensor.from_bits("BF16", (matrix.view(np.uint32) >> 16).astype(np.uint16))
 
 
-def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
+def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int]) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are, ``rotations`` the block sizes of those that have another than the scheme's."""
     weights: dict[str, object] = {
         "num_bits": 4,
         "type": "float",
@@ -94,7 +104,7 @@ def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "sparsity_config": {},
-        "transform_config": _transform_config(scheme.rotation, ignore) if scheme.rotation else {},
+        "transform_config": _transform_config(scheme.rotation, ignore, rotations) if scheme.rotation else {},
         "ignore": ignore,
         "config_groups": {"group_0": group},
     }
@@ -109,9 +119,15 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return parts | dict.fromkeys(keys, "bfloat16")
 
 
-def _transform_config(k: int, ignore: list[str]) -> dict[str, Any]:
-    apply = [{"targets": ["Linear"], "location": location, "inverse": inverse, "ignore": ignore} for location, inverse in (("input", False), ("weight_input", True))]
-    return {"config_groups": {_TRANSFORM: {"type": "hadamard", "randomize": False, "requires_grad": False, "head_dim": k, "precision": "torch.bfloat16", "apply": apply}}}
+def _transform_config(k: int, ignore: list[str], rotations: Mapping[str, int]) -> dict[str, Any]:
+    def group(k: int, targets: list[str], ignore: list[str]) -> dict[str, Any]:
+        apply = [{"targets": targets, "location": location, "inverse": inverse, "ignore": ignore} for location, inverse in (("input", False), ("weight_input", True))]
+        return {"type": "hadamard", "randomize": False, "requires_grad": False, "head_dim": k, "precision": "torch.bfloat16", "apply": apply}
+
+    groups = {_TRANSFORM: group(k, ["Linear"], [*ignore, *rotations])}
+    for size in sorted(set(rotations.values()), reverse=True):
+        groups[_transform(size)] = group(size, [module for module, other in rotations.items() if other == size], ignore)
+    return {"config_groups": groups}
 
 
 def modules(names: Iterable[str]) -> list[str]:
@@ -121,7 +137,8 @@ def modules(names: Iterable[str]) -> list[str]:
 
 def parts(module: str) -> list[str]:
     """Names of all tensors that ``module`` may have in this dialect."""
-    return [f"{module}.{part}" for part in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", f"{_TRANSFORM}_input.weight")]
+    transforms = [_TRANSFORM, *(_transform(1 << exponent) for exponent in range(1, 16))]
+    return [f"{module}.{part}" for part in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", *(f"{transform}_input.weight" for transform in transforms))]
 
 
 def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[str, Any]) -> QuantizedMatrix:
@@ -139,7 +156,7 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
     activations = None
     if group.get("input_activations"):
         activations = Activations(format, "even", stored_number(reader, f"{module}.input_global_scale") if format == "nvfp4" else None)
-    block_size = _rotation(quantization_config, where)
+    block_size = _rotation(quantization_config, module, where)
     with located(where):
         return QuantizedMatrix(format, codes, scales, divisor, rotation_of(block_size), activations)
 
@@ -151,18 +168,29 @@ def _group_of(quantization_config: Mapping[str, Any], where: str) -> Mapping[str
     return table(groups[0], where, "its config_group")
 
 
-def _rotation(quantization_config: Mapping[str, Any], where: str) -> int | None:
-    """Block size of the rotation, None without; anything but a plain Hadamard on the input side is refused."""
+def _rotation(quantization_config: Mapping[str, Any], module: str, where: str) -> int | None:
+    """Block size of the module's rotation, None without; anything but a plain Hadamard on the input side is refused."""
     transforms = table(quantization_config.get("transform_config"), where, "transform_config")
     groups = [table(group, where, "a group of transform_config") for group in table(transforms.get("config_groups"), where, "config_groups of transform_config").values()]
-    if not groups:
-        return None
-    apply = groups[0].get("apply")
-    locations = [part.get("location") for part in apply if isinstance(part, Mapping)] if isinstance(apply, list) and len(apply) == 2 else []
-    on_input = locations in (["input", "weight_input"], ["weight_input", "input"])
-    if len(groups) > 1 or groups[0].get("type") != "hadamard" or groups[0].get("randomize") or not groups[0].get("head_dim") or not on_input:
-        raise ValueError(f"{where}: transform_config is not one plain Hadamard of a given head_dim on the input side; other transforms are not read")
-    return groups[0]["head_dim"]
+    sizes = []
+    for group in groups:
+        apply = group.get("apply")
+        parts = [part for part in apply if isinstance(part, Mapping)] if isinstance(apply, list) and len(apply) == 2 else []
+        on_input = [part.get("location") for part in parts] in (["input", "weight_input"], ["weight_input", "input"])
+        if group.get("type") != "hadamard" or group.get("randomize") or not group.get("head_dim") or not on_input:
+            raise ValueError(f"{where}: transform_config is not a plain Hadamard of a given head_dim on the input side; other transforms are not read")
+        if all(_matches(part.get("targets"), module, where) and not _matches(part.get("ignore") or [], module, where) for part in parts):
+            sizes.append(group["head_dim"])
+    if len(sizes) > 1:
+        raise ValueError(f"{where} has {len(sizes)} transforms in transform_config; at most one rotation of a layer is read")
+    return sizes[0] if sizes else None
+
+
+def _matches(patterns: Any, module: str, where: str) -> bool:
+    """Whether a list of the library's targets names a linear module: by its name, by a regular expression behind "re:", or as Linear."""
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{where}: transform_config has the targets {short_repr(patterns)}; they must be a list of names")
+    return any(pattern in ("Linear", module) or (pattern.startswith("re:") and as_pattern(pattern[3:], "a target of transform_config").match(module)) for pattern in patterns)
 
 
 def loaders(scheme: Scheme) -> str:

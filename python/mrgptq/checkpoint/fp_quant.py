@@ -18,6 +18,8 @@ from .scheme import Scheme
 from .stored_tensor import StoredTensor
 
 QUANT_METHOD = "fp_quant"
+ROTATES_BY_LAYER, PADS = False, False
+EXPERTS = "Experts' layers are packed one by one; neither transformers nor vLLM runs experts in this dialect."
 _BLOCK_SIZES = {"nvfp4": (16, 32, 64, 128), "mxfp4": (32, 64, 128)}
 _PARTS = ("qweight", "scales", "weight_global_scale", "act_global_scale", "forward_hadamard_matrix", "backward_hadamard_matrix")
 
@@ -50,8 +52,8 @@ def _online_matrix(format: str, rotation: int | None) -> StoredTensor:
     return StoredTensor.from_bits("BF16", ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16))
 
 
-def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
-    """A QuantizedMatrix as the tensors that are stored for ``module``."""
+def encode(module: str, matrix: QuantizedMatrix, rotation: int | None) -> dict[str, StoredTensor]:
+    """A QuantizedMatrix as the tensors that are stored for ``module``; ``rotation``, the checkpoint's, is its own."""
     activation_scale = 3.0 if matrix.format == "mxfp4" or matrix.activations is None else matrix.activations.tensor_scale
     if activation_scale is None:
         raise ValueError(f"{module} is W4A4 NVFP4, but its activations have no tensor_scale: calibrate it first, loaders need it")
@@ -72,8 +74,8 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
+def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int]) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are. ``rotations`` is empty: one block size is all layers'."""
     return {
         "quant_method": QUANT_METHOD,
         "forward_dtype": scheme.format,

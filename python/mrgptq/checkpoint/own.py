@@ -21,18 +21,22 @@ from .scheme import Scheme
 from .stored_tensor import StoredTensor
 
 QUANT_METHOD = "mrgptq"
-_PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+ROTATES_BY_LAYER, PADS = True, True
+EXPERTS = ""
+_PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", "weight_shape")
 
 
 def check(scheme: Scheme) -> None:
     """Every scheme can be stored."""
 
 
-def encode(module: str, matrix: QuantizedMatrix) -> dict[str, StoredTensor]:
-    """A QuantizedMatrix as the tensors that are stored for ``module``; the divisor lies beside MXFP4 too."""
-    tensors = compressed_tensors.encode(module, matrix)
-    divisor = {f"{module}.weight_global_scale": StoredTensor.of(np.array([matrix.tensor_scale], dtype=np.float32))}
-    return {name: tensor for name, tensor in (tensors | divisor).items() if not name.endswith("v_input.weight")}
+def encode(module: str, matrix: QuantizedMatrix, rotation: int | None) -> dict[str, StoredTensor]:
+    """A QuantizedMatrix as the tensors that are stored for ``module``, whatever the checkpoint's rotation: the divisor lies beside MXFP4 too, and the shape beside a padded layer."""
+    tensors = compressed_tensors.encode(module, matrix, rotation)
+    tensors[f"{module}.weight_global_scale"] = StoredTensor.of(np.array([matrix.tensor_scale], dtype=np.float32))
+    if matrix.padding:
+        tensors[f"{module}.weight_shape"] = StoredTensor.of(np.array(matrix.shape, dtype=np.int64))
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("_input.weight")}
 
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,10 +44,11 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are."""
+def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int]) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are, ``rotations`` the block sizes of those that have another than the scheme's."""
     activations = {"format": scheme.activations, "rule": scheme.activation_rule, "mx_rule": scheme.activation_mx_rule} if scheme.activations else None
-    return {"quant_method": QUANT_METHOD, "format": scheme.format, "group_size": scheme.group_size, "mx_rule": scheme.mx_rule, "hadamard_block_size": scheme.rotation, "activations": activations, "ignore": ignore}
+    smaller = {"hadamard_block_sizes": dict(rotations)} if rotations else {}
+    return {"quant_method": QUANT_METHOD, "format": scheme.format, "group_size": scheme.group_size, "mx_rule": scheme.mx_rule, "hadamard_block_size": scheme.rotation, **smaller, "activations": activations, "ignore": ignore}
 
 
 def modules(names: Iterable[str]) -> list[str]:
@@ -78,7 +83,21 @@ def decode(reader: CheckpointReader, module: str, quantization_config: Mapping[s
             tensor_scale = stored_number(reader, f"{module}.input_global_scale") if stored.get("format") == "nvfp4" else None
             mx_rule, rule = (cast(str, stored.get(key)) for key in ("mx_rule", "rule"))  # Activations refuses what is missing
             activations = Activations(format, mx_rule, tensor_scale, rule)
-        return QuantizedMatrix(format, codes, scales, divisor, rotation_of(quantization_config.get("hadamard_block_size")), activations)
+        sizes = table(quantization_config.get("hadamard_block_sizes"), where, "hadamard_block_sizes")
+        rotation = rotation_of(sizes.get(module, quantization_config.get("hadamard_block_size")))
+        return QuantizedMatrix(format, codes, scales, divisor, rotation, activations, padding=_padding(reader, module, codes.shape))
+
+
+def _padding(reader: CheckpointReader, module: str, packed: tuple[int, ...]) -> int:
+    """How many columns of the codes are zeros behind the layer's own."""
+    name = f"{module}.weight_shape"
+    if name not in reader:
+        return 0
+    stored = reader.tensor(name)
+    shape = stored.bits.tolist() if stored.dtype == "I64" and stored.shape == (2,) else None
+    if shape is None or shape[0] != packed[0] or not 0 < shape[1] <= 2 * packed[1]:
+        raise ValueError(f"{reader.path}: {name} is {shape or f'{stored.dtype} of shape {stored.shape}'}; it must be the I64 rows and columns of a layer whose codes are {packed[0]} x {2 * packed[1]}")
+    return 2 * packed[1] - shape[1]
 
 
 def loaders(scheme: Scheme) -> str:

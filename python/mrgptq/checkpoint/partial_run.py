@@ -21,6 +21,7 @@ _MANIFEST = "manifest.json"
 _ASSEMBLING = "assembling.json"  # its name from when all parts are done: what then lies at OUT is the run's own
 _LOCK = "lock"
 _BUILDING = "result"
+_SCRATCH = ".scratch"
 
 
 class PartialRun:
@@ -69,8 +70,8 @@ class PartialRun:
                 os.replace(name, manifest)
                 sync_folder(self.folder)
                 sync_folder(self.folder.parent)
-            for left in self.folder.glob("*.tmp-*"):
-                left.unlink()
+            self._sweep("*.tmp-*")
+            self._sweep(f"*{_SCRATCH}")
         except BaseException as error:
             if not isinstance(error, BlockingIOError):
                 self._remove_if_empty()
@@ -85,9 +86,10 @@ class PartialRun:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.name not in (_MANIFEST, _ASSEMBLING):
-                    path.unlink()
+                    path.unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
+            self._sweep(f"*{_SCRATCH}")
             self._remove_if_empty()
             if self.folder.is_dir():
                 error.add_note(f"what is done is kept in {self.folder}{self._prospect(error)}")
@@ -96,6 +98,10 @@ class PartialRun:
     def part(self, name: str) -> Path:
         """Where a part is or will be."""
         return self.folder / f"{name}.safetensors"
+
+    def scratch(self, name: str) -> Path:
+        """A new place for a file that this run alone needs, for its workers: no other goes on from it, and tasks of an earlier one that are still at work do not take it for theirs."""
+        return self.folder / f"{name}-{secrets.token_hex(4)}{_SCRATCH}"
 
     def has(self, name: str) -> bool:
         """Whether it is done."""
@@ -129,6 +135,10 @@ class PartialRun:
             what, was, now = difference
             return f", but meanwhile {what} has changed from {was} to {now}: remove that folder to begin anew"
         return "; remove that folder to begin anew" if isinstance(error, (ValueError, TypeError)) else ": the same command goes on from there"
+
+    def _sweep(self, pattern: str) -> None:
+        for left in self.folder.glob(pattern):
+            left.unlink(missing_ok=True)
 
     def _remove_if_empty(self) -> None:
         if not any(self.folder.glob("*.safetensors")):

@@ -1,7 +1,7 @@
 """What the quantised layers of one checkpoint have in common, as its configuration has to say it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from ..arrays import choose
@@ -13,7 +13,8 @@ from ..rotations import Dense
 
 @dataclass(frozen=True)
 class Scheme:
-    """Format, rotation block size (None: none) and activation format (None: W4A16) of a checkpoint's layers, the MX rules of both and how activation scales are found."""
+    """Format, rotation block size (None: none) and activation format (None: W4A16) of a checkpoint's layers, the MX rules of both and how activation scales are found. Layers whose columns the rotation does not divide have
+    a smaller one."""
 
     format: str
     rotation: int | None
@@ -38,7 +39,7 @@ class Scheme:
         four_thirds = matrix.format == "mxfp4" and matrix.tensor_scale == 3
         return cls(
             matrix.format,
-            matrix.rotation.block_size,
+            matrix.recipe.rotation if matrix.recipe is not None else matrix.rotation.block_size,
             activations.format if activations else None,
             "four-thirds" if four_thirds else "even",
             activations.mx_rule if activations else "even",
@@ -66,12 +67,14 @@ class Scheme:
 
 
 def common_scheme(matrices: Mapping[str, QuantizedMatrix]) -> Scheme:
-    """The Scheme that all of a mapping's QuantizedMatrix share; ValueError names the first that differs."""
+    """The Scheme that all of a mapping's QuantizedMatrix share, the largest of their rotations in it; ValueError names the first that differs."""
     first_name, scheme = None, None
     for name, matrix in matrices.items():
         own = Scheme.of_matrix(matrix)
         if scheme is None:
             first_name, scheme = name, own
+        elif scheme.rotation and own.rotation and replace(own, rotation=scheme.rotation) == scheme:
+            scheme = replace(scheme, rotation=max(scheme.rotation, own.rotation))
         elif own != scheme:
             raise ValueError(f"{name} is {own.label}, but {first_name} is {scheme.label}; one checkpoint holds layers of one kind")
     if scheme is None:

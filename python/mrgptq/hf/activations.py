@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch.utils.hooks import RemovableHandle
 
 from ..activations import round_activations
+from ..arrays import pad_columns
+from ..formats import block_format
 from ..result import Activations
 from ..rotations import Rotation
 from .shared import SharedInput
@@ -23,12 +25,15 @@ def to_numpy(x: torch.Tensor) -> tuple[NDArray[Any], str | None]:
 
 
 def rounded(x: torch.Tensor, activations: Activations, rotation: Rotation) -> torch.Tensor:
-    """``x`` (..., cols) as the layer sees it: x T rounded to the grid, times T^-1; a tensor of x's dtype and device. The tensor scale, where unknown, comes from amax(x T)."""
+    """``x`` (..., cols) as the layer sees it: x T rounded to the grid, times T^-1; a tensor of x's dtype and device. The tensor scale, where unknown, comes from amax(x T). Where no group divides the columns zeros are
+    behind them meanwhile."""
     values, dtype = to_numpy(x)
+    cols = values.shape[-1]
+    values = pad_columns(values, -cols % block_format(activations.format).group_size)
     values = round_activations(values, activations.format, rule=activations.rule, mx_rule=activations.mx_rule, tensor_scale=activations.tensor_scale, rotation=rotation, dtype=dtype)
     if rotation.block_size:
         rotation.apply_inverse(values, out=values)
-    return torch.from_numpy(values).to(device=x.device, dtype=x.dtype)
+    return torch.from_numpy(np.ascontiguousarray(values[..., :cols])).to(device=x.device, dtype=x.dtype)
 
 
 def round_inputs(modules: Iterable[torch.nn.Module], activations: Activations, rotation: Rotation, shared: SharedInput | None = None) -> list[RemovableHandle]:

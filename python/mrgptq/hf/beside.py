@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .blocks import Kwargs, removing, run_block, take_place
+from .experts import Experts
 
 Group = tuple[str, ...]  # modules that share an input
 
@@ -51,7 +52,8 @@ def observe_both(
 ) -> Apart:
     """Pass every batch through a block and through its original.
 
-    The original's outputs take the place of its inputs, for the next block; the block's own inputs stay, since its weights are still to change.
+    The original's outputs take the place of its inputs, for the next block; the block's own inputs stay, since its weights are still to change. Where they route tokens to experts each routes its own; what the
+    original's expert would have read of the tokens that the block sends to its own is had by sending them there, too.
     """
     paths = {module: path for path, module in block.named_modules()}
     first, last = stream_writers(original, original_hidden[-1], kwargs)
@@ -61,6 +63,7 @@ def observe_both(
     streams = {name: torch.zeros(named[name].out_features, named[name].in_features, dtype=torch.float64, device=device) for name in writers}
     asked: dict[Group, torch.Tensor] = {}  # inputs of the original's layers
     seen: dict[Group, torch.Tensor] = {}  # inputs of the block's own
+    routed: dict[str, list[tuple[torch.Tensor, ...]]] = {path: [] for path, module in block.named_modules() if isinstance(module, Experts)}  # the original's inputs, then the block's own
     meant: dict[str, torch.Tensor] = {}  # outputs of the original's writers
     added: dict[str, torch.Tensor] = {}  # outputs of the block's own
 
@@ -76,7 +79,14 @@ def observe_both(
 
         return hook
 
-    handles = [original.get_submodule(paths[named[group[0]]]).register_forward_pre_hook(keep_input(group, asked)) for group in groups]
+    def keep_routes(path: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            routed[path].append(args)
+
+        return hook
+
+    handles = [part.get_submodule(path).register_forward_pre_hook(keep_routes(path)) for part in (original, block) for path in routed]
+    handles += [original.get_submodule(paths[named[group[0]]]).register_forward_pre_hook(keep_input(group, asked)) for group in groups]
     # Before the hooks that round: they hand a module other inputs than it was given.
     handles += [named[group[0]].register_forward_pre_hook(keep_input(group, seen), prepend=True) for group in groups]
     handles += [original.get_submodule(path).register_forward_hook(keep_output(name, meant)) for name, path in writers.items()]
@@ -85,10 +95,14 @@ def observe_both(
         for i, batch in enumerate(hidden):
             before = original_hidden[i]
             answer, after = run_block(original, before, kwargs), run_block(block, batch, kwargs)
+            for path, (own, block_own) in list(routed.items()):
+                original.get_submodule(path)(own[0], *block_own[1:])
+                routed[path].clear()
             for group in asked.keys() & seen.keys():  # some may never see an input
                 crosses[group] += asked[group].T @ seen[group]
                 for name in writers.keys() & group:
                     apart = before - batch if writers[name] == first else (answer - meant[name]) - (after - added[name])
                     streams[name] += apart.flatten(0, -2).T @ seen[group]
+            seen.clear()  # or what an expert saw of one batch would meet another's, which the block sends elsewhere
             original_hidden[i] = take_place(before, answer)
     return Apart(crosses, streams)

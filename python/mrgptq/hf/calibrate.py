@@ -1,8 +1,8 @@
 """Calibration block by block: each block is quantised under the inputs it gets from the quantised blocks before it."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -11,14 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.hooks import RemovableHandle
 
-from ..arrays import located
+from ..arrays import located, pad_columns
 from ..codecs import nvfp4_tensor_scale
 from ..gptq import Hessian, backward_passes
-from ..layer import activations_of, make_factor, quantize_layer, shared_tensor_scale
+from ..group import Moments, quantize_together
+from ..layer import activations_of
 from ..modules import fused_groups
 from ..recipe import Recipe
 from ..result import Activations, QuantizedMatrix
-from ..rotations import rotation_of
+from ..rotations import Rotation
 from .activations import round_inputs, to_numpy
 from .beside import Apart, Group, observe_both
 from .blocks import BlockSource, Kwargs, give_back_memory, passing_by, removing, run_block, take_place
@@ -61,6 +62,7 @@ def calibrate(
     progress: Callable[[str, int, int], None] | None = None,
     ledger: Ledger | None = None,
     source: BlockSource | None = None,
+    elsewhere: Callable[[Iterable[tuple[Group, Moments]]], None] | None = None,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """Quantise a decoder's linear layers in order, and the model with them.
 
@@ -80,10 +82,11 @@ def calibrate(
     progress : called as progress(stage, done, total): "gradients" counts the windows of a backward pass, "quantise" the modules.
     ledger : where to go on from what an earlier call with the same arguments has done, and to keep what this one does.
     source : where the blocks get their numbers; None where the model holds them all.
+    elsewhere : quantises a block's groups of layers under what is known of them, which it takes one by one, and returns when the ledger, which it needs, has all of them. None quantises them here, one after the other.
 
     Yields
     ------
-    (module name, QuantizedMatrix), block by block, without those that the ledger has. NVFP4 tensor scales, and activation scales, are equal within q/k/v and within gate/up.
+    (module name, QuantizedMatrix), block by block, without those that the ledger has, by whomever. NVFP4 tensor scales, and activation scales, are equal within q/k/v and within gate/up.
 
     Raises
     ------
@@ -128,17 +131,21 @@ def calibrate(
             hessians, activations, apart = _observe(block, groups, named, hidden, block_kwargs[index], recipe, threads, original, original_hidden)
             del original
             give_back_memory()
+            known = partial(_take, hessians=hessians, apart=apart, output_hessians=output_hessians, activations=activations)
+            if elsewhere:
+                elsewhere((group, known(group)) for group in groups if cast(Ledger, ledger).matrix(group[0]) is None)
             for group in groups:
                 if ledger and _take_over(group, named, ledger, recipe, threads):
-                    hessians.pop(group)
                     continue
-                for name, matrix in _quantize_group(group, named, hessians.pop(group), apart, output_hessians, activations.get(group), recipe, threads):
+                for name, matrix in quantize_together({name: to_numpy(named[name].weight)[0] for name in group}, known(group), recipe, threads=threads):
+                    _replace_weight(named[name], matrix, threads)
                     done += 1
                     if progress:
                         progress("quantise", done, len(modules))
                     yield name, matrix
                 if group in activations:
-                    round_inputs([named[name] for name in group], activations[group], rotation_of(recipe.rotation))
+                    round_inputs([named[name] for name in group], activations[group], _rotation(group, named, recipe))
+            del known, hessians, apart  # where an earlier run had quantised layers, theirs are left
             if index + 1 < len(blocks):
                 _run(block, hidden, block_kwargs[index], keep=True)
                 give_back_memory()
@@ -163,8 +170,12 @@ def _take_over(group: Group, named: dict[str, Any], ledger: Ledger, recipe: Reci
             _replace_weight(named[name], matrix, threads)
     activations = next(iter(matrices.values())).activations  # type: ignore[union-attr]
     if activations:
-        round_inputs([named[name] for name in group], activations, rotation_of(recipe.rotation))
+        round_inputs([named[name] for name in group], activations, _rotation(group, named, recipe))
     return True
+
+
+def _rotation(group: Group, named: dict[str, Any], recipe: Recipe) -> Rotation:
+    return recipe.fit(named[group[0]].in_features, group[0])[1]
 
 
 def _replace_weight(module: Any, matrix: QuantizedMatrix, threads: int | None) -> None:
@@ -247,19 +258,20 @@ def _observe(
 ) -> tuple[dict[Group, Hessian], dict[Group, Activations], Apart]:
     """One pass of a block: {group: Hessian} of the inputs before rounding, at W4A4 {group: Activations} with the calibrated tensor scale, and how far the
     block and the original have come apart where there is an original to compare with."""
-    rotation = rotation_of(recipe.rotation)
     apart = Apart({}, {})
     hessians = {group: Hessian(named[group[0]].in_features) for group in groups}
     largest = dict.fromkeys(groups, 0.0)
     handles: list[RemovableHandle] = []
 
     def watch(group: Group) -> Callable[..., None]:
+        padding, rotation = recipe.fit(named[group[0]].in_features, group[0])
+
         def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
             values, dtype = to_numpy(args[0])
             with located(f"the input of {group[0]}"):
                 hessians[group].update(values, dtype=dtype, threads=threads)
             if recipe.activations == "nvfp4":
-                largest[group] = max(largest[group], float(np.abs(rotation.apply(values, dtype=dtype, threads=threads)).max(initial=0)))
+                largest[group] = max(largest[group], float(np.abs(rotation.apply(pad_columns(values, padding), dtype=dtype, threads=threads)).max(initial=0)))
 
         return hook
 
@@ -267,7 +279,7 @@ def _observe(
         handles.append(named[group[0]].register_forward_pre_hook(watch(group)))
         if recipe.activations:
             # Until the calibrated scale is known each batch is rounded by its own.
-            handles += round_inputs([named[name] for name in group], cast(Activations, activations_of(recipe)), rotation)
+            handles += round_inputs([named[name] for name in group], cast(Activations, activations_of(recipe)), _rotation(group, named, recipe))
     with removing(handles):
         if original is None:
             _run(block, hidden, kwargs, keep=False)
@@ -275,36 +287,29 @@ def _observe(
             apart = observe_both(block, original, groups, named, hidden, original_hidden, kwargs)
     if not recipe.activations:
         return hessians, {}, apart
+    _lend_to_unreached(largest)
     scales: dict[Group, float | None] = {group: nvfp4_tensor_scale(largest[group]) if recipe.activations == "nvfp4" else None for group in groups}
     return hessians, {group: cast(Activations, activations_of(recipe, scales[group])) for group in groups}, apart
 
 
-def _quantize_group(
-    group: Group,
-    named: dict[str, Any],
-    hessian: Hessian,
-    apart: Apart,
-    output_hessians: dict[str, Hessian],
-    activations: Activations | None,
-    recipe: Recipe,
-    threads: int | None,
-) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """Quantise the layers of one group under one Hessian, factor and tensor scale, and put their values into the model."""
-    weights = {name: to_numpy(named[name].weight)[0] for name in group}
-    with located(", ".join(group)):
-        tensor_scale = shared_tensor_scale(list(weights.values()), recipe, threads=threads)
-    seen = hessian.tokens
-    factor, kept = (make_factor(hessian, recipe, threads=threads), None) if recipe.solver == "gptq" else (None, hessian)
-    del hessian  # the factor has all that is needed of it
+def _lend_to_unreached(largest: dict[Group, float]) -> None:
+    """Give experts that no token reached the largest input of their fellows: runtimes take one scale for all of a layer's, and that of an expert of which nothing is known must not decide it."""
+    fellows: dict[str, float] = {}
+    kind = {group: re.sub(r"\.experts\.\d+\.", ".experts.", group[0]) for group in largest}
+    for group, value in largest.items():
+        fellows[kind[group]] = max(value, fellows.get(kind[group], 0.0))
+    largest.update({group: fellows[kind[group]] for group, value in largest.items() if value == 0})
 
-    def mean(total: torch.Tensor | None) -> NDArray[np.float64] | None:
-        return None if total is None or not seen else total.cpu().numpy() / seen
 
-    cross = mean(apart.crosses.pop(group, None))
-    for name, weight in weights.items():
-        with located(name):
-            stream, outputs = mean(apart.streams.pop(name, None)), output_hessians.pop(name, None)
-            matrix = quantize_layer(weight, kept, recipe, tensor_scale=tensor_scale, factor=factor, cross=cross, stream=stream, output_hessian=outputs, threads=threads)
-        matrix = replace(matrix, activations=activations)
-        _replace_weight(named[name], matrix, threads)
-        yield name, matrix
+def _take(group: Group, hessians: dict[Group, Hessian], apart: Apart, output_hessians: dict[str, Hessian], activations: dict[Group, Activations]) -> Moments:
+    """What is known of a group, out of what is known of its block and then held by nobody else."""
+    hessian, cross = hessians.pop(group), apart.crosses.pop(group, None)
+    streams = {name: apart.streams.pop(name) for name in group if name in apart.streams}
+    outputs = {name: output_hessians.pop(name) for name in group if name in output_hessians}
+
+    def mean(total: torch.Tensor) -> NDArray[np.float64]:
+        return total.cpu().numpy() / hessian.tokens
+
+    if cross is None or not hessian.tokens:
+        return Moments(hessian, None, {}, outputs, activations.get(group))
+    return Moments(hessian, mean(cross), {name: mean(total) for name, total in streams.items()}, outputs, activations.get(group))

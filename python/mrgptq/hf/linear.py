@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..activations import quantize_activations
+from ..arrays import pad_columns
 from ..matmul import matmul
 from ..prepack import PrepackedMatrix, prepack
 from ..result import Activations, QuantizedMatrix
@@ -37,7 +38,7 @@ class PackedLinear(torch.nn.Module):
     def __init__(self, matrix: QuantizedMatrix, bias: torch.nn.Parameter | None = None, shared: SharedInput | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
-        self.format, self.tensor_scale, self.rotation, self.activations = matrix.format, matrix.tensor_scale, matrix.rotation, matrix.activations
+        self.format, self.tensor_scale, self.rotation, self.activations, self.padding = matrix.format, matrix.tensor_scale, matrix.rotation, matrix.activations, matrix.padding
         tiles = prepack(matrix, threads=torch.get_num_threads())
         self.register_buffer("code_tiles", torch.from_numpy(tiles.code_tiles.view(np.int32)))  # torch does little with uint32
         self.register_buffer("scale_tiles", torch.from_numpy(tiles.scale_tiles.view(np.int32)))
@@ -48,18 +49,18 @@ class PackedLinear(torch.nn.Module):
     def matrix(self) -> PrepackedMatrix:
         """The weight, sharing memory with the buffers; ``matrix.unpack()`` is the one that it was made from."""
         codes, scales = self.code_tiles.numpy().view(np.uint32), self.scale_tiles.numpy().view(np.uint32)
-        return PrepackedMatrix(self.format, (self.out_features, self.in_features), codes, scales, self.tensor_scale, self.rotation, self.activations)
+        return PrepackedMatrix(self.format, (self.out_features, self.in_features), codes, scales, self.tensor_scale, self.rotation, self.activations, self.padding)
 
     def get_extra_state(self) -> torch.Tensor:
         """What the codes need beside them, JSON as uint8: a tensor, which any file of tensors can hold."""
         rotation = self.rotation.matrix.tolist() if isinstance(self.rotation, Dense) else self.rotation.block_size
-        said = {"shape": [self.out_features, self.in_features], "format": self.format, "tensor_scale": self.tensor_scale, "rotation": rotation, "activations": None if self.activations is None else asdict(self.activations)}
+        said = {"shape": [self.out_features, self.in_features], "format": self.format, "tensor_scale": self.tensor_scale, "rotation": rotation, "activations": None if self.activations is None else asdict(self.activations), "padding": self.padding}
         return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Take over what :meth:`get_extra_state` gave."""
         said = json.loads(bytes(state.tolist()))
-        self.format, self.tensor_scale = said["format"], said["tensor_scale"]
+        self.format, self.tensor_scale, self.padding = said["format"], said["tensor_scale"], said["padding"]
         self.rotation = Dense(said["rotation"]) if isinstance(said["rotation"], list) else rotation_of(said["rotation"])
         self.activations = None if said["activations"] is None else Activations(**said["activations"])
 
@@ -92,17 +93,18 @@ class PackedLinear(torch.nn.Module):
         """The product into ``out`` (tokens, out_features) float32."""
         matrix, turn, threads = self.matrix, self.rotation.dual, torch.get_num_threads()
         values, dtype = to_numpy(x)
-        values = values.reshape(-1, values.shape[-1])
+        values = pad_columns(values.reshape(-1, values.shape[-1]), self.padding)
+        whole = replace(matrix, shape=(self.out_features, values.shape[1]), padding=0) if self.padding else matrix
         if (rounding := self.activations) is not None:
             packed = self._shared.of(x, (rounding, turn), lambda: quantize_activations(
                 values, rounding.format, rule=rounding.rule, mx_rule=rounding.mx_rule, tensor_scale=rounding.tensor_scale, rotation=turn, dtype=dtype, threads=threads
             ))  # fmt: skip
-            matmul(packed, matrix, out=out.numpy(), threads=threads)
+            matmul(packed, whole, out=out.numpy(), threads=threads)
         elif turn != Identity():
             turned = self._shared.of(x, turn, lambda: turn.apply(values, dtype=dtype, threads=threads))
-            matmul(turned, replace(matrix, rotation=Identity()), out=out.numpy(), threads=threads)
+            matmul(turned, replace(whole, rotation=Identity()), out=out.numpy(), threads=threads)
         else:
-            matmul(values, matrix, dtype=dtype, out=out.numpy(), threads=threads)
+            matmul(values, whole, dtype=dtype, out=out.numpy(), threads=threads)
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""

@@ -20,6 +20,7 @@ from ..checkpoint import tensor_readers
 from ..checkpoint.reader import MAX_TEXT_BYTES, CheckpointReader, read_config
 from ..result import QuantizedMatrix
 from .activations import round_inputs
+from .experts import split_experts
 from .linear import PackedLinear
 from .shared import SharedInput
 
@@ -36,11 +37,12 @@ def load_model(folder: str | os.PathLike[str], *, device: str = "cpu") -> PreTra
     config = checked_config(folder)
     if config.get("quantization_config"):
         raise ValueError(f"{folder} is quantised already, by {config['quantization_config'].get('quant_method')!r}")
-    CheckpointReader(folder)  # refuses links and an index that lead elsewhere, which transformers would follow
+    reader = CheckpointReader(folder)  # refuses links and an index that lead elsewhere, which transformers would follow
     with _without_bars(), by_transformers(folder, "model"):
         model, loading = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
     if loading["missing_keys"]:
         raise ValueError(f"{folder} does not fit its config.json: missing {sorted(loading['missing_keys'])[:3]}")
+    split_experts(model, reader.names)
     return model.eval().to(target)
 
 
@@ -158,6 +160,7 @@ def load_quantized(folder: str | os.PathLike[str], *, device: str = "cpu", kerne
         plain = AutoConfig.for_model(**config)
     with parameters_on_meta(), by_transformers(folder, "model"):
         model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32, trust_remote_code=False).eval()
+    split_experts(model, reader.names)
     modules = dict(model.named_modules())
     state, layers = {}, {}
     for name, read in tensor_readers(reader).items():

@@ -13,6 +13,7 @@ from ..arrays import as_float32
 from ..checkpoint.reader import CheckpointReader
 from ..result import QuantizedMatrix
 from .blocks import BlockSource
+from .experts import split_experts
 from .model import as_device, by_transformers, checked_config, decoder_blocks, parameters_on_meta
 
 
@@ -39,8 +40,8 @@ class StreamedBlocks(BlockSource):
         for name, _ in list(block.named_parameters()):
             whole = f"{self._prefix}.{index}.{name}"
             matrix = self._answer(whole.removesuffix(".weight")) if index < self.done else None
-            values = matrix.dequantize(unrotate=True) if matrix is not None else np.require(as_float32(self._reader.tensor(whole), whole), requirements="W")
-            _set_parameter(block, name, torch.from_numpy(values).to(self._device))
+            values = torch.from_numpy(matrix.dequantize(unrotate=True)) if matrix is not None else _read(self._reader, whole)
+            _set_parameter(block, name, values.to(self._device))
         try:
             yield block
         finally:
@@ -51,26 +52,35 @@ class StreamedBlocks(BlockSource):
 def load_streamed(folder: str | os.PathLike[str], *, device: str = "cpu") -> Any:
     """The model in ``folder`` in float32 with everything but its blocks in memory, for :class:`StreamedBlocks`.
 
-    Returns None where the checkpoint names its tensors otherwise than the model does (experts that transformers fuses), so that blocks cannot be read one by one.
+    Returns None where the checkpoint names its tensors otherwise than the model does (see :func:`.experts.split_experts` for what can be taken apart), so that blocks cannot be read one by one.
     """
     target = as_device(device)
     with by_transformers(folder, "model"), parameters_on_meta():
         config = AutoConfig.for_model(**checked_config(folder))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     reader = CheckpointReader(folder)
+    split_experts(model, reader.names)
     prefix, _ = decoder_blocks(model)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
     parameters = {name: parameter.shape for name, parameter in model.named_parameters() if name not in tied}
-    if any(name not in reader or tuple(reader.shape(name)) != tuple(shape) for name, shape in parameters.items()):
+    buffers = {name: buffer.shape for name, buffer in model.state_dict().items() if name not in tied and name not in parameters}  # those that checkpoints hold, as of a router's biases
+    if any(name not in reader or tuple(reader.shape(name)) != tuple(shape) for name, shape in (parameters | buffers).items()):
         return None
     for name in parameters:
         if not name.startswith(f"{prefix}."):
-            _set_parameter(model, name, torch.from_numpy(np.require(as_float32(reader.tensor(name), name), requirements="W")).to(target))
+            _set_parameter(model, name, _read(reader, name).to(target))
+    for name in buffers:
+        model.get_buffer(name).copy_(_read(reader, name))
     model.tie_weights()
     for buffer_owner in model.modules():
         for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
             setattr(buffer_owner, name, buffer.to(target))
     return model.requires_grad_(False)
+
+
+def _read(reader: CheckpointReader, name: str) -> torch.Tensor:
+    """A tensor of the checkpoint in float32, in memory of its own."""
+    return torch.from_numpy(np.require(as_float32(reader.tensor(name), name), requirements="W"))
 
 
 def _set_parameter(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:

@@ -11,7 +11,6 @@ from ..layer import make_factor, quantize_layer, shared_tensor_scale
 from ..modules import fused_groups
 from ..recipe import Recipe
 from ..result import layer_report
-from ..rotations import rotation_of
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ def compare_layers(
     groups = fused_groups(list(hessians))
     for label, recipe in recipes:
         errors, held_out_errors, seconds = [], [], 0.0
-        rotation = rotation_of(recipe.rotation)
         for group in groups:
+            _, rotation = recipe.fit(layers[group[0]].shape[1], group[0])
             weights = {name: layers[name] for name in group}
             start = time.perf_counter()
             factor = make_factor(hessians[group[0]], recipe, threads=threads) if recipe.solver == "gptq" else None
