@@ -1,10 +1,13 @@
-"""What a layer takes beside its inputs, as the kernel counts it: the peak of resident memory in a fresh process."""
+"""What a layer takes beside its inputs, as the kernel counts it, and what a run takes beside what its plan expects: the peak of memory in a fresh process."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
+import safetensors.numpy
 
 PROGRAM = """
 import sys
@@ -66,3 +69,33 @@ def test_a_layer_takes_its_factor_and_a_share_of_its_rows_in_hand(rows, cols, na
     factor, in_hand = 8 * cols**2, min(rows + 32, max(rows // share, threads * 32 * 24 // share) + threads * 32) * cols * 10
     most = factor + in_hand + 2 * rows * cols * 9 // 16 + rows * 128 * 8 + threads * 8 * 128 * cols + (6 << 20)
     assert factor < growth(rows, cols, threads, name, given) < most  # less, and the measurement saw nothing
+
+
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[4])
+from anonymous import Peak
+import mrgptq as mg
+from mrgptq.jobs import quantize_checkpoint
+from mrgptq.plan import make_plan
+
+recipe = mg.Recipe.named("rtn", sys.argv[3])
+plan = make_plan(sys.argv[1], sys.argv[2], recipe)
+mg.quantize_layer([[1.0] * 64], None, recipe)
+peak = Peak()
+quantize_checkpoint(plan)
+print(plan.memory_bytes, peak.above)
+"""
+
+
+@pytest.mark.parametrize(("format", "layers", "rows", "cols"), [("nvfp4", 2, 4096, 2048), ("mxfp4", 3, 4096, 2048)])
+def test_expected_memory_is_a_bound_and_not_twice_too_high(format, layers, rows, cols, tmp_path):
+    """Against the anonymous memory of a process that does the run (the mapped model is the page cache's and can be dropped). Sampling may miss the very peak, so it is only bounded from above by the
+    plan and by a few MB for what Python itself allocates, and from below by half."""
+    (tmp_path / "model").mkdir()
+    weight = np.random.default_rng(0).standard_normal((rows, cols)).astype(ml_dtypes.bfloat16)
+    safetensors.numpy.save_file({f"m.layers.{i}.up_proj.weight": weight for i in range(layers)}, tmp_path / "model" / "model.safetensors")
+    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path / "model"), str(tmp_path / "out"), format, str(Path(__file__).parents[1] / "bench")], capture_output=True, text=True, check=True)
+    expected, measured = map(int, done.stdout.split())
+    assert expected > 40e6
+    assert 0.5 * expected < measured < expected + 4e6

@@ -15,24 +15,22 @@ def babai(w, h, step, visit):
     q = np.zeros(len(w))
     for position, c in enumerate(visit):
         seen, free = visit[: position + 1], visit[position + 1 :]
-        losses = []
-        for value in VALUES:
-            e = np.append((w - q)[visit[:position]], w[c] - np.float32(step) * np.float32(value))
-            follow = np.linalg.solve(h[np.ix_(free, free)], h[np.ix_(free, seen)] @ e) if len(free) else np.zeros(0)
-            losses.append(e @ h[np.ix_(seen, seen)] @ e - (h[np.ix_(free, seen)] @ e) @ follow)
-        q[c] = np.float32(step) * np.float32(VALUES[int(np.argmin(losses))])
+        candidates = np.float32(step) * VALUES.astype(np.float32)
+        e = np.vstack([np.repeat((w - q)[visit[:position], None], len(VALUES), 1), w[c] - candidates])  # of the columns seen, by candidate
+        pull = h[np.ix_(free, seen)] @ e
+        losses = (e * (h[np.ix_(seen, seen)] @ e)).sum(0) - (pull * np.linalg.solve(h[np.ix_(free, free)], pull)).sum(0)
+        q[c] = candidates[np.argmin(losses)]
     return q
 
 
 def sweep(w, q, h, step, visit):
     """Each column in turn takes the value that loses least while all others stand still, every value being tried."""
     q = q.copy()
+    candidates = np.float32(step) * VALUES.astype(np.float32)
     for c in visit:
-        losses = []
-        for value in VALUES:
-            q[c] = np.float32(step) * np.float32(value)
-            losses.append((w - q) @ h @ (w - q))
-        q[c] = np.float32(step) * np.float32(VALUES[int(np.argmin(losses))])
+        e = np.tile(w - q, (len(VALUES), 1))
+        e[:, c] = w[c] - candidates
+        q[c] = candidates[np.argmin(form(e, h))]
     return q
 
 
