@@ -211,7 +211,7 @@ def _folder_to_build(path: Path) -> Iterator[Path]:
 def _locked(folder: Path) -> Iterator[bool]:
     """Hold a folder's lock as long as the block lasts; False where another process does, or the filesystem has none."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:  # gone meanwhile, or no folder
         yield False
         return
