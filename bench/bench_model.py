@@ -24,6 +24,7 @@ from mrgptq.display import align, format_bytes
 
 SMALL_MODEL = Path(__file__).parents[1] / "examples" / "models" / "leaf"
 calibrate = importlib.import_module("mrgptq.hf.calibrate")
+blocks = importlib.import_module("mrgptq.hf.blocks")
 beside = importlib.import_module("mrgptq.hf.beside")
 fisher = importlib.import_module("mrgptq.hf.fisher")
 
@@ -31,8 +32,8 @@ PHASES = (  # (phase, where the function is looked up, its name)
     ("load", hf, "load_model"),
     ("load", hf, "load_tokenizer"),
     ("load", hf, "token_windows"),
-    ("forward passes", calibrate, "_enter"),
-    ("forward passes", calibrate, "run_block"),
+    ("forward passes", calibrate, "enter"),
+    ("forward passes", blocks, "run_block"),
     ("forward passes", beside, "run_block"),
     ("cross moments", calibrate, "observe_both"),
     ("backward pass", calibrate, "collect_output_hessians"),

@@ -3,14 +3,21 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from folders import contents
+
 import mrgptq as mg
 from mrgptq import cli
+from mrgptq.checkpoint.hessians import write_groups
+from mrgptq.display import format_bytes
 from mrgptq.plan import make_plan
 
 
@@ -168,9 +175,6 @@ def test_calibrate_and_merge_on_the_command_line(calibrated, leaf_folder, leaf, 
 
 
 def test_a_checkpoint_from_stored_hessians_needs_neither_torch_nor_the_text(calibrated, leaf_folder, tmp_path):
-    import subprocess
-    import sys
-
     forbid = "import sys\nfor name in ('torch', 'transformers', 'safetensors', 'ml_dtypes', 'tqdm'): sys.modules[name] = None\nfrom mrgptq.cli import main\nsys.exit(main(sys.argv[1:]))"
     command = ["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "best", "--cross", "0", "--output-hessian", "none", "--hessians", str(calibrated / "h"), "--threads", "2"]
     done = subprocess.run([sys.executable, "-c", forbid, *command], capture_output=True, text=True)
@@ -217,3 +221,51 @@ def test_a_memory_limit_is_kept_before_anything_starts(leaf_folder, calibrated, 
     with pytest.raises(SystemExit):
         cli.main([*command, "--memory-limit", "lots"])
     assert "lots is not a size such as 16GB" in capsys.readouterr().err
+
+
+def test_calibrate_holds_one_block_of_a_large_model(calibrated, leaf_folder, tmp_path, monkeypatch, capsys):
+    """The bytes are those of a model that is held whole, and the memory is stated before: three of leaf's four blocks less, and Hessians of one."""
+    from mrgptq import hf, plan
+
+    whole = plan.plan_calibration(leaf_folder, tmp_path / "h", tokens=2048, sequence=128)
+    monkeypatch.setattr(plan, "RESIDENT_BYTES", 0)
+    streamed = plan.plan_calibration(leaf_folder, tmp_path / "h", tokens=2048, sequence=128)
+    assert whole.memory_bytes - streamed.memory_bytes == 3 * 4 * (3 * 128 * 384 + 2 * 128**2 + 2 * 64 * 128 + 2 * 128)
+    monkeypatch.setattr(hf, "load_model", None)
+    command = ["calibrate", str(leaf_folder), str(tmp_path / "h"), "--calibration", str(calibrated / "0.txt"), "--tokens", "2048", "--sequence", "128", "--memory-limit"]
+    assert cli.main([*command, str(streamed.memory_bytes - 1)]) == 1 and f"the limit is {format_bytes(streamed.memory_bytes - 1)}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main([*command, str(streamed.memory_bytes)]) == 0
+    err = capsys.readouterr().err
+    assert f"{format_bytes(streamed.memory_bytes)}, one block of the model at a time," in err and "28/28" in err
+    assert contents(tmp_path / "h") == contents(calibrated / "h0")
+    assert 0 < streamed.bytes_out - sum(path.stat().st_size for path in (tmp_path / "h").glob("*.safetensors")) < 16 * 1024 * 384  # panels under way, of which 2048 tokens leave none
+
+
+def test_what_a_killed_process_left_goes_with_the_next_call_and_nothing_else(tmp_path):
+    """A name with brackets, which are no pattern; a folder that is at work, another's, a file and a link stay."""
+    program = (
+        "import os, signal, sys, mrgptq as mg\nfrom mrgptq.checkpoint.hessians import write_groups\n"
+        "def groups():\n    yield ('a',), mg.Hessian(8)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_groups(sys.argv[1], groups())"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path / "h[1]")]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".h[1].hessians-") and [path.name for path in left.iterdir()] == ["00000.safetensors"]
+    (tmp_path / ".h1.hessians-0").mkdir()
+    (tmp_path / ".h[1].hessians-1").write_text("a file")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".h[1].hessians-2").symlink_to(tmp_path / "elsewhere")
+    others = {".h1.hessians-0", ".h[1].hessians-1", ".h[1].hessians-2", "elsewhere"}
+    seen = []
+
+    def groups():
+        seen.append({path.name for path in tmp_path.iterdir()} - others)
+        mg.save_hessians(tmp_path / "h[1]", {"a": hessian_of(5)})  # while the other is at work
+        seen.append({path.name for path in tmp_path.iterdir()} - others)
+        yield ("a",), hessian_of(7)
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        write_groups(tmp_path / "h[1]", groups())
+    assert left.name not in seen[0] and len(seen[0]) == 1 and seen[1] == seen[0] | {"h[1]"}
+    assert {path.name for path in tmp_path.iterdir()} == others | {"h[1]"} and mg.load_hessians(tmp_path / "h[1]")["a"].tokens == 5

@@ -18,6 +18,7 @@ Quantise language models to 4-bit floats (NVFP4, MXFP4) with MR-GPTQ, on a CPU.
   mrgptq evaluate OUT --text test.txt --reference MODEL perplexity, beside the original's
   mrgptq generate OUT "Once upon a time"                text, token by token, on packed weights
   mrgptq inspect OUT                                    errors, bits and scales of every layer
+  mrgptq study MODEL --out report.html                  what the formats lose, and why rotations help one of them
 
 MODEL and OUT are folders in Hugging Face layout (config.json, safetensors, tokenizer).
 `mrgptq COMMAND --help` explains each. Exit status: 0 done, 1 refused (with the reason), 2 wrong usage."""
@@ -53,6 +54,13 @@ folder OUT. Several machines can do so, each with a text of its own; `mrgptq mer
   mrgptq calibrate llama llama.hessians --calibration wiki.txt --tokens 1e6
   mrgptq quantize llama llama-nvfp4 --recipe mr-gptq --hessians llama.hessians"""
 
+_STUDY = """\
+Write one page, complete in itself: what MXFP4, NVFP4 and 4-bit integers lose on model distributions
+and, where MODEL is given, on its weights, with and without rotations; figures, tables, meanings.
+
+  mrgptq study --out report.html
+  mrgptq study llama --out llama.html"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser."""
@@ -78,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--output-hessian", choices=("none", "fisher"), help="weigh each layer's outputs by what they matter to the predictions, found by backward passes, one for each 4 GiB of matrices (--dry-run counts them); none saves them (default: the recipe's)")
     quantize.add_argument("--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size a file of the checkpoint may reach (default: 5e9)")
     quantize.add_argument("--dry-run", action="store_true", help="print the plan, sizes and expected memory, then stop")
-    quantize.add_argument("--memory-limit", metavar="SIZE", type=_size, help="refuse at once what is expected to take more, such as 16GB; with --workers of all processes together")
+    _add_memory_limit(quantize, "; with --workers of all processes together")
     quantize.add_argument("--restart", action="store_true", help="throw away what an earlier run to OUT left unfinished")
     where = quantize.add_mutually_exclusive_group()
     where.add_argument("--workers", metavar="N", type=_positive, help="quantise in so many processes beside this one, in which a text passes through the model; they share the threads")
@@ -91,11 +99,18 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--calibration", metavar="TEXT", type=Path, required=True, help="text file that is passed through the model, UTF-8, like what it will read")
     _add_text(calibrate)
     _add_modules(calibrate)
+    _add_memory_limit(calibrate)
     _add_common(calibrate)
 
     merge = commands.add_parser("merge", help="make one folder of Hessians of several", description="Add up the Hessians of several texts on one model, in the order given.", formatter_class=formatter)
     merge.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     merge.add_argument("folders", metavar="FOLDER", type=Path, nargs="+", help="folders that `mrgptq calibrate` wrote")
+
+    study = commands.add_parser("study", help="a page on what the formats lose and why rotations help one of them", description=_STUDY, formatter_class=formatter)
+    study.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="folder of a model whose weights are measured, too")
+    study.add_argument("--out", metavar="FILE", type=Path, required=True, help="page to write, HTML; must not exist")
+    study.add_argument("--values", metavar="N", type=_positive, default=1 << 22, help="values drawn for each number (default: 4194304)")
+    study.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -137,6 +152,10 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _add_modules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", metavar="REGEX", default=DEFAULT_TARGETS, help="modules to quantise (default: linear layers inside numbered blocks, without routers)")
     parser.add_argument("--ignore", metavar="REGEX", default=DEFAULT_IGNORE, help=f"modules to leave as they are (default: {DEFAULT_IGNORE})")
+
+
+def _add_memory_limit(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument("--memory-limit", metavar="SIZE", type=_size, help=f"refuse at once what is expected to take more, such as 16GB{more}")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

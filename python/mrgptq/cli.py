@@ -1,4 +1,4 @@
-"""The command line: ``mrgptq quantize``, ``calibrate``, ``merge``, ``evaluate``, ``generate``, ``inspect``. Progress and warnings go to stderr, results to stdout."""
+"""The command line: ``mrgptq quantize``, ``calibrate``, ``merge``, ``evaluate``, ``generate``, ``inspect``, ``study``. Progress and warnings go to stderr, results to stdout."""
 
 import argparse
 import logging
@@ -17,17 +17,15 @@ import numpy as np
 
 from .arguments import build_parser
 from .arrays import default_threads
-from .checkpoint import load, load_hessians, loaders, merge_hessians, save_hessians
+from .checkpoint import load, load_hessians, loaders, merge_hessians
 from .checkpoint.card import RECORD_NAME, error_table, offset_table
-from .checkpoint.hessians import check_new
 from .checkpoint.partial_run import discard
-from .checkpoint.reader import CheckpointReader, read_config, read_json_object
+from .checkpoint.reader import read_config, read_json_object
 from .checkpoint.scheme import Scheme, common_scheme
 from .display import align, format_bytes, printable, sentence
 from .formats import decode_e4m3
-from .jobs import quantize_checkpoint
-from .modules import select_modules
-from .plan import make_plan, needs_calibration, with_rotation
+from .jobs import quantize_checkpoint, store_hessians
+from .plan import make_plan, needs_calibration, plan_calibration, with_rotation
 from .recipe import Recipe
 from .result import QuantizedMatrix
 from .tasks import end_with_parent
@@ -181,19 +179,16 @@ def _executor(args: argparse.Namespace) -> Iterator[Executor | None]:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    check_new(args.out)
-    reader = CheckpointReader(args.model)
-    modules = select_modules({name: reader.shape(name) for name in reader.names}, args.targets, args.ignore)
+    plan = plan_calibration(args.model, args.out, tokens=args.tokens, sequence=args.sequence, targets=args.targets, ignore=args.ignore)
+    _check_memory(plan.memory_bytes, args.memory_limit)
     text = _read_text(args.calibration)
-    hf = _hf(args)
-    inputs = hf.token_windows(hf.load_tokenizer(args.model), text, max(1, args.tokens // args.sequence), args.sequence)
-    if inputs.numel() < args.tokens // args.sequence * args.sequence:
-        logging.getLogger("mrgptq").warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), args.tokens)
+    print(plan, file=sys.stderr)
     progress = _Progress()
-    hessians = hf.collect_hessians(hf.load_model(args.model, device=args.device), inputs, modules, threads=args.threads, progress=lambda done, total: progress("calibrate", done, total))
-    progress.close()
-    save_hessians(args.out, hessians)
-    print(f"{args.out}: Hessians of {len(modules)} layers, {inputs.numel()} tokens")
+    try:
+        tokens = store_hessians(plan, text, device=args.device, threads=args.threads, progress=progress)
+    finally:
+        progress.close()
+    print(f"{args.out}: Hessians of {len(plan.shapes)} layers, {tokens} tokens")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -281,6 +276,22 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"\n{scale_histogram(matrices.values(), scheme.format)}")
 
 
+def _study(args: argparse.Namespace) -> None:
+    if os.path.lexists(args.out):
+        raise FileExistsError(f"{args.out} exists already and is not overwritten; give another path or remove it")
+    try:
+        from .study.findings import collect
+        from .study.report import write_report
+    except ImportError as error:
+        raise ImportError(f"study draws its figures with matplotlib, which is not installed ({error.name}): pip install 'mrgptq[plot]'") from error
+    progress = _Progress()
+    findings = collect(args.model, values=args.values, seed=args.seed, progress=lambda what, done, total: progress("study", done, total))
+    progress.close()
+    command = ["study", *([str(args.model)] if args.model else []), "--out", str(args.out), "--values", str(args.values), "--seed", str(args.seed)]
+    write_report(findings, args.out, command)
+    print(f"{args.out}: the study{f' and the weights of {args.model}' if args.model else ''}")
+
+
 def _record(path: Path) -> str:
     """The record of a run as text; ValueError where it is none."""
     stored = read_json_object(path)
@@ -315,7 +326,7 @@ def scale_histogram(matrices: Iterable[QuantizedMatrix], format: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(arguments)
-    commands = {"quantize": _quantize, "calibrate": _calibrate, "merge": _merge, "evaluate": _evaluate, "generate": _generate, "inspect": _inspect}
+    commands = {"quantize": _quantize, "calibrate": _calibrate, "merge": _merge, "evaluate": _evaluate, "generate": _generate, "inspect": _inspect, "study": _study}
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         commands[args.command](args)

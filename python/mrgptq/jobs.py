@@ -19,7 +19,7 @@ from . import _core
 from .arrays import as_threads
 from .checkpoint import dialect_named, save
 from .checkpoint.card import RECORD_NAME
-from .checkpoint.hessians import StoredHessians, hessian_of, hessian_tensors
+from .checkpoint.hessians import StoredHessians, hessian_of, hessian_tensors, write_groups
 from .checkpoint.partial_run import PartialRun, write_part
 from .checkpoint.reader import CheckpointReader, read_json_object
 from .checkpoint.safetensors import SafetensorsFile
@@ -28,7 +28,7 @@ from .display import format_bytes
 from .gptq import Hessian
 from .group import Moments
 from .modules import fused_groups
-from .plan import BATCH_WINDOWS, Plan
+from .plan import BATCH_WINDOWS, CalibrationPlan, Plan
 from .recipe import Recipe
 from .result import LayerReport, QuantizedMatrix, layer_report
 from .tasks import GroupTask, log_report, read_matrices, run_tasks, write_matrices, write_moments
@@ -239,21 +239,9 @@ def _calibrate(
     """Pass the text through the model, block by block, and keep each group of layers as it is quantised, here or elsewhere."""
     if all(part.is_file() for part in parts.values()):
         return
-    hf = _hf()
-    if threads:
-        hf.use_threads(threads)
-    inputs = hf.token_windows(hf.load_tokenizer(plan.model), text, plan.tokens // plan.sequence, plan.sequence)
-    if inputs.numel() < plan.tokens:
-        _log.warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), plan.tokens)
+    hf, inputs = _windows(plan, text, threads)
     ledger = _Ledger(run, parts, plan.recipe)
-    model = hf.load_streamed(plan.model, device=device) if plan.streamed else None
-    source = None
-    if model is not None:
-        source = hf.StreamedBlocks(plan.model, model, ledger.matrix)
-    else:
-        if plan.streamed:
-            _log.warning("%s names its tensors otherwise than transformers does, so it is held in memory whole, %s in float32", plan.model, format_bytes(plan.model_bytes))
-        model = hf.load_model(plan.model, device=device)
+    model, source = _open_model(hf, plan, device, ledger.matrix)
     group_of = {name: group for group in parts for name in group}
     ready: dict[str, QuantizedMatrix] = {}
 
@@ -270,6 +258,29 @@ def _calibrate(
             note(group)
 
 
+def store_hessians(plan: CalibrationPlan, calibration: str, *, device: str = "cpu", threads: int | None = None, progress: Progress | None = None) -> int:
+    """Pass a text through a model as it is, and write its layers' Hessians as each block gives them; how many tokens they saw. The folder appears whole or not at all.
+
+    ``device``, ``threads``: as in :func:`quantize_checkpoint`. ``progress``: called as progress("calibrate", layers done, layers). Raises what ``mrgptq.save_hessians`` and ``hf.observe_hessians`` raise.
+    """
+    hf, inputs = _windows(plan, calibration, threads)
+    model, source = _open_model(hf, plan, device, lambda module: None)
+    observed = hf.observe_hessians(model, inputs, list(plan.shapes), batch_windows=BATCH_WINDOWS, threads=threads, progress=partial(progress, "calibrate") if progress else None, source=source)
+    write_groups(plan.out, observed)
+    return int(inputs.numel())
+
+
+def _windows(plan: Plan | CalibrationPlan, text: str, threads: int | None) -> tuple[Any, Any]:
+    """(the folder that imports torch, the text's windows of tokens), with so many threads of torch's from now on."""
+    hf = _hf()
+    if threads:
+        hf.use_threads(threads)
+    inputs = hf.token_windows(hf.load_tokenizer(plan.model), text, plan.tokens // plan.sequence, plan.sequence)
+    if inputs.numel() < plan.tokens:
+        _log.warning("the calibration text has only %d of the %d tokens asked for", inputs.numel(), plan.tokens)
+    return hf, inputs
+
+
 def _hf() -> Any:
     """The folder that imports torch."""
     try:
@@ -277,3 +288,13 @@ def _hf() -> Any:
     except ImportError as error:
         raise ImportError(f"calibration runs the model with torch and transformers, which are not installed ({error.name}): pip install 'mrgptq[hf]'") from error
     return hf
+
+
+def _open_model(hf: Any, plan: Plan | CalibrationPlan, device: str, answer: Callable[[str], QuantizedMatrix | None]) -> tuple[Any, Any]:
+    """(model, where its blocks come from): held whole, in which case that is None, or one block at a time."""
+    model = hf.load_streamed(plan.model, device=device) if plan.streamed else None
+    if model is not None:
+        return model, hf.StreamedBlocks(plan.model, model, answer)
+    if plan.streamed:
+        _log.warning("%s names its tensors otherwise than transformers does, so it is held in memory whole, %s in float32", plan.model, format_bytes(plan.model_bytes))
+    return hf.load_model(plan.model, device=device), None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkpoint import Scheme, check_layer, dialect_named
-from .checkpoint.hessians import StoredHessians
+from .checkpoint.hessians import StoredHessians, check_new
 from .checkpoint.partial_run import is_finished
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.safetensors import shown
@@ -109,9 +109,39 @@ class Plan(Shown):
             ("dialect", self.dialect),
             ("calibration", f"{self.tokens} tokens in windows of {self.sequence}" + self._passes() if self.calibrated else f"Hessians of {self.hessians}" if self.hessians else "none"),
             ("size on disk", f"{format_bytes(self.bytes_in)} -> {format_bytes(self.bytes_out)}, and {format_bytes(self.kept_bytes)} more while it runs"),
-            ("expected memory", f"{format_bytes(self.memory_bytes)}{', one block of the model at a time,' if self.streamed else ''} and what the libraries take"),
+            ("expected memory", _expected_memory(self.memory_bytes, self.streamed)),
             ("with workers", f"{format_bytes(self.worker_bytes)}{' more' if self.calibrated else ''} in each" + (f", {format_bytes(self.moments_bytes)} more on disk" if self.moments_bytes else "")),
         ]
+
+
+@dataclass(frozen=True, repr=False)
+class CalibrationPlan(Shown):
+    """What ``mrgptq calibrate`` will do, before it does it; made by :func:`plan_calibration`. Fields as those of :class:`Plan`; ``bytes_out``: of the Hessians on disk, at most."""
+
+    model: Path
+    out: Path
+    shapes: dict[str, tuple[int, int]]
+    tokens: int
+    sequence: int
+    bytes_out: int
+    memory_bytes: int
+    model_bytes: int
+    streamed: bool
+
+    def _title(self) -> str:
+        return f"{self.model} -> {self.out}"
+
+    def _rows(self) -> list[tuple[str, object]]:
+        return [
+            ("layers to observe", len(self.shapes)),
+            ("calibration", f"{self.tokens} tokens in windows of {self.sequence}"),
+            ("size on disk", format_bytes(self.bytes_out)),
+            ("expected memory", _expected_memory(self.memory_bytes, self.streamed)),
+        ]
+
+
+def _expected_memory(memory_bytes: int, streamed: bool) -> str:
+    return f"{format_bytes(memory_bytes)}{', one block of the model at a time,' if streamed else ''} and what the libraries take"
 
 
 def _matrix_bytes(format: str, rows: int, cols: int) -> int:
@@ -171,13 +201,7 @@ def make_plan(
     elif reason and not calibrated:
         raise ValueError(f"the recipe needs a calibration text: {reason}")
     dialect_named(dialect).check(Scheme.of_recipe(recipe))
-    reader = CheckpointReader(model)
-    if reader.config.get("quantization_config"):
-        raise ValueError(f"{model} is quantised already, by {reader.config['quantization_config'].get('quant_method')!r}; quantise the original")
-    tensors = {name: reader.shape(name) for name in reader.names}
-    shapes = {name: (tensors[f"{name}.weight"][0], tensors[f"{name}.weight"][1]) for name in select_modules(tensors, targets, ignore)}
-    if fused := [name for name, shape in tensors.items() if len(shape) > 2 and re.search(targets, name) and not (ignore and re.search(ignore, name))]:
-        _log.warning("%s has %d tensors of rank 3 or more where layers are quantised, such as %s; only matrices are quantised, so they stay as they are", model, len(fused), shown(fused[0]))
+    reader, shapes = _original(model, targets, ignore)
     fits = {name: recipe.fit(cols, f"{name}.weight") for name, (_, cols) in shapes.items()}
     if recipe.rotation:
         recipe = replace(recipe, rotation=max(rotation.block_size or 0 for _, rotation in fits.values()))  # where no layer takes the one asked the same codes come of the largest that one takes
@@ -187,19 +211,52 @@ def make_plan(
             raise ValueError(f"{hessians} holds no Hessian of {name}; it was made of another model or other modules: leave the layer out with ignore, or calibrate it")
         if stored is not None and stored.cols(name) != (cols := shapes[name][1]):
             raise ValueError(f"{stored.file(name)} is of {stored.cols(name)} columns; {name} has {cols}: it was made of another model")
-    if reader.config.get("model_type") in _TRANSPOSED:
-        raise ValueError(f"{model} is a {reader.config['model_type']} model, which stores its layers transposed, (in_features, out_features); only models of ordinary linear layers are read")
-    tokens = max(1, tokens // sequence) * sequence if reason else 0  # whole windows; a text that the recipe does not need is not read
+    tokens = _whole_windows(tokens, sequence) if reason else 0  # a text that the recipe does not need is not read
     bytes_in = sum(reader.nbytes(name) for name in reader.names)
     kept = bytes_in - sum(reader.nbytes(f"{name}.weight") for name in shapes)
     bytes_out = kept + sum(_matrix_bytes(recipe.format, *shape) for shape in shapes.values())
     model_bytes = _float32_bytes(reader, reader.names)
-    streamed = tokens > 0 and model_bytes > RESIDENT_BYTES and reader.config.get("model_type") in _STREAMED
+    streamed = tokens > 0 and _is_streamed(reader, model_bytes)
     worker = memory = _task_memory(shapes, recipe, hessians=stored is not None or tokens > 0, text=tokens > 0)
     if tokens:
         memory = _calibrating_memory(reader, shapes, tokens, sequence, streamed=streamed, twice=recipe.cross > 0, outputs=recipe.output_hessian is not None)
     moments = max(_moments_bytes(block, recipe, _hidden_size(reader, shapes)) for block in _by_block(shapes)) if tokens else 0
     return Plan(Path(model), out, recipe, dialect, shapes, tokens, sequence, bytes_in, bytes_out, memory, max_shard_bytes, None if stored is None else stored.path, finished, model_bytes, _kept_bytes(reader, shapes, recipe, tokens), streamed, worker, moments)
+
+
+def plan_calibration(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], *, tokens: int = 65536, sequence: int = 512, targets: str = DEFAULT_TARGETS, ignore: str = DEFAULT_IGNORE
+) -> CalibrationPlan:
+    """Check at the door whether a text can pass through ``model`` for Hessians in ``out``, and say what that takes; reads headers only. Raises what :func:`make_plan` raises of both."""
+    check_new(Path(out))
+    reader, shapes = _original(model, targets, ignore)
+    tokens, model_bytes = _whole_windows(tokens, sequence), _float32_bytes(reader, reader.names)
+    streamed = _is_streamed(reader, model_bytes)
+    memory = _calibrating_memory(reader, shapes, tokens, sequence, streamed=streamed, twice=False, outputs=False, quantised=False)
+    stored = sum(_stored_hessian_bytes(shapes[group[0]][1]) for group in fused_groups(shapes))
+    return CalibrationPlan(Path(model), Path(out), shapes, tokens, sequence, stored, memory, model_bytes, streamed)
+
+
+def _original(model: str | os.PathLike[str], targets: str, ignore: str) -> tuple[CheckpointReader, dict[str, tuple[int, int]]]:
+    """A model's checkpoint, and the shapes of its layers; ValueError where it is quantised or stores them otherwise."""
+    reader = CheckpointReader(model)
+    if reader.config.get("quantization_config"):
+        raise ValueError(f"{model} is quantised already, by {reader.config['quantization_config'].get('quant_method')!r}; quantise the original")
+    tensors = {name: reader.shape(name) for name in reader.names}
+    shapes = {name: (tensors[f"{name}.weight"][0], tensors[f"{name}.weight"][1]) for name in select_modules(tensors, targets, ignore)}
+    if fused := [name for name, shape in tensors.items() if len(shape) > 2 and re.search(targets, name) and not (ignore and re.search(ignore, name))]:
+        _log.warning("%s has %d tensors of rank 3 or more where layers are quantised, such as %s; only matrices are quantised, so they stay as they are", model, len(fused), shown(fused[0]))
+    if reader.config.get("model_type") in _TRANSPOSED:
+        raise ValueError(f"{model} is a {reader.config['model_type']} model, which stores its layers transposed, (in_features, out_features); only models of ordinary linear layers are read")
+    return reader, shapes
+
+
+def _whole_windows(tokens: int, sequence: int) -> int:
+    return max(1, tokens // sequence) * sequence
+
+
+def _is_streamed(reader: CheckpointReader, model_bytes: int) -> bool:
+    return model_bytes > RESIDENT_BYTES and reader.config.get("model_type") in _STREAMED
 
 
 def _check_hessians_suffice(recipe: Recipe) -> None:
@@ -225,13 +282,13 @@ def _task_memory(shapes: Mapping[str, tuple[int, int]], recipe: Recipe, *, hessi
     return most
 
 
-def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], tokens: int, sequence: int, *, streamed: bool, twice: bool, outputs: bool) -> int:
-    """Peak bytes: a layer's working copies, the float32 model, the tokens' hidden states, one batch inside a block, and
+def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]], tokens: int, sequence: int, *, streamed: bool, twice: bool, outputs: bool, quantised: bool = True) -> int:
+    """Peak bytes: a layer's working copies where layers are ``quantised``, the float32 model, the tokens' hidden states, one batch inside a block, and
     one block's Hessians and a factor; ``twice``: the original's hidden states, block, cross and stream moments beside them, and two working copies of a cross moment; ``outputs``: the output Hessians of the blocks that share a backward pass, the
     widest one's working copies, and what a window's forward pass leaves for the backward one."""
     widest = max(cols for _, cols in shapes.values())
     largest = max(rows * cols for rows, cols in shapes.values()) * 4
-    layer = largest * 4
+    layer = largest * 4 if quantised else 0
     parameters = _float32_bytes(reader, reader.names)
     if streamed:  # what lies outside the blocks, and one block, whose tensors are widened one by one
         by_block: dict[str, list[str]] = {}

@@ -1,10 +1,13 @@
 """Hessians on disk: a folder with a file for each input that layers share, so that a model is calibrated today, or on several machines, and quantised later."""
 
+import fcntl
+import glob
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
@@ -67,7 +70,7 @@ class StoredHessians(Mapping[str, Hessian]):
         return file.shape("panel")[1]
 
     def __getitem__(self, module: str) -> Hessian:
-        return read_hessian(self.file(module))
+        return hessian_of(SafetensorsFile(self.file(module)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -97,7 +100,7 @@ def save_hessians(path: str | os.PathLike[str], hessians: Mapping[str, Hessian])
         if not isinstance(hessian, Hessian):
             raise TypeError(f"{module} has a {type(hessian).__name__}; only a Hessian knows how many tokens it saw")
         groups.setdefault(id(hessian), []).append(module)
-    _write_groups(path, ((tuple(group), hessians[group[0]]) for group in groups.values()))
+    write_groups(path, ((tuple(group), hessians[group[0]]) for group in groups.values()))
 
 
 def load_hessians(path: str | os.PathLike[str]) -> StoredHessians:
@@ -129,7 +132,7 @@ def merge_hessians(path: str | os.PathLike[str], folders: Sequence[str | os.Path
                     total.merge(other[group[0]], threads=threads)
             yield group, total
 
-    _write_groups(path, merged())
+    write_groups(path, merged())
 
 
 def check_new(path: Path) -> None:
@@ -165,32 +168,59 @@ def _check(file: SafetensorsFile, prefix: str) -> None:
         raise ValueError(f"{file.path}: {prefix}tokens has shape {file.shape(f'{prefix}tokens')}; it must be one number")
 
 
-def read_hessian(path: Path) -> Hessian:
-    """The Hessian in a file of its own."""
-    return hessian_of(SafetensorsFile(path))
-
-
-def _write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str, ...], Hessian]]) -> None:
+def write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str, ...], Hessian]]) -> None:
+    """Write (modules that share an input, Hessian of it) as they come to a folder of :func:`save_hessians`; raises what that does."""
     path = Path(path).absolute()
     check_new(path)
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    with writing(partial):
-        partial.mkdir()
-    try:
+    with _folder_to_build(path) as building:
         files: dict[str, str] = {}
         for number, (group, hessian) in enumerate(groups):
             name = f"{number:05d}.safetensors"
-            write_file(partial / name, hessian_tensors(hessian))
+            write_file(building / name, hessian_tensors(hessian))
             files |= dict.fromkeys(group, name)
         if not files:
             raise ValueError(f"there is no Hessian to write to {path}")
-        with new_file(partial / _INDEX) as file:
+        with new_file(building / _INDEX) as file:
             file.write((json.dumps({"hessians": files}, indent=2, ensure_ascii=False) + "\n").encode())
-        sync_folder(partial)
+        sync_folder(building)
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
         with writing(path):
-            os.rename(partial, path)
+            os.rename(building, path)
         sync_folder(path.parent)
+
+
+@contextmanager
+def _folder_to_build(path: Path) -> Iterator[Path]:
+    """A hidden folder beside ``path``, locked, and gone when the block ends. Those that processes left that were killed go first: nobody holds their locks."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.hessians-*"):
+        with _locked(left) as dead:
+            if dead:
+                shutil.rmtree(left, ignore_errors=True)
+    building = path.with_name(f".{path.name}.hessians-{secrets.token_hex(4)}")
+    with writing(building):
+        building.mkdir()
+    try:
+        with _locked(building):
+            yield building
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock as long as the block lasts; False where another process does, or the filesystem has none."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # gone meanwhile, or no folder
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)

@@ -6,7 +6,7 @@ from .fisher import collect_output_hessians
 from .generate import Generated, generate
 from .linear import PackedLinear
 from .model import cpu_capability, load_model, load_quantized, load_tokenizer, token_windows, use_threads
-from .observe import collect_hessians, layer_weights
+from .observe import collect_hessians, layer_weights, observe_hessians
 from .streamed import StreamedBlocks, load_streamed
 
-__all__ = ["Generated", "PackedLinear", "StreamedBlocks", "calibrate", "collect_hessians", "collect_output_hessians", "cpu_capability", "divergence", "generate", "layer_weights", "load_model", "load_quantized", "load_streamed", "load_tokenizer", "perplexity", "tempered_perplexities", "token_windows", "use_threads"]
+__all__ = ["Generated", "PackedLinear", "StreamedBlocks", "calibrate", "collect_hessians", "collect_output_hessians", "cpu_capability", "divergence", "generate", "layer_weights", "load_model", "load_quantized", "load_streamed", "load_tokenizer", "observe_hessians", "perplexity", "tempered_perplexities", "token_windows", "use_threads"]

@@ -1,6 +1,6 @@
 """What a model's linear layers see and hold: second moments of their inputs, weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,35 +11,54 @@ from ..arrays import located
 from ..gptq import Hessian
 from ..modules import fused_groups
 from .activations import to_numpy
+from .blocks import BlockSource, enter, give_back_memory, linears_by_block, pass_through, removing
+from .model import decoder_blocks
 
 
 @torch.no_grad()
-def collect_hessians(model: Any, inputs: torch.Tensor, modules: Sequence[str], *, batch_windows: int = 8, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict[str, Hessian]:
-    """{module: Hessian of its inputs} over a text, the model as it is; ``mrgptq.save_hessians`` stores them. ``inputs``: (windows, sequence) int64; modules that share an input share the Hessian. ``progress``: called as progress(windows done, windows)."""
-    groups = fused_groups(modules)
-    hessians = {group: Hessian(model.get_submodule(group[0]).in_features) for group in groups}
+def observe_hessians(
+    model: Any, inputs: torch.Tensor, modules: Sequence[str], *, batch_windows: int = 8, threads: int | None = None, progress: Callable[[int, int], None] | None = None, source: BlockSource | None = None
+) -> Iterator[tuple[tuple[str, ...], Hessian]]:
+    """(modules that share an input, Hessian of it) over a text, block after block of the model as it is; one block's are held at a time.
 
-    def watch(name: str, hessian: Hessian) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            values, dtype = to_numpy(args[0])
-            with located(f"the input of {name}"):
-                hessian.update(values, dtype=dtype, threads=threads)
+    Parameters
+    ----------
+    inputs : (windows, sequence) int64 tokens. modules : linear layers inside the decoder's blocks. batch_windows : windows in one forward pass of a block.
+    progress : called as progress(modules done, modules). source : where the blocks get their numbers; None where the model holds them all.
 
-        return hook
+    Raises
+    ------
+    ValueError : a module that is not a linear layer inside a block, an input that is not finite, by name.
+    """
+    prefix, blocks = decoder_blocks(model)
+    source = source or BlockSource(blocks)
+    linears = linears_by_block(model, prefix, blocks, modules)
+    hidden, kwargs = enter(model, blocks, inputs, batch_windows)
+    done = 0
+    for index in range(max(linears, default=-1) + 1):
+        hessians = {group: Hessian(model.get_submodule(group[0]).in_features) for group in fused_groups(linears.get(index, []))}
 
-    handles = [model.get_submodule(group[0]).register_forward_pre_hook(watch(group[0], hessian)) for group, hessian in hessians.items()]
-    try:
-        device = next(model.parameters()).device
-        done = 0
-        for batch in inputs.split(batch_windows):
-            model.base_model(input_ids=batch.to(device), use_cache=False)
-            done += len(batch)
+        def watch(name: str, hessian: Hessian) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+                values, dtype = to_numpy(args[0])
+                with located(f"the input of {name}"):
+                    hessian.update(values, dtype=dtype, threads=threads)
+
+            return hook
+
+        with source.at(index) as block, removing([model.get_submodule(group[0]).register_forward_pre_hook(watch(group[0], hessian)) for group, hessian in hessians.items()]):
+            pass_through(block, hidden, kwargs[index], keep=True)
+        give_back_memory()
+        for group in list(hessians):
+            done += len(group)
             if progress:
-                progress(done, len(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: hessian for group, hessian in hessians.items() for name in group}
+                progress(done, len(modules))
+            yield group, hessians.pop(group)
+
+
+def collect_hessians(model: Any, inputs: torch.Tensor, modules: Sequence[str], *, batch_windows: int = 8, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict[str, Hessian]:
+    """{module: Hessian of its inputs}: all of :func:`observe_hessians` at once, block by block too. ``mrgptq.save_hessians`` stores them; modules that share an input share the Hessian."""
+    return {name: hessian for group, hessian in observe_hessians(model, inputs, modules, batch_windows=batch_windows, threads=threads, progress=progress) for name in group}
 
 
 def layer_weights(model: Any, modules: Sequence[str]) -> dict[str, NDArray[np.float32]]:

@@ -1,11 +1,15 @@
 """Pictures of measurements; the only file that imports matplotlib."""
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
+from matplotlib.figure import Figure
 
 from .accuracy import AccuracyRow
+from .analysis import Crossover, Mean
+from .findings import LayerRow, RuleRow
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend must be chosen first
@@ -42,3 +46,86 @@ def accuracy_chart(rows: Sequence[AccuracyRow], path: str | os.PathLike[str], *,
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def rule_chart(rows: Sequence[RuleRow]) -> str:
+    """SVG: for each format the relative error of Laplace values, plain and rotated, joined by a line."""
+    figure, axes = pyplot.subplots(figsize=(8, 0.36 * len(rows) + 1), layout="constrained")
+    for place, row in enumerate(reversed(rows)):
+        plain, rotated = 1e3 * row.laplace.mse.value, 1e3 * row.rotated.mse.value
+        axes.plot([plain, rotated], [place, place], color="black", linewidth=1)
+        axes.plot([plain], [place], marker="o", color="black", linestyle="none", label="as they are" if not place else None)
+        axes.plot([rotated], [place], marker="s", color="white", markeredgecolor="black", linestyle="none", label="under a Hadamard" if not place else None)
+    axes.set_yticks(range(len(rows)), [row.label for row in reversed(rows)])
+    axes.set_xlabel("relative error of Laplace values, thousandths")
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", linewidth=0.3)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
+    return _svg(figure)
+
+
+def crossover_chart(crossovers: Mapping[str, Sequence[Crossover]]) -> str:
+    """SVG: error by group size, plain and rotated, a panel for each type of scale."""
+    figure, panels = pyplot.subplots(1, len(crossovers), figsize=(8, 3.2), sharey=True, layout="constrained", squeeze=False)
+    for axes, (scale, rows) in zip(panels[0], crossovers.items(), strict=True):
+        sizes = [row.group_size for row in rows]
+        axes.plot(sizes, [1e3 * row.plain.value for row in rows], color="black", marker="o", label="as they are")
+        axes.plot(sizes, [1e3 * row.rotated.value for row in rows], color="black", marker="s", markerfacecolor="white", linestyle="--", label="under a Hadamard")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_title(f"scale {scale}", fontsize=10)
+        axes.set_xlabel("values in a group")
+    panels[0][0].set_ylabel("relative error, thousandths")
+    panels[0][0].legend(frameon=False)
+    return _svg(figure)
+
+
+def tail_chart(tails: Mapping[str, Mapping[str, tuple[Mean, Mean]]]) -> str:
+    """SVG: what a rotation gains, by distribution, a mark for each format."""
+    figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    names = list(tails)
+    for key, (marker, style) in zip(next(iter(tails.values())), _MARKS, strict=False):
+        axes.plot(range(len(names)), [tails[name][key][0].value / tails[name][key][1].value for name in names], color="black", marker=marker, markerfacecolor="white", linestyle=style, label=key.upper())
+    axes.axhline(1, color="black", linewidth=0.6)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("error as they are / under a Hadamard")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def mass_chart(mass: Mapping[str, Sequence[tuple[int, float, float]]]) -> str:
+    """SVG: what is rounded to zero, by group size, on logarithmic axes."""
+    figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
+    for (grid, rows), marker in zip(mass.items(), ("o", "s"), strict=False):
+        for column, (name, style) in enumerate((("Laplace", "-"), ("Normal", "--")), start=1):
+            axes.plot([row[0] for row in rows], [1 - row[column] for row in rows], color="black", marker=marker, markerfacecolor="black" if column == 1 else "white", linestyle=style, label=f"{grid}, {name}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("values in a group")
+    axes.set_ylabel("share of Σ x² rounded to zero")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def layer_chart(layers: Sequence[LayerRow]) -> str:
+    """SVG: what a rotation gains in each layer, against its groups' kurtosis."""
+    figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
+    for key, (marker, _) in zip(layers[0].plain, _MARKS, strict=False):
+        axes.plot([row.kurtosis for row in layers], [row.plain[key] / row.rotated[key] for row in layers], color="black", marker=marker, markerfacecolor="white", linestyle="none", label=key.upper())
+    axes.axhline(1, color="black", linewidth=0.6)
+    axes.set_xlabel("kurtosis of the layer's groups of 32")
+    axes.set_ylabel("error as they are / under a Hadamard")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+_MARKS = (("s", "-"), ("o", "--"), ("^", ":"))
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an SVG element, text kept as text; the same figure gives the same characters."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mrgptq"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]

@@ -1,0 +1,140 @@
+"""The study's page: complete in itself, its numbers those that were measured, its figures vector drawings that can be read in black and white."""
+
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+import mrgptq as mg
+from mrgptq import cli
+from mrgptq.study.analysis import simulate
+from mrgptq.study.distributions import Laplace
+from mrgptq.study.findings import RULES, collect, rotation_gain
+from mrgptq.study.report import page, write_report
+
+VALUES = 1 << 14
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows, headings, every address and tag."""
+
+    VOID = {"meta"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.headings, self.addresses, self.tags, self._open, self._cell = [], [], [], [], [], None
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href") and not value.startswith("#")]
+        if tag not in self.VOID:
+            self._open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "h2":
+            self.headings.append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href") and not value.startswith("#")]
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+        elif self._open and self._open[-1] == "h2":
+            self.headings[-1] += data
+
+
+@pytest.fixture(scope="module")
+def findings(leaf_folder):
+    calls = []
+    found = collect(leaf_folder, values=VALUES, progress=lambda *state: calls.append(state))
+    assert [call[1] for call in calls] == list(range(1, len(calls) + 1)) and {call[2] for call in calls} == {len(calls)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def text(findings):
+    return page(findings, ["study", "a model", "--out", "x.html"])
+
+
+def test_the_page_needs_nothing_else(text):
+    """No script, no address but those inside the page, no raster image; what every tag opens it closes."""
+    parsed = Page(text)
+    assert parsed.addresses == [] and not {"script", "link", "img", "image", "iframe"} & set(parsed.tags)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE[^>]*>|rdf:resource="[^"]*"', "", text)
+    assert "mrgptq study 'a model' --out x.html" in text.replace("&#x27;", "'")
+
+
+def test_figures_are_vector_drawings_in_black_and_white(text):
+    """Text is text, every colour is black or white, and every figure says what it is."""
+    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(drawings) == 5 == text.count("<figcaption>")
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+        assert "<text" in drawing and set(re.findall(r"(?:fill|stroke): (#\w+)", drawing)) <= {"#000000", "#ffffff", "#b0b0b0"}  # the last is the grid's
+    assert text.count("<svg") == len(drawings)
+
+
+def test_tables_hold_what_was_measured(findings, text):
+    """Read back from the page, against a measurement made here and against the core's own error of a layer."""
+    rules, sizes, transforms, tails, mass, layers = Page(text).tables
+    assert [row[0] for row in rules[1:]] == list(RULES)
+    for label, cell in ((row[0], row[1]) for row in rules[1:]):
+        mean = simulate(RULES[label], Laplace(), values=VALUES).mse
+        assert cell == f"{1e3 * mean.value:.2f} ± {1e3 * mean.standard_error:.2f}"
+    assert [row[0] for row in sizes[1:]] == ["4", "8", "16", "32", "64", "128"] and len(transforms) == 9 and len(tails) == 5 and len(mass) == 10
+    by_name = {row[0]: row for row in layers[1:]}
+    assert len(by_name) == 28
+    name = "model.layers.1.mlp.up_proj"
+    weight = np.asarray(mg.load(findings.model)[f"{name}.weight"], dtype=np.float32)
+    for format, column in (("mxfp4", 2), ("nvfp4", 4)):
+        size = {"mxfp4": 32, "nvfp4": 16}[format]
+        for at, rotation in enumerate((None, mg.Hadamard(size))):
+            turned = weight if rotation is None else rotation.apply(weight)
+            error = (mg.quantize(weight, format, rotation=rotation).dequantize().astype(np.float64) - turned).reshape(-1, size)
+            expected = 1e3 * ((error**2).sum(-1) / (turned.astype(np.float64).reshape(-1, size) ** 2).sum(-1)).mean()
+            assert abs(float(by_name[name][column + at]) - expected) < 0.006  # two digits, and one value in a thousand near a tie
+
+
+def test_sentences_follow_the_numbers(findings, text):
+    gain = rotation_gain(findings.layers, "mxfp4")
+    helped = sum(row.rotated["mxfp4"] < row.plain["mxfp4"] for row in findings.layers)
+    assert f"{gain:.3f} (MXFP4, {helped} of 28 layers gain)" in text
+    (mx,) = [row for row in findings.rules if row.label == "MXFP4 even"]
+    assert f"MXFP4&#x27;s error {100 * (1 - mx.rotated.mse.value / mx.laplace.mse.value):.0f} % smaller" in text
+
+
+def test_without_a_model_there_is_no_section_on_one(findings, tmp_path):
+    from dataclasses import replace
+
+    bare = page(replace(findings, model=None, layers=[]), ["study"])
+    assert len(Page(bare).tables) == 5 and "own weights" not in bare
+    write_report(findings, tmp_path / "a.html", ["study"])
+    assert (tmp_path / "a.html").read_text(encoding="utf-8") == page(findings, ["study"])
+    with pytest.raises(FileExistsError):
+        write_report(findings, tmp_path / "a.html", ["study"])
+
+
+def test_the_command_writes_the_page(leaf_folder, tmp_path, capsys):
+    """Twice the same; a file that is there is not overwritten, a folder that is no model is refused before anything is drawn."""
+    for name in ("a.html", "b.html"):
+        assert cli.main(["study", str(leaf_folder), "--out", str(tmp_path / name), "--values", "4096", "--seed", "7"]) == 0
+    first, second = ((tmp_path / name).read_text(encoding="utf-8").replace(name, "") for name in ("a.html", "b.html"))
+    assert first == second and "--values 4096 --seed 7" in first
+    assert "the weights of" in capsys.readouterr().out
+    for arguments, words in ((["--out", tmp_path / "a.html"], "a.html exists already"), ([tmp_path, "--out", tmp_path / "c.html"], "has no safetensors file")):
+        assert cli.main(["study", *map(str, arguments)]) == 1
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "c.html").exists()
