@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 SERVER = """
 import json, os, runpy, sys
@@ -43,7 +44,8 @@ class Forks:
         self._server.stdin.write(json.dumps([list(map(str, arguments)), *map(str, [cwd, *self._streams])]).encode() + b"\n")
         pid, begin = int(self._server.stdout.readline()), time.perf_counter()
         if not select.select([self._server.stdout], [], [], kill_after)[0]:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.kill(pid, signal.SIGKILL)
         done = subprocess.CompletedProcess(arguments, int(self._server.stdout.readline()), *(path.read_text(encoding="utf-8") for path in self._streams))
         done.seconds = time.perf_counter() - begin
         return done

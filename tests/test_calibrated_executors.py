@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,10 +192,14 @@ def test_moments_that_find_no_room_leave_nothing(run, tmp_path, monkeypatch):
 
 def test_room_for_moments_is_asked_for_where_there_are_workers(run, leaf_folder, tmp_path, monkeypatch):
     plan = make_plan(leaf_folder, tmp_path / "out", RECIPES["mr-gptq"], **TEXT)
-    needed = plan.bytes_out + plan.kept_bytes + plan.moments_bytes
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, needed - 1))
-    with ThreadPoolExecutor(1) as executor, pytest.raises(OSError, match=f"needs {needed} bytes while it is made"):
-        run("mr-gptq", executor)
+    free, needed = 0, []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, free))
+    for workers in (nullcontext(), ThreadPoolExecutor(1)):
+        with workers as executor, pytest.raises(OSError, match="bytes while it is made") as refusal:
+            run("mr-gptq", executor)
+        needed.append(int(re.search(r"needs (\d+) bytes", str(refusal.value))[1]))
+    assert needed[1] - needed[0] == plan.moments_bytes > 0
+    free = needed[0]
     assert run("mr-gptq", None)
 
 
