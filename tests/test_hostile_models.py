@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from refusals import refusal
 
+import mrgptq as mg
 from mrgptq import cli, hf
 
 INDEX = "model.safetensors.index.json"
@@ -54,6 +57,8 @@ def test_code_beside_a_model_is_not_run_even_if_somebody_would_say_yes(model, lo
         ({"_attn_implementation": {"": "evil/kernel"}}, "_attn_implementation {'': 'evil/kernel'}, which is code from elsewhere"),
         ({"text_config": {"experts_implementation": "evil/kernel"}}, "experts_implementation 'evil/kernel', which is code from elsewhere"),
         ({"transformers_weights": "adapter_model.bin"}, "names its weights by transformers_weights; only model.safetensors"),
+        ({"num_labels": 10**9}, "config.json has num_labels 1000000000, for each of which transformers would make an entry"),
+        ({"architectures": ["\ud800"]}, "config.json is not JSON in UTF-8 without repeated keys: it has a lone surrogate"),
         ({"quantization_config": [1]}, "config.json has quantization_config [1]; it must be a table"),
     ],
 )
@@ -101,3 +106,23 @@ def test_models_from_elsewhere_and_large_side_files_are_refused(model, tmp_path)
         (folder / name).write_bytes(before)
     (folder / "config.json").write_text("{" * 5000)
     assert cli.main(["evaluate", str(folder), "--text", str(folder / "evil.py")]) == 1
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 5000], ids=["superscript", "long"])
+def test_blocks_of_no_number_are_no_blocks(number, model, tmp_path, capsys):
+    """A name that has a place in no model: refused, in a sentence that names the folder."""
+    folder, _ = model
+    tensors = {name: np.asarray(value, dtype=np.float32) for name, value in mg.load(folder).items()} | {f"model.layers.0.layers.{number}.x.weight": np.ones((4, 32), np.float32)}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    (tmp_path / "text.txt").write_text("once upon a time " * 400)
+    assert cli.main(["quantize", str(folder), str(tmp_path / "out"), "--recipe", "gptq", "--tokens", "64", "--sequence", "64", "--calibration", str(tmp_path / "text.txt")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"mrgptq: {folder} has no model that transformers can load") or "is not a linear layer inside model.layers.0" in last
+
+
+def test_a_part_of_a_quantised_layer_beside_the_original_is_refused_at_the_door(model, tmp_path, capsys):
+    folder, _ = model
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    safetensors.numpy.save_file({key: np.asarray(value, dtype=np.float32) for key, value in mg.load(folder).items()} | {name: np.ones((2, 2), np.float32)}, folder / "model.safetensors")
+    assert cli.main(["quantize", str(folder), str(tmp_path / "out"), "--recipe", "rtn", "--dry-run"]) == 1
+    assert f"has a tensor {name!r}, which is what compressed-tensors calls a part of 'model.layers.0.mlp.up_proj'" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import safetensors.numpy
 from folders import contents
 
 import mrgptq as mg
-from mrgptq import hf
+from mrgptq import cli, hf
 from mrgptq.checkpoint.partial_run import first_difference
 from mrgptq.jobs import quantize_checkpoint
 from mrgptq.plan import make_plan
@@ -277,7 +277,7 @@ def test_a_side_file_that_vanishes_is_missed(leaf_folder, tmp_path):
         if done == 5:
             (model / "tokenizer.json").unlink()
 
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"model file\.tokenizer\.json has changed from .* to null while the run was at work"):
         quantize_checkpoint(make_plan(model, tmp_path / "out", mg.Recipe.named("rtn")), progress=progress)
     assert not (tmp_path / "out").exists()
 
@@ -317,7 +317,7 @@ def test_what_a_run_would_go_on_from_is_gone_when_the_checkpoint_is_made(leaf_fo
     save, seen = jobs.save, []
     monkeypatch.setattr(jobs, "save", lambda *args, **kwargs: (seen.extend(path.name for path in (tmp_path / ".out.partial").iterdir()), save(*args, **kwargs)))
     quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("best"), tokens=256, sequence=64), calibration_text, threads=1)
-    assert sorted(seen) == [*(f"{number:05d}.safetensors" for number in range(16)), "assembling.json", "lock", "result"]
+    assert sorted(seen) == [*(f"{number:05d}.safetensors" for number in range(16)), "assembling.json", "lock", "result", "result.json"]
 
 
 def test_inputs_that_vanish_are_named_and_nothing_looks_like_a_result(leaf_folder, tmp_path):
@@ -367,3 +367,94 @@ def test_a_part_says_what_it_holds(leaf_folder, tmp_path):
     for name, layer in layers.items():
         q = mg.quantize_layer(weights[f"{name}.weight"], None, plan.recipe, tensor_scale=layer["tensor_scale"])
         assert np.array_equal(tensors[f"{name}.codes"], q.codes) and np.array_equal(tensors[f"{name}.scales"], q.scales)
+
+
+@pytest.mark.parametrize("what", ["lock", "result", "manifest.json", "00000.safetensors"])
+@pytest.mark.parametrize("restart", [False, True], ids=["", "restart"])
+def test_links_among_what_is_left_are_refused_and_what_they_lead_to_stays(what, restart, leaf_folder, tmp_path, capsys):
+    """A model's folder may bring such a trap along for whoever quantises into it."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "thesis").write_text("thesis")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / what).symlink_to(tmp_path / "docs" if what == "result" else tmp_path / "docs" / "thesis")
+    assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "rtn", *["--restart"] * restart]) == 1
+    assert f".out.partial/{what} is a link" in capsys.readouterr().err
+    assert (tmp_path / "docs" / "thesis").read_text() == "thesis" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["", "restart"])
+def test_a_link_in_the_place_of_the_hidden_folder_is_refused(restart, leaf_folder, tmp_path, capsys):
+    (tmp_path / "docs" / "sub").mkdir(parents=True)
+    (tmp_path / "docs" / "sub" / "thesis").write_text("thesis")
+    (tmp_path / ".out.partial").symlink_to("docs")
+    assert cli.main(["quantize", str(leaf_folder), str(tmp_path / "out"), "--recipe", "rtn", *["--restart"] * restart]) == 1
+    assert ".out.partial is a link" in capsys.readouterr().err
+    assert contents(tmp_path / "docs") == {"sub/thesis": b"thesis"}
+
+
+def test_a_model_that_is_replaced_while_a_run_is_at_work_is_told(leaf_folder, tmp_path):
+    """Its layers would be of the one and of the other; the run need not fail at anything for that."""
+    model = tmp_path / "model"
+    shutil.copytree(leaf_folder, model)
+
+    def progress(stage, done, total):
+        if done == 9:
+            other = {name: np.asarray(value, dtype=np.float32) * 2 for name, value in mg.load(leaf_folder).items()}
+            safetensors.numpy.save_file(other, tmp_path / "other.safetensors")
+            os.replace(tmp_path / "other.safetensors", model / "model.safetensors")
+
+    plan = make_plan(model, tmp_path / "out", mg.Recipe.named("rtn"))
+    with pytest.raises(ValueError, match=r"model file\.model\.safetensors has changed from .* while the run was at work; its layers may be of either") as failure:
+        quantize_checkpoint(plan, progress=progress)
+    assert not (tmp_path / "out").exists() and "remove that folder to begin anew" in failure.value.__notes__[0]
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_after_a_result_could_not_be_written_another_folder_is_not_taken_for_it(copied, leaf_folder, tmp_path, monkeypatch):
+    """Somebody's checkpoint, or an empty folder, that is at OUT by then: all parts were done, but nothing was made of them."""
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr("mrgptq.checkpoint.writer.write_file", full)
+        quantize_checkpoint(plan)
+    if copied:
+        quantize_checkpoint(make_plan(leaf_folder, tmp_path / "other", mg.Recipe.named("rtn", "mxfp4")))
+        shutil.copytree(tmp_path / "other", tmp_path / "out")
+    else:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError):
+        make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+    shutil.rmtree(tmp_path / "out")
+    quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn")))
+    quantize_checkpoint(make_plan(leaf_folder, tmp_path / "whole", mg.Recipe.named("rtn")))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+DAMAGES = {
+    "no layer": (lambda layers, tensors: layers.clear(), "holds other layers"),
+    "other rows": (lambda layers, tensors: tensors.update({name: value[:8].copy() for name, value in tensors.items()}), "codes of 8 x 384, its report is of"),
+    "other rows everywhere": (lambda layers, tensors: (tensors.update({name: value[:8].copy() for name, value in tensors.items()}), [layer["report"].update(rows=8) for layer in layers.values()]), "holds other layers"),
+    "a scale that is no number": (lambda layers, tensors: [layer.update(tensor_scale=float("nan")) for layer in layers.values()], "tensor_scale"),
+    "no format": (lambda layers, tensors: [layer.pop("format") for layer in layers.values()], "KeyError: 'format'"),
+    "a word for a report": (lambda layers, tensors: [layer.update(report="fine") for layer in layers.values()], "not described as a run describes"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_refused_by_name(damage, leaf_folder, tmp_path):
+    change, words = DAMAGES[damage]
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn"))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan, progress=stop_at(5))
+    (part,) = [path for path in (tmp_path / ".out.partial").glob("*.safetensors") if "down_proj" in path.read_bytes().decode(errors="ignore")][:1]
+    with safetensors.safe_open(part, "np") as file:
+        tensors, layers = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["layers"])
+    change(layers, tensors)
+    part.unlink()
+    safetensors.numpy.save_file(tensors, part, {"layers": json.dumps(layers)})
+    with pytest.raises(ValueError, match=words) as failure:
+        quantize_checkpoint(plan)
+    assert part.name in str(failure.value) and not (tmp_path / "out").exists()

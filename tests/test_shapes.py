@@ -166,6 +166,11 @@ def test_a_model_with_odd_columns_is_padded_where_the_dialect_stores_that(recipe
     with torch.no_grad():
         packed, plain = (hf.load_quantized(tmp_path / "out", kernels=kernels)(input_ids=ids).logits for kernels in (True, False))
     torch.testing.assert_close(packed, plain, rtol=0.05 if recipe.activations else 1e-3, atol=0.02 if recipe.activations else 1e-4)  # rounded inputs part where they lie near a tie
+    x, layer = torch.randn(5, 104, generator=torch.Generator().manual_seed(0)), "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        alone, dense = (hf.load_quantized(tmp_path / "out", kernels=kernels).get_submodule(layer)(x) for kernels in (True, False))
+    torch.testing.assert_close(alone, dense, rtol=1e-5, atol=1e-5)
+    assert recipe.activations is None or reports[layer].rotation is None  # or the share of the added columns would be lost
     state = hf.load_quantized(tmp_path / "out").state_dict()
     again = hf.load_quantized(tmp_path / "out")
     again.load_state_dict(state)

@@ -269,3 +269,15 @@ def test_what_a_killed_process_left_goes_with_the_next_call_and_nothing_else(tmp
         write_groups(tmp_path / "h[1]", groups())
     assert left.name not in seen[0] and len(seen[0]) == 1 and seen[1] == seen[0] | {"h[1]"}
     assert {path.name for path in tmp_path.iterdir()} == others | {"h[1]"} and mg.load_hessians(tmp_path / "h[1]")["a"].tokens == 5
+
+
+def test_layers_of_one_input_have_one_hessian(leaf_folder, stored_hessians, tmp_path):
+    """Two files of the same bytes are one; another text's for k alone is refused by name."""
+    stored = mg.load_hessians(stored_hessians)
+    name = "model.layers.0.self_attn.k_proj"
+    for folder, own in (("same", stored[name]), ("other", stored["model.layers.1.self_attn.k_proj"])):
+        mg.save_hessians(tmp_path / folder, {module: stored[module] for module in stored if module != name} | {name: own})
+    recipe = mg.Recipe.named("mr-gptq")
+    assert make_plan(leaf_folder, tmp_path / "out", recipe, hessians=tmp_path / "same").hessians
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj and model\.layers\.0\.self_attn\.k_proj read one input, but .*other holds different Hessians"):
+        make_plan(leaf_folder, tmp_path / "out", recipe, hessians=tmp_path / "other")

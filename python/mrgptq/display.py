@@ -66,4 +66,4 @@ def sentence(error: BaseException) -> str:
     """What an exception says, without the number of a system's error."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename} cannot be used: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    return str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)

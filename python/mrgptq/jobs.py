@@ -91,7 +91,10 @@ def quantize_checkpoint(
         noted: list[str] = []
 
         def note(group: tuple[str, ...]) -> None:
-            for name, matrix in read_matrices(parts[group], plan.recipe):
+            matrices = dict(read_matrices(parts[group], plan.recipe))
+            if {name: matrix.shape for name, matrix in matrices.items()} != {name: plan.shapes[name] for name in group}:
+                raise ValueError(f"{parts[group]} holds other layers than {', '.join(group)} of this model; remove the folder to begin anew")
+            for name, matrix in matrices.items():
                 log_report(name, layer_report(matrix), plan.recipe)
                 noted.append(name)
                 if progress:

@@ -207,10 +207,17 @@ def make_plan(
         recipe = replace(recipe, rotation=max(rotation.block_size or 0 for _, rotation in fits.values()))  # where no layer takes the one asked the same codes come of the largest that one takes
     for name, (padding, rotation) in fits.items():
         check_layer(dialect_named(dialect), name, padding, rotation.block_size, recipe.rotation)
+        if beside := [part for part in dialect_named(dialect).parts(name) if part in reader]:
+            raise ValueError(f"{model} has a tensor {shown(beside[0])}, which is what {dialect} calls a part of {shown(name)} once it is quantised")
         if stored is not None and name not in stored:
             raise ValueError(f"{hessians} holds no Hessian of {name}; it was made of another model or other modules: leave the layer out with ignore, or calibrate it")
         if stored is not None and stored.cols(name) != (cols := shapes[name][1]):
             raise ValueError(f"{stored.file(name)} is of {stored.cols(name)} columns; {name} has {cols}: it was made of another model")
+    if stored is not None:
+        for first, *others in fused_groups(shapes):
+            for other in others:
+                if not stored.same(first, other):
+                    raise ValueError(f"{first} and {other} read one input, but {hessians} holds different Hessians of them; calibrate both on one text")
     tokens = _whole_windows(tokens, sequence) if reason else 0  # a text that the recipe does not need is not read
     bytes_in = sum(reader.nbytes(name) for name in reader.names)
     kept = bytes_in - sum(reader.nbytes(f"{name}.weight") for name in shapes)
@@ -357,7 +364,7 @@ def _by_block(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, tuple[int
     blocks: dict[str, dict[str, tuple[int, int]]] = {}
     for name, shape in shapes.items():
         blocks.setdefault(name.split(".layers.")[-1].split(".")[0], {})[name] = shape
-    return [blocks[key] for key in sorted(blocks, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0))]
+    return [blocks[key] for key in sorted(blocks, key=lambda key: (0, int(key)) if re.fullmatch("[0-9]{1,9}", key) else (1, 0))]
 
 
 def _backward_passes(shapes: Mapping[str, tuple[int, int]]) -> list[list[int]]:

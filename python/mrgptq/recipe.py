@@ -12,7 +12,7 @@ from .codecs import HESSIAN_SEARCHES, resolve_scales, scales_name
 from .display import Shown
 from .formats import block_format
 from .gptq import ORDERS, PRECISIONS, as_damping
-from .rotations import Rotation, rotation_of
+from .rotations import Identity, Rotation, rotation_of
 
 SOLVERS = ("rtn", "gptq")
 BEST_ROUNDS, BEST_DAMPING, BEST_CROSS, ROUNDED_CROSS = 6, 0.05, 0.4, 0.1
@@ -50,7 +50,7 @@ class Recipe(Shown):
         the order of sums shows. "float32": faster; a row may part from the reference where a value lies within float32 rounding of a tie. Of 30 720 rows of two models' layers, under five recipes, 8
         parted; a layer of 128 rows then had an error up to 4e-3 of itself larger or smaller, and an output error 2 % once in 222 random problems. Where losses do not fit float32 a layer is
         computed in float64 and its report says so; a factor whose pivots float32 would blur takes float64 products.
-    pad : True adds columns of zeros to a layer whose columns no group divides, as many as it lacks; only the dialect "mrgptq" stores such layers. False refuses them.
+    pad : True adds columns of zeros to a layer whose columns no group divides, as many as it lacks; only the dialect "mrgptq" stores such layers. Where inputs are rounded too they are not rotated. False refuses them.
 
     Raises
     ------
@@ -139,7 +139,8 @@ class Recipe(Shown):
         if cols % group_size and not self.pad:
             raise ValueError(f"{name} has {cols} columns; {self.format} needs a multiple of {group_size}, or zeros behind them: pad=True, --pad, which the dialect mrgptq stores")
         padding = -cols % group_size
-        return padding, rotation_of(self.rotation, cols + padding)
+        # Rounded in a turned basis zeros do not stay zeros, and whoever dequantises weights to a layer's own columns would lose their share.
+        return padding, Identity() if padding and self.activations else rotation_of(self.rotation, cols + padding)
 
     @property
     def resolved_mx_rule(self) -> str:

@@ -13,11 +13,11 @@ from typing import Any, cast
 
 from numpy.typing import NDArray
 
-from .arrays import located
+from .arrays import as_scale, located
 from .checkpoint.hessians import hessian_of, hessian_tensors
 from .checkpoint.partial_run import write_part
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.safetensors import SafetensorsFile, parse_json_object, write_file
+from .checkpoint.safetensors import SafetensorsFile, parse_json_object, shown, write_file
 from .checkpoint.stored_tensor import StoredTensor
 from .gptq import OUTPUT_DAMPING, Hessian
 from .group import Moments, quantize_together
@@ -118,13 +118,20 @@ def write_matrices(part: Path, matrices: Mapping[str, QuantizedMatrix]) -> None:
 
 
 def read_matrices(part: Path, recipe: Recipe) -> Iterator[tuple[str, QuantizedMatrix]]:
-    """(module, QuantizedMatrix) of a part, arrays mapped from the file. ``recipe``: what they were made by."""
+    """(module, QuantizedMatrix) of a part, arrays mapped from the file. ``recipe``: what they were made by. ValueError names the file where it is not as :func:`write_matrices` left it."""
     file = SafetensorsFile(part)
     for name, layer in parse_json_object(file.metadata.get("layers", "").encode(), f"the list of layers in {part}").items():
         with located(str(part)):
-            codes, scales = (file.tensor(f"{name}.{what}").bits for what in ("codes", "scales"))
-            activations = None if layer["activations"] is None else Activations(**layer["activations"])
-            yield name, QuantizedMatrix(layer["format"], codes, scales, layer["tensor_scale"], rotation_of(layer["rotation"]), activations, recipe, LayerReport.from_dict(layer["report"]), padding=layer["padding"])
+            try:
+                codes, scales = (file.tensor(f"{name}.{what}").bits for what in ("codes", "scales"))
+                activations = None if layer["activations"] is None else Activations(**layer["activations"])
+                report, divisor = LayerReport.from_dict(layer["report"]), as_scale(layer["tensor_scale"], "tensor_scale")
+                matrix = QuantizedMatrix(layer["format"], codes, scales, divisor, rotation_of(layer["rotation"]), activations, recipe, report, padding=layer["padding"])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{shown(name)} is not described as a run describes its layers ({type(error).__name__}: {error}); remove the folder to begin anew") from None
+            if matrix.shape != (report.rows, report.cols):
+                raise ValueError(f"{shown(name)} has codes of {matrix.shape[0]} x {matrix.shape[1]}, its report is of {report.rows} x {report.cols}; remove the folder to begin anew")
+        yield name, matrix
 
 
 def log_report(name: str, report: LayerReport, recipe: Recipe) -> None:

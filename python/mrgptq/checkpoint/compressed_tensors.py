@@ -72,7 +72,7 @@ def _online_matrix(k: int) -> StoredTensor:
     return StoredTensor.from_bits("BF16", (matrix.view(np.uint32) >> 16).astype(np.uint16))
 
 
-def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int]) -> dict[str, Any]:
+def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int | None]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are, ``rotations`` the block sizes of those that have another than the scheme's."""
     weights: dict[str, object] = {
         "num_bits": 4,
@@ -119,13 +119,13 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return parts | dict.fromkeys(keys, "bfloat16")
 
 
-def _transform_config(k: int, ignore: list[str], rotations: Mapping[str, int]) -> dict[str, Any]:
+def _transform_config(k: int, ignore: list[str], rotations: Mapping[str, int | None]) -> dict[str, Any]:
     def group(k: int, targets: list[str], ignore: list[str]) -> dict[str, Any]:
         apply = [{"targets": targets, "location": location, "inverse": inverse, "ignore": ignore} for location, inverse in (("input", False), ("weight_input", True))]
         return {"type": "hadamard", "randomize": False, "requires_grad": False, "head_dim": k, "precision": "torch.bfloat16", "apply": apply}
 
     groups = {_TRANSFORM: group(k, ["Linear"], [*ignore, *rotations])}
-    for size in sorted(set(rotations.values()), reverse=True):
+    for size in sorted({size for size in rotations.values() if size}, reverse=True):
         groups[_transform(size)] = group(size, [module for module, other in rotations.items() if other == size], ignore)
     return {"config_groups": groups}
 

@@ -74,7 +74,7 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int]) -> dict[str, Any]:
+def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int | None]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are. ``rotations`` is empty: one block size is all layers'."""
     return {
         "quant_method": QUANT_METHOD,

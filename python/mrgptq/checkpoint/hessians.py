@@ -1,6 +1,7 @@
 """Hessians on disk: a folder with a file for each input that layers share, so that a model is calibrated today, or on several machines, and quantised later."""
 
 import fcntl
+import filecmp
 import glob
 import json
 import os
@@ -68,6 +69,11 @@ class StoredHessians(Mapping[str, Hessian]):
         file = SafetensorsFile(self.file(module))
         _check(file, "")
         return file.shape("panel")[1]
+
+    def same(self, module: str, other: str) -> bool:
+        """Whether two modules have one Hessian, in one file or in two that are equal."""
+        a, b = self.file(module), self.file(other)
+        return a == b or filecmp.cmp(a, b, shallow=False)
 
     def __getitem__(self, module: str) -> Hessian:
         return hessian_of(SafetensorsFile(self.file(module)))

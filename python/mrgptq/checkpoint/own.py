@@ -44,7 +44,7 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int]) -> dict[str, Any]:
+def config(scheme: Scheme, ignore: list[str], rotations: Mapping[str, int | None]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json; ``ignore`` lists the linear modules left as they are, ``rotations`` the block sizes of those that have another than the scheme's."""
     activations = {"format": scheme.activations, "rule": scheme.activation_rule, "mx_rule": scheme.activation_mx_rule} if scheme.activations else None
     smaller = {"hadamard_block_sizes": dict(rotations)} if rotations else {}

@@ -21,6 +21,7 @@ _MANIFEST = "manifest.json"
 _ASSEMBLING = "assembling.json"  # its name from when all parts are done: what then lies at OUT is the run's own
 _LOCK = "lock"
 _BUILDING = "result"
+_BUILT = "result.json"  # which folder it is, for it keeps its inode when it gets OUT's name
 _SCRATCH = ".scratch"
 
 
@@ -53,9 +54,10 @@ class PartialRun:
     def __enter__(self) -> Self:
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is no folder; a run to {self.out.name} keeps there what is done: move it away")
+        _refuse_links(self.folder)
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-            self._lock = open(self.folder / _LOCK, "w")
+            self._lock = _open_lock(self.folder)
         try:
             _take(self._lock, self.out)
             manifest = self.folder / _MANIFEST
@@ -85,12 +87,14 @@ class PartialRun:
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
-                elif path.name not in (_MANIFEST, _ASSEMBLING):
+                elif path.name not in (_MANIFEST, _ASSEMBLING, _BUILT):
                     path.unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
             self._sweep(f"*{_SCRATCH}")
             self._remove_if_empty()
+            if not is_finished(self.out):  # what is at OUT later may have the inode that the result had
+                (self.folder / _BUILT).unlink(missing_ok=True)
             if self.folder.is_dir():
                 error.add_note(f"what is done is kept in {self.folder}{self._prospect(error)}")
         self._lock.close()
@@ -108,10 +112,20 @@ class PartialRun:
         return self.part(name).is_file()
 
     def assemble(self, keep: Iterable[Path]) -> Path:
-        """All parts are done, and those to ``keep`` are all that is needed of them: an empty folder to make the result in, which then gets its name. As long as it is here, nothing that lies at OUT is the run's."""
+        """All parts are done, and those to ``keep`` are all that is needed of them: an empty folder to make the result in, which then gets its name.
+
+        Raises ValueError where what the run depends on has changed since it began: parts may be of the one and of the other.
+        """
+        if difference := first_difference(self._identity, self._identity_now()):
+            what, was, now = difference
+            raise ValueError(f"{what} has changed from {was} to {now} while the run was at work; its layers may be of either")
         building = self.folder / _BUILDING
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
+        unfinished = temporary(self.folder / _BUILT)
+        with new_file(unfinished) as file:
+            file.write(json.dumps(_place(building)).encode())
+        os.replace(unfinished, self.folder / _BUILT)
         if (self.folder / _MANIFEST).is_file():
             os.replace(self.folder / _MANIFEST, self.folder / _ASSEMBLING)
         sync_folder(self.folder)
@@ -151,9 +165,11 @@ def folder_of(out: Path) -> Path:
 
 
 def is_finished(out: Path) -> bool:
-    """Whether ``out`` was written whole by a run that was cut short before it could say so."""
+    """Whether ``out`` was written whole by a run that was cut short before it could say so: it is the very folder that the run had built."""
     folder = folder_of(out.absolute())
-    return out.is_dir() and (folder / _ASSEMBLING).is_file() and not (folder / _BUILDING).exists()
+    if not out.is_dir() or folder.is_symlink() or not all((folder / name).is_file() for name in (_ASSEMBLING, _BUILT)) or (folder / _BUILDING).exists():
+        return False
+    return read_json_object(folder / _BUILT) == _place(out)
 
 
 def discard(out: Path) -> None:
@@ -161,9 +177,26 @@ def discard(out: Path) -> None:
     folder = folder_of(out.absolute())
     if not folder.is_dir():
         return
-    with open(folder / _LOCK, "w") as lock:
+    _refuse_links(folder)
+    with _open_lock(folder) as lock:
         _take(lock, out)
         shutil.rmtree(folder)
+
+
+def _place(folder: Path) -> dict[str, int]:
+    status = folder.stat()
+    return {"device": status.st_dev, "inode": status.st_ino}
+
+
+def _refuse_links(folder: Path) -> None:
+    """ValueError for what leads out of the folder: a run would write, or clear, what lies there."""
+    for path in (folder, *(folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ())):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link; a run keeps what is done in a folder and files of its own: remove it")
+
+
+def _open_lock(folder: Path) -> IO[str]:
+    return open(folder / _LOCK, "w", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
 
 
 def _take(lock: IO[str], out: Path) -> None:

@@ -174,6 +174,11 @@ def parse_json_object(text: bytes, where: str, *, strict: bool = False) -> dict[
         raise ValueError(f"{where} is not JSON in UTF-8 without repeated keys: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {short_repr(value)}; it must be a JSON object")
+    if b"\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where} is not JSON in UTF-8 without repeated keys: it has a lone surrogate, which is no character") from None
     return value
 
 

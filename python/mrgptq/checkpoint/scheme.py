@@ -67,16 +67,16 @@ class Scheme:
 
 
 def common_scheme(matrices: Mapping[str, QuantizedMatrix]) -> Scheme:
-    """The Scheme that all of a mapping's QuantizedMatrix share, the largest of their rotations in it; ValueError names the first that differs."""
+    """The Scheme that all of a mapping's QuantizedMatrix share, the largest of their rotations in it; ValueError names the first that differs. Padded ones may be without a rotation where others have one."""
+    rotations = [Scheme.of_matrix(matrix).rotation for matrix in matrices.values()]
+    rotation = max(filter(None, rotations), default=None)
     first_name, scheme = None, None
-    for name, matrix in matrices.items():
-        own = Scheme.of_matrix(matrix)
+    for (name, matrix), size in zip(matrices.items(), rotations, strict=True):
+        own = replace(Scheme.of_matrix(matrix), rotation=rotation if size or matrix.padding else None)
         if scheme is None:
             first_name, scheme = name, own
-        elif scheme.rotation and own.rotation and replace(own, rotation=scheme.rotation) == scheme:
-            scheme = replace(scheme, rotation=max(scheme.rotation, own.rotation))
         elif own != scheme:
-            raise ValueError(f"{name} is {own.label}, but {first_name} is {scheme.label}; one checkpoint holds layers of one kind")
+            raise ValueError(f"{name} is {Scheme.of_matrix(matrix).label}, but {first_name} is {Scheme.of_matrix(matrices[first_name or name]).label}; one checkpoint holds layers of one kind")
     if scheme is None:
         raise ValueError("there is no QuantizedMatrix among the tensors; nothing to say in the configuration")
     choose("format", scheme.format, ("nvfp4", "mxfp4"))

@@ -1,6 +1,7 @@
 """One block of a decoder after the other: batches pass through it and leave their memory as they found it."""
 
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.Modul
     known = dict(model.named_modules())
     for name in modules:
         start, _, rest = name.removeprefix(prefix + ".").partition(".")
-        if name.startswith(prefix + ".") and start.isdigit() and int(start) < len(blocks) and rest and isinstance(known.get(name), torch.nn.Linear):
+        if name.startswith(prefix + ".") and re.fullmatch("[0-9]{1,9}", start) and int(start) < len(blocks) and rest and isinstance(known.get(name), torch.nn.Linear):
             by_block.setdefault(int(start), []).append(name)
         else:
             raise ValueError(f"{name} is not a linear layer inside {prefix}.0 … {prefix}.{len(blocks) - 1}, where calibration works; leave it out with ignore")

@@ -51,7 +51,9 @@ def by_transformers(folder: str | os.PathLike[str], what: str) -> Iterator[None]
     """Whatever transformers says of a folder that it cannot use, as a ValueError that names the folder: of a wrong setting it may be any exception."""
     try:
         yield
-    except (ImportError, MemoryError):
+    except ImportError as error:
+        raise ImportError(f"{folder} needs what is not installed: {' '.join(str(error).split())}", name=error.name) from error
+    except MemoryError:
         raise
     except Exception as error:
         raise ValueError(f"{folder} has no {what} that transformers can load: {type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -98,6 +100,8 @@ def _refuse_code(config: Mapping[str, Any], where: Path) -> None:
     for key, value in config.items():
         if key == "transformers_weights" and value is not None:
             raise ValueError(f"{where} names its weights by {key}; only model.safetensors, or what model.safetensors.index.json lists, is read")
+        if key == "num_labels" and isinstance(value, int) and value > 65536:
+            raise ValueError(f"{where} has num_labels {value}, for each of which transformers would make an entry; at most 65536 are read")
         if "_implementation" in key and "/" in str(value):
             raise ValueError(f"{where} has {key} {short_repr(value)}, which is code from elsewhere; no code of a checkpoint is run")
         if isinstance(value, Mapping):
