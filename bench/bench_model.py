@@ -26,13 +26,14 @@ SMALL_MODEL = Path(__file__).parents[1] / "examples" / "models" / "leaf"
 calibrate = importlib.import_module("mrgptq.hf.calibrate")
 beside = importlib.import_module("mrgptq.hf.beside")
 fisher = importlib.import_module("mrgptq.hf.fisher")
+passage = importlib.import_module("mrgptq.hf.passage")
 
 PHASES = (  # (phase, where the function is looked up, its name)
     ("load", hf, "load_model"),
     ("load", hf, "load_tokenizer"),
     ("load", hf, "token_windows"),
-    ("forward passes", calibrate, "_enter"),
-    ("forward passes", calibrate, "run_block"),
+    ("forward passes", calibrate, "enter"),
+    ("forward passes", passage, "run_block"),
     ("forward passes", beside, "run_block"),
     ("cross moments", calibrate, "observe_both"),
     ("backward pass", calibrate, "collect_output_hessians"),

@@ -222,11 +222,10 @@ def test_the_layers_that_write_into_the_residual_stream_are_told_by_what_they_do
     torch.manual_seed(5)
     config = getattr(transformers, f"{name}Config")(**(SMALL | DECODERS.get(name, {}) | more))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    calibration = importlib.import_module("mrgptq.hf.calibrate")
-    beside = importlib.import_module("mrgptq.hf.beside")
+    passage, beside = (importlib.import_module(f"mrgptq.hf.{name}") for name in ("passage", "beside"))
     _, blocks = importlib.import_module("mrgptq.hf.model").decoder_blocks(model)
     with torch.no_grad():
-        hidden, kwargs = calibration._enter(model, blocks, random_tokens(3), 2)
+        hidden, kwargs = passage.enter(model, blocks, random_tokens(3), 2)
         assert len(hidden[-1]) == 1 and beside.stream_writers(blocks[0], hidden[-1], kwargs[0]) == writers
         assert all(not module._forward_hooks for module in blocks[0].modules())
 
@@ -235,15 +234,15 @@ def test_hidden_states_stay_in_the_memory_that_they_came_in():
     """Block after block, the original's too; where a block gives another dtype its output is taken as it is."""
     config = transformers.LlamaConfig(**(SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4}))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    calibration, beside, blocks = (importlib.import_module(f"mrgptq.hf.{name}") for name in ("calibrate", "beside", "blocks"))
+    passage, beside, blocks = (importlib.import_module(f"mrgptq.hf.{name}") for name in ("passage", "beside", "blocks"))
     with torch.no_grad():
-        hidden, kwargs = calibration._enter(model, model.model.layers, random_tokens(3), 2)
+        hidden, kwargs = passage.enter(model, model.model.layers, random_tokens(3), 2)
         expected = [blocks.run_block(model.model.layers[0], batch, kwargs[0]) for batch in hidden]
         own, original = [batch.clone() for batch in hidden], [batch.clone() for batch in hidden]
         places = [batch.data_ptr() for batch in (*own, *original)]
         beside.observe_both(model.model.layers[0], model.model.layers[0], [], {}, own, original, kwargs[0])
         assert all(torch.equal(a, b) for a, b in zip((*own, *original), (*hidden, *expected), strict=True))
-        calibration._run(model.model.layers[0], own, kwargs[0], keep=True)
+        passage.run_batches(model.model.layers[0], own, kwargs[0], keep=True)
         assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
         assert [batch.data_ptr() for batch in (*own, *original)] == places
         wide = expected[0].double()
@@ -256,11 +255,11 @@ def test_a_layer_that_adds_nothing_does_not_pass_for_a_writer(zero):
     torch.manual_seed(5)
     config = transformers.LlamaConfig(**(SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4}))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    calibration, beside = (importlib.import_module(f"mrgptq.hf.{name}") for name in ("calibrate", "beside"))
+    passage, beside = (importlib.import_module(f"mrgptq.hf.{name}") for name in ("passage", "beside"))
     blocks = model.model.layers
     with torch.no_grad():
         blocks[0].get_submodule(zero).weight.zero_()
-        hidden, kwargs = calibration._enter(model, blocks, random_tokens(3), 2)
+        hidden, kwargs = passage.enter(model, blocks, random_tokens(3), 2)
         assert blocks[0].get_submodule(zero)(torch.zeros(1, blocks[0].get_submodule(zero).in_features)).shape[-1] == hidden[0].shape[-1]
         writers = beside.stream_writers(blocks[0], hidden[-1], kwargs[0])
     assert zero not in writers and (writers == ("self_attn.o_proj", "mlp.down_proj") or zero != "self_attn.q_proj")

@@ -22,9 +22,10 @@ from ..result import Activations, QuantizedMatrix
 from ..rotations import Rotation
 from .activations import round_inputs, to_numpy
 from .beside import Apart, Group, observe_both
-from .blocks import BlockSource, Kwargs, give_back_memory, passing_by, removing, run_block, take_place
+from .blocks import BlockSource, Kwargs, give_back_memory, removing
 from .fisher import collect_by_block, collect_output_hessians
 from .model import decoder_blocks
+from .passage import enter, linears_by_block, run_batches
 
 
 class Ledger(Protocol):
@@ -44,10 +45,6 @@ class Ledger(Protocol):
 
     def keep_output_hessians(self, first_block: int, hessians: dict[str, Hessian]) -> None:
         """The same to be kept."""
-
-
-class _FirstBlockReached(Exception):
-    """Stops a forward pass once the first block's inputs are known."""
 
 
 @torch.no_grad()
@@ -94,8 +91,8 @@ def calibrate(
     """
     prefix, blocks = decoder_blocks(model)
     source = source or BlockSource(blocks)
-    linears = _linears_by_block(model, prefix, blocks, modules)
-    hidden, block_kwargs = _enter(model, blocks, inputs, batch_windows, one_by_one=source.streamed and recipe.output_hessian is not None)
+    linears = linears_by_block(model, prefix, blocks, modules)
+    hidden, block_kwargs = enter(model, blocks, inputs, batch_windows, one_by_one=source.streamed and recipe.output_hessian is not None)
     give_back_memory()
     original_hidden = [batch.clone() for batch in hidden] if recipe.cross else []
     passes = _backward_passes(model, linears) if recipe.output_hessian else {}
@@ -147,7 +144,7 @@ def calibrate(
                     round_inputs([named[name] for name in group], activations[group], _rotation(group, named, recipe))
             del known, hessians, apart  # where an earlier run had quantised layers, theirs are left
             if index + 1 < len(blocks):
-                _run(block, hidden, block_kwargs[index], keep=True)
+                run_batches(block, hidden, block_kwargs[index], keep=True)
                 give_back_memory()
         if ledger and index + 1 < len(blocks):
             arrays = {f"{name}.{i}": batch.cpu().numpy() for name, batches in (("hidden", hidden), ("original", original_hidden)) for i, batch in enumerate(batches)}
@@ -189,62 +186,6 @@ def _backward_passes(model: Any, linears: dict[int, list[str]]) -> dict[int, lis
     return {blocks[group[0]]: [name for at in group for name in linears[blocks[at]]] for group in passes}
 
 
-def _linears_by_block(model: torch.nn.Module, prefix: str, blocks: torch.nn.ModuleList, modules: Sequence[str]) -> dict[int, list[str]]:
-    """{block index: module names}, each checked to be a linear layer there."""
-    by_block: dict[int, list[str]] = {}
-    known = dict(model.named_modules())
-    for name in modules:
-        start, _, rest = name.removeprefix(prefix + ".").partition(".")
-        if name.startswith(prefix + ".") and start.isdigit() and int(start) < len(blocks) and rest and isinstance(known.get(name), torch.nn.Linear):
-            by_block.setdefault(int(start), []).append(name)
-        else:
-            raise ValueError(f"{name} is not a linear layer inside {prefix}.0 … {prefix}.{len(blocks) - 1}, where calibration works; leave it out with ignore")
-    return by_block
-
-
-def _enter(model: Any, blocks: torch.nn.ModuleList, inputs: torch.Tensor, batch_windows: int, *, one_by_one: bool = False) -> tuple[list[torch.Tensor], list[Kwargs]]:
-    """Run the model up to its first block: the hidden states as batches, and for each block the keyword arguments it is called with, by batch size.
-
-    Masks and position embeddings may differ from block to block (sliding windows), so one pass for each batch size collects them, in which the blocks compute nothing. ``one_by_one``: batches of one window, too.
-    """
-    decoder = model.base_model  # without the head, whose logits would take more room than everything else
-    batches = list(inputs.split(batch_windows))
-    device = model.get_input_embeddings().weight.device
-    block_kwargs: list[Kwargs] = [{} for _ in blocks]
-    hidden: list[torch.Tensor] = []
-    size = 0
-
-    def note_kwargs(index: int) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            block_kwargs[index][size] = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "past_key_values", "use_cache")}
-
-        return hook
-
-    def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0] if args else kwargs["hidden_states"])
-        raise _FirstBlockReached
-
-    for size in sorted({len(batch) for batch in batches} | ({1} if one_by_one else set())):
-        handles = [block.register_forward_pre_hook(note_kwargs(i), with_kwargs=True) for i, block in enumerate(blocks)]
-        with removing(handles), passing_by(blocks, lambda block, hidden: hidden):
-            decoder(input_ids=inputs[:size].to(device), use_cache=False)
-    with removing([blocks[0].register_forward_pre_hook(stop, with_kwargs=True)]):
-        for batch in batches:
-            try:
-                decoder(input_ids=batch.to(device), use_cache=False)
-            except _FirstBlockReached:
-                pass
-    return hidden, block_kwargs
-
-
-def _run(block: torch.nn.Module, hidden: list[torch.Tensor], kwargs: Kwargs, *, keep: bool) -> None:
-    """Pass every batch through a block; with ``keep`` its outputs take the place of the inputs."""
-    for i, batch in enumerate(hidden):
-        output = run_block(block, batch, kwargs)
-        if keep:
-            hidden[i] = take_place(batch, output)
-
-
 def _observe(
     block: torch.nn.Module,
     groups: list[Group],
@@ -282,7 +223,7 @@ def _observe(
             handles += round_inputs([named[name] for name in group], cast(Activations, activations_of(recipe)), _rotation(group, named, recipe))
     with removing(handles):
         if original is None:
-            _run(block, hidden, kwargs, keep=False)
+            run_batches(block, hidden, kwargs, keep=False)
         else:
             apart = observe_both(block, original, groups, named, hidden, original_hidden, kwargs)
     if not recipe.activations:
