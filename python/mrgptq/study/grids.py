@@ -40,10 +40,10 @@ class Grid:
 
     def round(self, x: Floats) -> Floats:
         """The nearest values, float64."""
-        values, magnitude = np.asarray(self.magnitudes, dtype=np.float64), np.abs(x)
+        values = np.asarray(self.magnitudes, dtype=np.float64)
         if np.array_equal(values, np.arange(len(values))):
-            return np.copysign(np.minimum(np.rint(magnitude), values[-1]), x)  # the same, ten times as fast
-        index = np.zeros(magnitude.shape, dtype=np.int64)
+            return np.clip(np.rint(x), -self.largest, self.largest)  # the same, ten times as fast
+        magnitude, index = np.abs(x), np.zeros(np.shape(x), dtype=np.int64)
         for below, middle in enumerate((values[1:] + values[:-1]) / 2):
             index += magnitude >= middle if below % 2 else magnitude > middle
         return np.copysign(values[index], x)

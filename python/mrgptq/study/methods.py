@@ -146,7 +146,7 @@ def grid(
     methods: Sequence[str] | None = None,
     formats: Sequence[str] | None = None,
     windows: int = 16,
-    test_windows: int = 16,
+    test_windows: int = 12,
     sequence: int = 512,
     device: str = "cpu",
     threads: int | None = None,
@@ -224,7 +224,7 @@ def by_method(method: Method, rounding: Rounding, inputs_too: bool, threads: int
 
 
 def _watch(seen: Mapping[Group, Seen], group: Group, x: Values, *, bases: Mapping[Group, Basis] | None = None, threads: int | None = None) -> None:
-    seen[group].update(x, bases and bases[group], threads)
+    seen[group].update(x, bases[group] if bases else None, threads)
 
 
 def _cols(weights: Mapping[str, Values]) -> int:
