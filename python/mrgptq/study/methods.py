@@ -145,7 +145,7 @@ def grid(
     *,
     methods: Sequence[str] | None = None,
     formats: Sequence[str] | None = None,
-    windows: int = 16,
+    windows: int = 12,
     test_windows: int = 12,
     sequence: int = 512,
     device: str = "cpu",
