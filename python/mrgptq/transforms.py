@@ -42,7 +42,7 @@ def transform(name: str, block_size: int, *, seed: int = 0) -> Identity | Hadama
         h = _hadamard(k)
         return Dense(h[:, np.argsort((np.diff(np.sign(h), axis=0) != 0).sum(0), kind="stable")])
     if name == "dct":
-        return Dense(_cosines(k))
+        return Dense(cosines(k))
     if name == "dst":
         i = np.arange(1, k + 1)
         return Dense(np.sqrt(2 / (k + 1)) * np.sin(np.pi * np.outer(i, i) / (k + 1)))
@@ -62,8 +62,8 @@ def _hadamard(k: int) -> NDArray[np.float64]:
     return Hadamard(k).matrix.astype(np.float64)
 
 
-def _cosines(k: int) -> NDArray[np.float64]:
-    """Columns are the DCT-II's basis vectors, so that x T is the transform of x."""
+def cosines(k: int) -> NDArray[np.float64]:
+    """(k, k) float64, orthogonal: columns are the DCT-II's basis vectors, so that x T is the transform of x."""
     i = np.arange(k)
     matrix = np.sqrt(2 / k) * np.cos(np.pi * np.outer(i + 0.5, i) / k)
     matrix[:, 0] /= np.sqrt(2)

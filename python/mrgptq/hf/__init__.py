@@ -8,5 +8,6 @@ from .linear import PackedLinear
 from .model import cpu_capability, load_model, load_quantized, load_tokenizer, token_windows, use_threads
 from .observe import collect_hessians, layer_weights, observe_hessians
 from .streamed import StreamedBlocks, load_streamed
+from .walk import OpenBlock, walk
 
-__all__ = ["Generated", "PackedLinear", "StreamedBlocks", "calibrate", "collect_hessians", "collect_output_hessians", "cpu_capability", "divergence", "generate", "layer_weights", "load_model", "load_quantized", "load_streamed", "load_tokenizer", "observe_hessians", "perplexity", "tempered_perplexities", "token_windows", "use_threads"]
+__all__ = ["Generated", "OpenBlock", "PackedLinear", "StreamedBlocks", "calibrate", "collect_hessians", "collect_output_hessians", "cpu_capability", "divergence", "generate", "layer_weights", "load_model", "load_quantized", "load_streamed", "load_tokenizer", "observe_hessians", "perplexity", "tempered_perplexities", "token_windows", "use_threads", "walk"]

@@ -1,6 +1,6 @@
 """Rounds the inputs of linear layers as 4-bit kernels do: rotate, round to the grid, turn back."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,17 @@ def rounded(x: torch.Tensor, activations: Activations, rotation: Rotation) -> to
     return torch.from_numpy(np.ascontiguousarray(values[..., :cols])).to(device=x.device, dtype=x.dtype)
 
 
-def round_inputs(modules: Iterable[torch.nn.Module], activations: Activations, rotation: Rotation, shared: SharedInput | None = None) -> list[RemovableHandle]:
-    """Hook linear modules so that they compute with rounded inputs; an input that several of them read, or others with the same ``shared``, is rounded once. Returns the handles; ``handle.remove()``
-    undoes it."""
+def replace_inputs(modules: Iterable[torch.nn.Module], how: object, make: Callable[[torch.Tensor], torch.Tensor], shared: SharedInput | None = None) -> list[RemovableHandle]:
+    """Hook linear modules so that they compute with what ``make`` makes of their input; of an input that several of them read, or others with the same ``shared`` and an equal ``how``, it is made once.
+    Returns the handles; ``handle.remove()`` undoes it."""
     last = SharedInput() if shared is None else shared
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (last.of(args[0], (activations, rotation), lambda: rounded(args[0], activations, rotation)), *args[1:])
+        return (last.of(args[0], how, lambda: make(args[0])), *args[1:])
 
     return [module.register_forward_pre_hook(hook) for module in modules]
+
+
+def round_inputs(modules: Iterable[torch.nn.Module], activations: Activations, rotation: Rotation, shared: SharedInput | None = None) -> list[RemovableHandle]:
+    """:func:`replace_inputs` by what :func:`rounded` makes of them."""
+    return replace_inputs(modules, (activations, rotation), lambda x: rounded(x, activations, rotation), shared)

@@ -1,23 +1,13 @@
 """How much accuracy a model keeps under each recipe: layer error and perplexity, W4A16 and W4A4."""
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from .. import hf
-from ..checkpoint.reader import CheckpointReader
 from ..display import align
-from ..modules import select_modules
 from ..recipe import Recipe
-from ..result import layer_report
-
-_DIVERGENCE_WINDOWS = 64
-"""Of the test's windows, at most: it needs the logits of two models, and tells methods apart on far fewer tokens than perplexity does."""
-
-_TEMPERATURES = tuple(1 + i / 10 for i in range(21))
-"""Tried on the far text; at the right one a perplexity is flat in it, so tenths are enough."""
+from .trial import Trial, by_recipe
 
 
 @dataclass(frozen=True)
@@ -75,49 +65,15 @@ def measure(
     ------
     AccuracyRow, the unquantised model's first.
     """
-    tokenizer = hf.load_tokenizer(folder)
-    inputs = hf.token_windows(tokenizer, calibration, skip + windows, sequence)[skip:]
-    if not len(inputs):
-        raise ValueError(f"the calibration text has no window left after {skip}")
-    test = hf.token_windows(tokenizer, text, test_windows, sequence, targets=True)
-    far_test = None if far is None else hf.token_windows(tokenizer, far, far_windows or max(1, test_windows // 2), sequence, targets=True)
-    reader = CheckpointReader(folder)
-    modules = select_modules({name: reader.shape(name) for name in reader.names})
+    trial = Trial(folder, calibration, text, windows=windows, test_windows=test_windows, sequence=sequence, skip=skip, far=far, far_windows=far_windows, divergence=divergence, device=device)
     if progress:
         progress("original")
-    original = hf.load_model(folder, device=device)
-    row = AccuracyRow("original", None, None, None, None, None, hf.perplexity(original, *test))
-    temperature = 1.0
-    if far_test is not None:
-        tempered = dict(zip(_TEMPERATURES, hf.tempered_perplexities(original, *far_test, temperatures=_TEMPERATURES), strict=True))
-        temperature = min(tempered, key=tempered.__getitem__)
-        row = replace(row, far_perplexity=tempered[1.0], far_tempered=tempered[temperature])
-    yield row
+    yield AccuracyRow("original", None, None, None, None, **asdict(trial.original()))
     for label, recipe in recipes:
         if progress:
             progress(f"{label}, {recipe.format}, W4A{4 if recipe.activations else 16}")
-        model, start = hf.load_model(folder, device=device), time.perf_counter()
-        errors = [layer_report(matrix).relative_error for _, matrix in hf.calibrate(model, inputs, recipe, modules, threads=threads)]
-        known = [error for error in errors if error is not None]
-        mean = sum(known) / len(known) if known else None
-        seconds = time.perf_counter() - start
-        near, far_plain, far_tempered = hf.perplexity(model, *test), None, None
-        if far_test is not None:
-            far_plain, far_tempered = hf.tempered_perplexities(model, *far_test, temperatures=(1.0, temperature))
-        yield AccuracyRow(
-            label,
-            recipe.format,
-            recipe.activations,
-            recipe.rotation,
-            recipe.resolved_mx_rule if recipe.format == "mxfp4" else None,
-            mean,
-            near,
-            far_plain,
-            far_tempered,
-            hf.divergence(model, original, test[0][:_DIVERGENCE_WINDOWS]) if divergence else None,
-            hf.divergence(model, original, far_test[0][:_DIVERGENCE_WINDOWS]) if divergence and far_test is not None else None,
-            seconds,
-        )
+        mx_rule = recipe.resolved_mx_rule if recipe.format == "mxfp4" else None
+        yield AccuracyRow(label, recipe.format, recipe.activations, recipe.rotation, mx_rule, **asdict(trial.quantised(by_recipe(recipe, threads))))
 
 
 def table(rows: Sequence[AccuracyRow]) -> str:
