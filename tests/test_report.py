@@ -134,7 +134,28 @@ def test_the_command_writes_the_page(leaf_folder, tmp_path, capsys):
     first, second = ((tmp_path / name).read_text(encoding="utf-8").replace(name, "") for name in ("a.html", "b.html"))
     assert first == second and "--values 4096 --seed 7" in first
     assert "the weights of" in capsys.readouterr().out
-    for arguments, words in ((["--out", tmp_path / "a.html"], "a.html exists already"), ([tmp_path, "--out", tmp_path / "c.html"], "has no safetensors file")):
+    for arguments, words in ((["--out", tmp_path / "a.html"], "a.html exists already"), (["--out", tmp_path / "c.html", "--text", tmp_path / "a.html"], "--calibration and --text go together"), ([tmp_path, "--out", tmp_path / "c.html"], "has no safetensors file")):
         assert cli.main(["study", *map(str, arguments)]) == 1
         assert words in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "c.html").exists()
+
+
+def test_what_methods_cost_is_on_the_page_where_texts_are_given(findings, leaf_folder, tmp_path, capsys, monkeypatch):
+    """A row a cell, as the grid measured them; sentences say where the published order comes out and where it does not."""
+    from mrgptq.study import methods
+
+    def row(method, format, activations, divergence):
+        return methods.GridRow(method, format, activations, 0.01, 40.0, divergence, 1.0)
+
+    rows = [methods.GridRow("original", None, None, None, 35.0, 0.0, 0.0), row("rtn", "nvfp4", "nvfp4", 0.4), row("rtn-hadamard", "nvfp4", "nvfp4", 0.5), row("gptq", "nvfp4", "nvfp4", 0.3), row("mr-gptq", "nvfp4", "nvfp4", 0.2), row("best", "nvfp4", "nvfp4", 0.1), row("gptq", "int4", None, 0.3), row("mr-gptq", "int4", None, 0.4)]
+    asked = []
+    monkeypatch.setattr(methods, "grid", lambda *arguments, **options: asked.append((arguments, options)) or iter(rows))
+    for name in ("calibration", "text"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    assert cli.main(["study", str(leaf_folder), "--out", str(tmp_path / "a.html"), "--values", "1024", "--calibration", str(tmp_path / "calibration"), "--text", str(tmp_path / "text"), "--windows", "3", "--threads", "1"]) == 0
+    assert asked == [((leaf_folder, "calibration", "text"), {"windows": 3, "test_windows": 3, "device": "cpu", "threads": 1})]
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    table = Page(text).tables[-1]
+    assert len(table) == 9 and table[2] == ["rtn", "NVFP4", "W4A4", "1.00e-02", "40.000", "0.4000"] and table[1][4] == "35.000"
+    assert "NVFP4 W4A4: a Hadamard before plain rounding makes the divergence 25 % larger." in text
+    assert "the divergence falls in NVFP4 W4A4; not in INT4 W4A16." in text and len(re.findall("<svg", text)) == 6 and "--windows 3" in text

@@ -59,7 +59,8 @@ Write one page, complete in itself: what MXFP4, NVFP4 and 4-bit integers lose on
 and, where MODEL is given, on its weights, with and without rotations; figures, tables, meanings.
 
   mrgptq study --out report.html
-  mrgptq study llama --out llama.html"""
+  mrgptq study llama --out llama.html
+  mrgptq study llama --out llama.html --calibration wiki.txt --text news.txt     and what each method costs it"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,7 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="folder of a model whose weights are measured, too")
     study.add_argument("--out", metavar="FILE", type=Path, required=True, help="page to write, HTML; must not exist")
     study.add_argument("--values", metavar="N", type=_positive, default=1 << 22, help="values drawn for each number (default: 4194304)")
+    study.add_argument("--calibration", metavar="TEXT", type=Path, help="with --text: measure what RTN, SmoothQuant, QuaRot, AWQ, GPTQ, MR-GPTQ and best cost MODEL, calibrated on this text")
+    study.add_argument("--text", metavar="TEXT", type=Path, help="text from elsewhere that they are measured on")
+    study.add_argument("--windows", metavar="N", type=_positive, default=12, help="windows of 512 tokens of each text (default: 12)")
     study.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
+    _add_common(study)
 
     evaluate = commands.add_parser(
         "evaluate",

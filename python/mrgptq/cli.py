@@ -279,6 +279,15 @@ def _inspect(args: argparse.Namespace) -> None:
 def _study(args: argparse.Namespace) -> None:
     if os.path.lexists(args.out):
         raise FileExistsError(f"{args.out} exists already and is not overwritten; give another path or remove it")
+    if bool(args.calibration) != bool(args.text) or args.text and not args.model:
+        raise ValueError("--calibration and --text go together, with a MODEL: methods are calibrated on the one and measured on the other")
+    rows, total = None, 0
+    if args.text:
+        calibration, text = _read_text(args.calibration), _read_text(args.text)
+        _hf(args)
+        from .study.methods import cells, grid
+
+        rows, total = grid(args.model, calibration, text, windows=args.windows, test_windows=args.windows, device=args.device, threads=args.threads), len(cells()) + 1
     try:
         from .study.findings import collect
         from .study.report import write_report
@@ -286,8 +295,13 @@ def _study(args: argparse.Namespace) -> None:
         raise ImportError(f"study draws its figures with matplotlib, which is not installed ({error.name}): pip install 'mrgptq[plot]'") from error
     progress = _Progress()
     findings = collect(args.model, values=args.values, seed=args.seed, progress=lambda what, done, total: progress("study", done, total))
-    progress.close()
+    for row in rows or ():
+        findings.methods.append(row)
+        progress("methods", len(findings.methods), total)
     command = ["study", *([str(args.model)] if args.model else []), "--out", str(args.out), "--values", str(args.values), "--seed", str(args.seed)]
+    if args.text:
+        command += ["--calibration", str(args.calibration), "--text", str(args.text), "--windows", str(args.windows)]
+    progress.close()
     write_report(findings, args.out, command)
     print(f"{args.out}: the study{f' and the weights of {args.model}' if args.model else ''}")
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from ..transforms import TRANSFORMS, transform
 from .analysis import Crossover, Errors, Mean, crossover, expected_error, preserved_mass, simulate
 from .distributions import Distribution, Laplace, Normal, StudentT
 from .grids import E2M1, FORMATS, INT4, StudyFormat
+
+if TYPE_CHECKING:  # what it comes from imports torch, which the rest of the study does without
+    from .methods import GridRow
 
 Progress = Callable[[str, int, int], None]
 SIZES = (4, 8, 16, 32, 64, 128)
@@ -72,7 +75,7 @@ class Findings:
     ----------
     values : drawn for each number. rules, transforms : rows of tables. crossovers : {scale type: rows by group size} of E2M1 on Laplace values. tails : {distribution's name: {format's name: (plain, rotated)}}.
     mass : {element grid: [(group size, Laplace, Normal)]}, lemma 2's preserved mass.
-    model : the folder, None without one. layers : of the model.
+    model : the folder, None without one. layers : of the model. methods : what each method costs it, the unquantised model's row first; empty where it was not measured.
     """
 
     values: int
@@ -83,6 +86,7 @@ class Findings:
     mass: dict[str, list[tuple[int, float, float]]]
     model: str | None = None
     layers: list[LayerRow] = field(default_factory=list)
+    methods: "list[GridRow]" = field(default_factory=list)
 
 
 def collect(model: str | os.PathLike[str] | None = None, *, values: int = 1 << 22, seed: int = 0, progress: Progress | None = None) -> Findings:

@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -10,6 +11,9 @@ from matplotlib.figure import Figure
 from .accuracy import AccuracyRow
 from .analysis import Crossover, Mean
 from .findings import LayerRow, RuleRow
+
+if TYPE_CHECKING:  # imports torch
+    from .methods import GridRow
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend must be chosen first
@@ -116,6 +120,23 @@ def layer_chart(layers: Sequence[LayerRow]) -> str:
     axes.set_xlabel("kurtosis of the layer's groups of 32")
     axes.set_ylabel("error as they are / under a Hadamard")
     axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def method_chart(rows: "Sequence[GridRow]") -> str:
+    """SVG: divergence by method, a mark for each format, W4A16 and W4A4 beside each other."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
+    methods, formats = (list(dict.fromkeys(values)) for values in ([row.method for row in rows], [row.format or "" for row in rows]))
+    for axes, rounded in zip(panels, (False, True), strict=True):
+        for key, (marker, style) in zip(formats, _MARKS, strict=False):
+            cells = {row.method: row.divergence for row in rows if row.format == key and bool(row.activations) == rounded}
+            present = [method for method in methods if method in cells]
+            axes.plot([methods.index(method) for method in present], [cells[method] for method in present], color="black", marker=marker, markerfacecolor="white", linestyle=style, linewidth=0.8, label=key.upper())
+        axes.set_xticks(range(len(methods)), methods, rotation=40, ha="right", fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.set_title("W4A4" if rounded else "W4A16", fontsize=10)
+    panels[0].set_ylabel("KL(original || quantised), nats a token")
+    panels[0].legend(frameon=False)
     return _svg(figure)
 
 

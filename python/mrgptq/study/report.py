@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .analysis import Mean
 from .findings import Findings, rotation_gain
-from .plots import crossover_chart, layer_chart, mass_chart, rule_chart, tail_chart
+from .plots import crossover_chart, layer_chart, mass_chart, method_chart, rule_chart, tail_chart
 
 _STYLE = """
 body { font: 16px/1.5 Georgia, serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #111; background: #fff }
@@ -37,7 +37,7 @@ def write_report(findings: Findings, path: str | os.PathLike[str], command: Sequ
 
 def page(findings: Findings, command: Sequence[str]) -> str:
     """The HTML."""
-    sections = [_rules, _crossovers, _transforms, _tails, _mass, *([_layers] if findings.layers else [])]
+    sections = [_rules, _crossovers, _transforms, _tails, _mass, *([_layers] if findings.layers else []), *([_methods] if findings.methods else [])]
     body = "\n".join(section(findings) for section in sections)
     title = "Why rotations help MXFP4 and not NVFP4"
     return f"""<!DOCTYPE html>
@@ -158,3 +158,31 @@ def _layers(findings: Findings) -> str:
         _table([("layer", "kurtosis", *(f"{key.upper()}, {kind}" for key in gains for kind in ("plain", "rotated"))), *((row.name, f"{row.kurtosis:.2f}", *(f"{1e3 * cells[key]:.2f}" for key in gains for cells in (row.plain, row.rotated))) for row in findings.layers)]),
     )
 
+
+
+def _methods(findings: Findings) -> str:
+    original, *rows = findings.methods
+    cells = {(row.method, row.format, bool(row.activations)): row for row in rows}
+    kinds = list(dict.fromkeys((row.format, bool(row.activations)) for row in rows))
+    sentences = []
+    for format, rounded in kinds:
+        plain, turned = (cells.get((method, format, rounded)) for method in ("rtn", "rtn-hadamard"))
+        if rounded and plain and turned:
+            sentences.append(f"{(format or '').upper()} W4A4: a Hadamard before plain rounding makes the divergence {_percent(turned.divergence / plain.divergence - 1)}.")
+    ladder = ("gptq", "mr-gptq", "best")
+    held: list[str] = []
+    not_held: list[str] = []
+    for format, rounded in kinds:
+        steps = [cells[method, format, rounded].divergence for method in ladder if (method, format, rounded) in cells]
+        if len(steps) > 1:
+            (held if steps == sorted(steps, reverse=True) else not_held).append(f"{(format or '').upper()} W4A{4 if rounded else 16}")
+    if held or not_held:
+        sentences.append("From GPTQ to MR-GPTQ to best, where each is there, the divergence falls" + (f" in {', '.join(held)}" if held else "") + (f"; not in {', '.join(not_held)}" if not_held else "") + ".")
+    table = _table(
+        [
+            ("method", "format", "activations", "layer error", "perplexity", "KL(original || quantised), nats"),
+            ("original", "", "", "", f"{original.perplexity:.3f}", ""),
+            *((row.method, (row.format or "").upper(), "W4A4" if row.activations else "W4A16", "–" if row.relative_error is None else f"{row.relative_error:.2e}", f"{row.perplexity:.3f}", f"{row.divergence:.4f}") for row in rows),
+        ]
+    )
+    return _section("What each method costs this model", " ".join(sentences), method_chart(rows), "Divergence from the original's predictions, by method; a mark for each format, weights alone to the left, inputs too to the right. Lower is better.", table)
