@@ -113,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--values", metavar="N", type=_positive, default=1 << 22, help="values drawn for each number (default: 4194304)")
     study.add_argument("--calibration", metavar="TEXT", type=Path, help="with --text: measure what RTN, SmoothQuant, QuaRot, AWQ, GPTQ, MR-GPTQ and best cost MODEL, calibrated on this text")
     study.add_argument("--text", metavar="TEXT", type=Path, help="text from elsewhere that they are measured on")
-    study.add_argument("--windows", metavar="N", type=_positive, default=12, help="windows of 512 tokens of each text (default: 12)")
+    study.add_argument("--windows", metavar="N", type=_positive, default=6, help="windows of 512 tokens of each text (default: 6)")
     study.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
     _add_common(study)
 
