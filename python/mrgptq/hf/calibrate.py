@@ -70,7 +70,7 @@ def calibrate(
 
     Parameters
     ----------
-    model : a causal decoder of transformers (tried: Llama, Qwen3), float32; its weights and hooks are changed.
+    model : a causal decoder of transformers (tried: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, and models with experts, see :mod:`.experts`), float32; its weights and hooks are changed.
     inputs : (windows, sequence) int64 tokens.
     recipe : Recipe.
     modules : names of the linear modules to quantise, all of them inside the decoder's blocks.
