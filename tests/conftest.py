@@ -91,3 +91,16 @@ def forks(tmp_path_factory):
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     forks.end()
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line here: (exit status, stdout, stderr)."""
+    from mrgptq import cli
+
+    def call(*arguments):
+        capsys.readouterr()
+        status = cli.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return call
