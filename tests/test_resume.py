@@ -64,9 +64,10 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_
             killed += done.returncode != 0
             left = {path.name for path in tmp_path.iterdir()} - {"whole", f".{out.name}.partial"} - {f"out{n + 1}" for n in range(number)}
             assert not left and (not out.exists() or contents(out) == expected)  # whole or not at all, nothing beside the hidden folder
-            if out.exists() and not (tmp_path / f".{out.name}.partial").exists():  # nothing is left to do, whenever after that it was killed
+            mark = tmp_path / f".{out.name}.partial" / "assembling.json"
+            if out.exists() and not mark.exists():  # nothing is left to do, whenever after that it was killed
                 break
-        assert contents(out) == expected and not (tmp_path / f".{out.name}.partial").exists()
+        assert contents(out) == expected and not mark.exists()
     assert killed >= KILLS
 
 
@@ -78,24 +79,28 @@ def stop_at(layer):
     return progress
 
 
-@pytest.mark.parametrize("swept", [0, 1, 5])
-def test_a_run_that_was_finished_before_it_could_say_so_is_taken_as_it_is(swept, leaf_folder, tmp_path, monkeypatch):
-    """Killed between the result's name and the removal of its parts, or while they are removed; by the same command alone."""
-    recipe = mg.Recipe.named("rtn")
-    plan = make_plan(leaf_folder, tmp_path / "out", recipe)
-    left, unlink = [swept], type(tmp_path).unlink
+def killed_while_it_sweeps(plan, swept, monkeypatch):
+    """A run whose result has its name, and that removes so many of its files after that."""
+    left, unlink = [swept], os.unlink
 
-    def killed(self, *args, **kwargs):
-        if self.parent.name == ".out.partial" and (tmp_path / "out").exists():
+    def killed(path, *args, **kwargs):
+        if plan.out.exists():
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
-        unlink(self, *args, **kwargs)
+        unlink(path, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(type(tmp_path), "unlink", killed)
+        patch.setattr(os, "unlink", killed)
         quantize_checkpoint(plan)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]
+    assert sorted(path.name for path in plan.out.parent.iterdir()) == [".out.partial", "out"]
+
+
+@pytest.mark.parametrize("swept", [0, 1, 5, 16])
+def test_a_run_that_was_finished_before_it_could_say_so_is_taken_as_it_is(swept, leaf_folder, tmp_path, monkeypatch):
+    """Killed between the result's name and the removal of its parts, or while they are removed; by the same command alone."""
+    recipe = mg.Recipe.named("rtn")
+    killed_while_it_sweeps(make_plan(leaf_folder, tmp_path / "out", recipe), swept, monkeypatch)
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match=r'recipe\.format "nvfp4"; this one has "mxfp4"'):
         quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn", "mxfp4")))
@@ -106,6 +111,20 @@ def test_a_run_that_was_finished_before_it_could_say_so_is_taken_as_it_is(swept,
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") == before
     with pytest.raises(FileExistsError, match="out exists already"):
         make_plan(leaf_folder, tmp_path / "out", recipe)
+
+
+@pytest.mark.parametrize("swept", [17, 18])
+def test_a_run_killed_when_only_its_empty_folder_is_left_has_ended(swept, leaf_folder, tmp_path, monkeypatch):
+    """Nothing tells any more whose the result is: it is whole, and is not overwritten."""
+    for folder in ("whole", "run"):
+        (tmp_path / folder).mkdir()
+    quantize_checkpoint(make_plan(leaf_folder, tmp_path / "whole" / "out", mg.Recipe.named("rtn")))
+    plan = make_plan(leaf_folder, tmp_path / "run" / "out", mg.Recipe.named("rtn"))
+    killed_while_it_sweeps(plan, swept, monkeypatch)
+    assert not list((tmp_path / "run" / ".out.partial").glob("*.safetensors"))
+    with pytest.raises(FileExistsError, match="out exists already"):
+        make_plan(leaf_folder, plan.out, mg.Recipe.named("rtn"))
+    assert contents(plan.out) == contents(tmp_path / "whole" / "out")
 
 
 def test_the_manifest_goes_last(leaf_folder, tmp_path, monkeypatch):

@@ -83,12 +83,13 @@ class PartialRun:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if error is None:
-            # The manifest goes last: as long as anything of value is here, the next run knows whose it is.
+            # As long as both marks of that are here, the next run knows that what lies at OUT is this run's; all else goes before the first of them.
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
-                elif path.name not in (_MANIFEST, _ASSEMBLING, _BUILT):
+                elif path.name not in (_ASSEMBLING, _BUILT, _LOCK):
                     path.unlink(missing_ok=True)
+            (self.folder / _ASSEMBLING).unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
         else:
             self._sweep(f"*{_SCRATCH}")
