@@ -127,12 +127,12 @@ def test_a_run_killed_when_only_its_empty_folder_is_left_has_ended(swept, leaf_f
     assert contents(plan.out) == contents(tmp_path / "whole" / "out")
 
 
-def test_the_manifest_goes_last(leaf_folder, tmp_path, monkeypatch):
-    """Of what is swept up, all else by its name before the folder goes with it."""
+def test_the_marks_of_a_finished_run_go_last(leaf_folder, tmp_path, monkeypatch):
+    """Of what is swept up all else by its name, then what a run is, then the folder with what tells its result and the lock."""
     swept, unlink = [], type(tmp_path).unlink
     monkeypatch.setattr(type(tmp_path), "unlink", lambda self, *args, **kwargs: (swept.append(self.name), unlink(self, *args, **kwargs)))
     quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn")))
-    assert sum(name.endswith(".safetensors") for name in swept) == 16 and "assembling.json" not in swept and "manifest.json" not in swept
+    assert swept[-1] == "assembling.json" and len(swept) == 17 and all(name.endswith(".safetensors") for name in swept[:-1])
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,8 @@ class PartialRun:
             left.unlink(missing_ok=True)
 
     def _remove_if_empty(self) -> None:
-        if not any(self.folder.glob("*.safetensors")):
+        """Unless it is a mark of what lies at OUT."""
+        if not any(self.folder.glob("*.safetensors")) and not is_finished(self.out):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
