@@ -27,7 +27,7 @@ def test_mx_scales_are_the_cores(rule):
     np.testing.assert_allclose(got, expected, rtol=2e-7 if rule == "four-thirds" else 0)
 
 
-@pytest.mark.parametrize("search", ["absmax", "mse"])
+@pytest.mark.parametrize("search", ["absmax", "mse", "four_over_six"])
 def test_nvfp4_is_the_cores(search):
     """The core's steps are float32, the study's float64: a value near a tie may go the other way, one in a thousand at most."""
     x = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32)
@@ -72,6 +72,7 @@ TABLE = {
     ("e2m1", 32, "four-thirds", "absmax"): (17.02, 10.65, 13.57, 1.85, 13.92),
     ("e2m1", 32, "even", "mse"): (14.68, None, 12.36, None, 12.53),
     ("e2m1", 16, "e4m3", "absmax"): (8.67, 0.70, 9.23, 1.70, 9.04),
+    ("e2m1", 16, "e4m3", "four_over_six"): (7.58, None, 7.60, None, 7.57),
     ("e2m1", 16, "e4m3", "mse"): (6.76, 2.53, 6.60, 0.99, 6.61),
     ("e2m1", 32, "real", "absmax"): (10.46, 0, 10.24, None, 10.21),
     ("e2m1", 16, "real", "absmax"): (8.40, None, 9.01, None, 8.85),
@@ -225,6 +226,8 @@ def test_blocks_and_groups_may_differ_in_size(rotation):
         (lambda: StudyFormat(E2M1, 0, "real"), "group_size is 0"),
         (lambda: StudyFormat(E2M1, 16, "real", "mse"), "too many of scale"),
         (lambda: StudyFormat(E2M1, 16, "even", "best"), "search"),
+        (lambda: StudyFormat(E2M1, 32, "even", "four_over_six"), 'scale "even"'),
+        (lambda: StudyFormat(INT4, 16, "e4m3", "four_over_six"), "grid is int4"),
         (lambda: Grid("flat", (0, 1, 1)), "ascending"),
         (lambda: Grid("high", (1, 2)), "from 0"),
         (lambda: FORMATS["nvfp4"].round(np.ones((2, 8))), "group of 16"),

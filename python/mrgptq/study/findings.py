@@ -27,6 +27,7 @@ RULES = {
     "MXFP4 four-thirds": StudyFormat(E2M1, 32, "four-thirds"),
     "MXFP4 mse": StudyFormat(E2M1, 32, "even", "mse"),
     "NVFP4 absmax": FORMATS["nvfp4"],
+    "NVFP4 four_over_six": StudyFormat(E2M1, 16, "e4m3", "four_over_six"),
     "NVFP4 mse": StudyFormat(E2M1, 16, "e4m3", "mse"),
     "FP4, 32, real scale": StudyFormat(E2M1, 32, "real"),
     "FP4, 16, real scale": StudyFormat(E2M1, 16, "real"),
