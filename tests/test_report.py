@@ -1,18 +1,23 @@
 """The study's page: complete in itself, its numbers those that were measured, its figures vector drawings that can be read in black and white."""
 
+import html
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import safetensors.numpy
+from scipy import stats
 
 import mrgptq as mg
 from mrgptq import cli
 from mrgptq.study.analysis import simulate
 from mrgptq.study.distributions import Laplace
-from mrgptq.study.findings import RULES, collect, rotation_gain
+from mrgptq.study.findings import RULES, collect
+from mrgptq.study.grids import FORMATS
 from mrgptq.study.report import page, write_report
+from mrgptq.study.weights import rotation_gain, weight_rows
 
 VALUES = 1 << 14
 
@@ -101,11 +106,48 @@ def test_tables_hold_what_was_measured(findings, text):
     weight = np.asarray(mg.load(findings.model)[f"{name}.weight"], dtype=np.float32)
     for format, column in (("mxfp4", 2), ("nvfp4", 4)):
         size = {"mxfp4": 32, "nvfp4": 16}[format]
-        for at, rotation in enumerate((None, mg.Hadamard(size))):
-            turned = weight if rotation is None else rotation.apply(weight)
-            error = (mg.quantize(weight, format, rotation=rotation).dequantize().astype(np.float64) - turned).reshape(-1, size)
-            expected = 1e3 * ((error**2).sum(-1) / (turned.astype(np.float64).reshape(-1, size) ** 2).sum(-1)).mean()
-            assert abs(float(by_name[name][column + at]) - expected) < 0.006  # two digits, and one value in a thousand near a tie
+        for at, turned in enumerate((weight, mg.Hadamard(size).apply(weight))):
+            groups = turned.astype(np.float64).reshape(-1, size)
+            error = FORMATS[format].round(groups) - groups  # NumPy's, in float64: one value in a thousand is at a tie in the core's float32
+            expected = 1e3 * ((error**2).sum(-1) / (groups**2).sum(-1)).mean()
+            assert abs(float(by_name[name][column + at]) - expected) < 0.006  # two digits
+    groups = weight.astype(np.float64).reshape(-1, 32)
+    symmetric = np.concatenate([groups, -groups], 1)  # about 0, which the study takes for the mean
+    assert abs(float(by_name[name][1]) - stats.kurtosis(symmetric, axis=1, fisher=False).mean()) < 0.0051
+
+
+def test_every_section_says_how_to_get_its_numbers(text, capsys):
+    """The Python on the page prints what the table beside it says: every mean of a table, to its digits."""
+    sections = re.findall(r"<table>.*?</table>.*?<pre>(.*?)</pre>", text, re.DOTALL)
+    tables = Page(text).tables
+    assert len(sections) == len(tables) == 6
+    for code, table in zip(sections, tables, strict=True):
+        capsys.readouterr()
+        exec(html.unescape(code), {})
+        printed = capsys.readouterr().out
+        numbers = {f"{1e3 * float(number):.2f}" for number in re.findall(r"\d+\.\d+(?:e-\d+)?", printed)} | {f"{float(number):.6f}" for number in re.findall(r"0\.\d{6,}", printed)}
+        shown = {cell.split(" ± ")[0] for row in table[1:] for column, cell in enumerate(row) if re.fullmatch(r"\d+\.\d+( ± .*)?", cell) and table[0][column] not in ("kurtosis", "by an integral")}
+        assert len(shown) > 10 and shown <= numbers, (table[0], shown - numbers)
+
+
+def test_layers_that_cannot_be_measured_are_named(findings, leaf_folder, tmp_path):
+    """Columns that 32 does not divide, zeros; where all are such, and where a weight is not finite, the study refuses."""
+    rng = np.random.default_rng(0)
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": rng.standard_normal((8, cols)).astype(np.float32) for i, cols in enumerate((48, 64, 32, 16))}
+    tensors["model.layers.2.mlp.up_proj.weight"][:] = 0
+    (tmp_path / "config.json").write_text("{}")
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    found = collect(tmp_path, values=1024)
+    assert [row.name for row in found.layers] == ["model.layers.1.mlp.up_proj"]
+    text = page(found, ["study"])
+    assert "Not among them, since groups of 32 do not divide its columns: model.layers.0.mlp.up_proj, model.layers.3.mlp.up_proj. Not among them, since it is zero: model.layers.2.mlp.up_proj." in text
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is nan at row 3, column 5"):
+        list(weight_rows(tmp_path))
+    safetensors.numpy.save_file({name: value for name, value in tensors.items() if value.shape[1] % 32}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"groups of 32 divide the columns of no linear layer; 'model\.layers\.0\.mlp\.up_proj' has 48"):
+        collect(tmp_path, values=1024)
 
 
 def test_sentences_follow_the_numbers(findings, text):
@@ -152,10 +194,27 @@ def test_what_methods_cost_is_on_the_page_where_texts_are_given(findings, leaf_f
     monkeypatch.setattr(methods, "grid", lambda *arguments, **options: asked.append((arguments, options)) or iter(rows))
     for name in ("calibration", "text"):
         (tmp_path / name).write_text(name, encoding="utf-8")
-    assert cli.main(["study", str(leaf_folder), "--out", str(tmp_path / "a.html"), "--values", "1024", "--calibration", str(tmp_path / "calibration"), "--text", str(tmp_path / "text"), "--windows", "3", "--threads", "1"]) == 0
-    assert asked == [((leaf_folder, "calibration", "text"), {"windows": 3, "test_windows": 3, "device": "cpu", "threads": 1})]
+    assert cli.main(["study", str(leaf_folder), "--out", str(tmp_path / "a.html"), "--values", "1024", "--calibration", str(tmp_path / "calibration"), "--text", str(tmp_path / "text"), "--windows", "3", "--threads", "1", "--methods", "gptq, best", "--formats", "nvfp4"]) == 0
+    assert asked == [((leaf_folder, "calibration", "text"), {"methods": ["gptq", "best"], "formats": ["nvfp4"], "windows": 3, "test_windows": 3, "device": "cpu", "threads": 1})]
+    assert "methods: 4 measurements of" in capsys.readouterr().err
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     table = Page(text).tables[-1]
     assert len(table) == 9 and table[2] == ["rtn", "NVFP4", "W4A4", "1.00e-02", "40.000", "0.4000"] and table[1][4] == "35.000"
     assert "NVFP4 W4A4: a Hadamard before plain rounding makes the divergence 25 % larger." in text
-    assert "the divergence falls in NVFP4 W4A4; not in INT4 W4A16." in text and len(re.findall("<svg", text)) == 6 and "--windows 3" in text
+    assert "the divergence falls in NVFP4 W4A4; not in INT4 W4A16." in text and len(re.findall("<svg", text)) == 6 and "--windows 3 --methods gptq,best --formats nvfp4" in text
+
+
+def test_what_methods_would_cost_too_much_is_refused_before_anything_is_drawn(leaf_folder, tmp_path, run):
+    """Unknown names too, and options that are about methods where none are measured."""
+    (tmp_path / "text").write_text("text", encoding="utf-8")
+    texts = ["--calibration", tmp_path / "text", "--text", tmp_path / "text"]
+    for options, words in (
+        ([*texts, "--memory-limit", "1MB"], r"the run is expected to take \d+\.\d MB and what the libraries take; the limit is 1 MB"),
+        ([*texts, "--methods", "rtn,quest"], r"unknown method 'quest'; known: .*quarot"),
+        ([*texts, "--formats", "fp8"], r"unknown format 'fp8'; known: .*int4"),
+        ([*texts, "--formats", "int4", "--methods", "best"], r"there is no such cell"),
+        (["--methods", "rtn"], r"about what methods cost a model: give --calibration and --text"),
+    ):
+        status, out, err = run("study", leaf_folder, "--out", tmp_path / "a.html", *options)
+        assert status == 1 and re.search(words, err.splitlines()[-1]) and "study:" not in err, err
+    assert not (tmp_path / "a.html").exists()

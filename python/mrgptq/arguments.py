@@ -114,6 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--calibration", metavar="TEXT", type=Path, help="with --text: measure what RTN, SmoothQuant, QuaRot, AWQ, GPTQ, MR-GPTQ and best cost MODEL, calibrated on this text")
     study.add_argument("--text", metavar="TEXT", type=Path, help="text from elsewhere that they are measured on")
     study.add_argument("--windows", metavar="N", type=_positive, default=6, help="windows of 512 tokens of each text (default: 6)")
+    study.add_argument("--methods", metavar="A,B", type=_names, help="of these alone: rtn, rtn-hadamard, smoothquant, quarot, awq, gptq, mr-gptq, best (default: all)")
+    study.add_argument("--formats", metavar="A,B", type=_names, help="in these alone: nvfp4, mxfp4, int4 (default: all)")
+    _add_memory_limit(study, "; counted is what the methods take")
     study.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
     _add_common(study)
 
@@ -171,6 +174,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _add_running(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("--no-kernels", dest="kernels", action="store_false", default=None, help="dequantise the weights and round inputs in float32 instead of multiplying by packed weights (default on another device than cpu)")
+
+
+def _names(text: str) -> list[str]:
+    """Names between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _positive(text: str) -> int:

@@ -281,26 +281,33 @@ def _study(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{args.out} exists already and is not overwritten; give another path or remove it")
     if bool(args.calibration) != bool(args.text) or args.text and not args.model:
         raise ValueError("--calibration and --text go together, with a MODEL: methods are calibrated on the one and measured on the other")
+    if (args.methods or args.formats or args.memory_limit) and not args.text:
+        raise ValueError("--methods, --formats and --memory-limit are about what methods cost a model: give --calibration and --text, too")
     rows, total = None, 0
     if args.text:
         calibration, text = _read_text(args.calibration), _read_text(args.text)
         _hf(args)
-        from .study.methods import cells, grid
+        from .study.methods import cells, expected_memory, grid
 
-        rows, total = grid(args.model, calibration, text, windows=args.windows, test_windows=args.windows, device=args.device, threads=args.threads), len(cells()) + 1
+        total = len(cells(args.methods, args.formats)) + 1
+        needed = expected_memory(args.model, windows=args.windows)
+        _check_memory(needed, args.memory_limit)
+        print(f"methods: {total - 1} measurements of {args.model}, expected memory {format_bytes(needed)}", file=sys.stderr)
+        rows = grid(args.model, calibration, text, methods=args.methods, formats=args.formats, windows=args.windows, test_windows=args.windows, device=args.device, threads=args.threads)
     try:
         from .study.findings import collect
         from .study.report import write_report
     except ImportError as error:
         raise ImportError(f"study draws its figures with matplotlib, which is not installed ({error.name}): pip install 'mrgptq[plot]'") from error
     progress = _Progress()
-    findings = collect(args.model, values=args.values, seed=args.seed, progress=lambda what, done, total: progress("study", done, total))
+    findings = collect(args.model, values=args.values, seed=args.seed, threads=args.threads, progress=lambda what, done, total: progress("study", done, total))
     for row in rows or ():
         findings.methods.append(row)
         progress("methods", len(findings.methods), total)
     command = ["study", *([str(args.model)] if args.model else []), "--out", str(args.out), "--values", str(args.values), "--seed", str(args.seed)]
     if args.text:
         command += ["--calibration", str(args.calibration), "--text", str(args.text), "--windows", str(args.windows)]
+        command += [word for option in ("methods", "formats") if (names := getattr(args, option)) for word in (f"--{option}", ",".join(names))]
     progress.close()
     write_report(findings, args.out, command)
     print(f"{args.out}: the study{f' and the weights of {args.model}' if args.model else ''}")

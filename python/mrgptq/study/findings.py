@@ -1,19 +1,16 @@
 """All numbers of the study's page: what formats lose on model distributions and on a model's own weights, with and without rotations."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..checkpoint.reader import CheckpointReader
-from ..modules import select_modules
-from ..rotations import Hadamard, Identity, Rotation
+from ..rotations import Hadamard
 from ..transforms import TRANSFORMS, transform
 from .analysis import Crossover, Errors, Mean, crossover, expected_error, preserved_mass, simulate
 from .distributions import Distribution, Laplace, Normal, StudentT
 from .grids import E2M1, FORMATS, INT4, StudyFormat
+from .weights import WeightRow, measurable, weight_rows
 
 if TYPE_CHECKING:  # what it comes from imports torch, which the rest of the study does without
     from .methods import GridRow
@@ -59,49 +56,41 @@ class TransformRow:
 
 
 @dataclass(frozen=True)
-class LayerRow:
-    """A model's layer: kurtosis of its groups of 32 (3 is Normal, 6 Laplace), and relative errors by format's name without and with a Hadamard over the group."""
-
-    name: str
-    kurtosis: float
-    plain: dict[str, float]
-    rotated: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Findings:
     """What the page shows.
 
     Attributes
     ----------
-    values : drawn for each number. rules, transforms : rows of tables. crossovers : {scale type: rows by group size} of E2M1 on Laplace values. tails : {distribution's name: {format's name: (plain, rotated)}}.
+    values : drawn for each number, from ``seed``. rules, transforms : rows of tables. crossovers : {scale type: rows by group size} of E2M1 on Laplace values. tails : {distribution's name: {format's name: (plain, rotated)}}.
     mass : {element grid: [(group size, Laplace, Normal)]}, lemma 2's preserved mass.
-    model : the folder, None without one. layers : of the model. methods : what each method costs it, the unquantised model's row first; empty where it was not measured.
+    model : the folder, None without one. layers : of the model. left_out : {layer: why it is not among them}. methods : what each method costs it, the unquantised model's row first; empty where it was not measured.
     """
 
     values: int
+    seed: int
     rules: list[RuleRow]
     transforms: list[TransformRow]
     crossovers: dict[str, list[Crossover]]
     tails: dict[str, dict[str, tuple[Mean, Mean]]]
     mass: dict[str, list[tuple[int, float, float]]]
     model: str | None = None
-    layers: list[LayerRow] = field(default_factory=list)
+    layers: list[WeightRow] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     methods: "list[GridRow]" = field(default_factory=list)
 
 
-def collect(model: str | os.PathLike[str] | None = None, *, values: int = 1 << 22, seed: int = 0, progress: Progress | None = None) -> Findings:
+def collect(model: str | os.PathLike[str] | None = None, *, values: int = 1 << 22, seed: int = 0, threads: int | None = None, progress: Progress | None = None) -> Findings:
     """Draw, integrate and measure.
 
     Parameters
     ----------
-    model : folder whose linear layers' weights are measured, too. values : drawn for each number; standard errors go with its root. progress : called as progress(what was done, done, total) after each.
+    model : folder whose linear layers' weights are measured, too. values : drawn for each number; standard errors go with its root. threads : the core's, for the model. progress : called as progress(what was done, done, total) after each.
 
     Raises
     ------
-    FileNotFoundError, ValueError : no checkpoint, or one without linear layers, by name.
+    FileNotFoundError, ValueError : no checkpoint, one without linear layers that groups of 32 divide, or with a weight that is not finite, by name.
     """
-    names = [] if model is None else _modules(model)
+    names, left_out = ([], {}) if model is None else measurable(model)
     total, done = len(RULES) + len(TRANSFORMS) + 3 + 4 + len(names), 0
 
     def say(what: str) -> None:
@@ -130,46 +119,16 @@ def collect(model: str | os.PathLike[str] | None = None, *, values: int = 1 << 2
         tails[distribution.name] = {key: _both(FORMATS[key], distribution, values, seed) for key in ("mxfp4", "nvfp4", "int4")}
         say(distribution.name)
     mass = {grid.name: [(size, preserved_mass(grid, size, Laplace()), preserved_mass(grid, size, Normal())) for size in (2, *SIZES, 256, 1024)] for grid in (E2M1, INT4)}
-    layers = [] if model is None else list(_layers(model, names, say))
-    return Findings(values, rules, transforms, crossovers, tails, mass, None if model is None else os.fspath(model), layers)
+    layers: list[WeightRow] = []
+    for name, row in zip(names, weight_rows(model, names, threads=threads) if model is not None else (), strict=True):
+        if row is None:
+            left_out[name] = "it is zero"
+        else:
+            layers.append(row)
+        say(name)
+    return Findings(values, seed, rules, transforms, crossovers, tails, mass, None if model is None else os.fspath(model), layers, left_out)
 
 
 def _both(format: StudyFormat, distribution: Distribution, values: int, seed: int) -> tuple[Mean, Mean]:
     plain, rotated = (simulate(format, distribution, rotation, values=values, seed=seed).mse for rotation in (None, Hadamard(format.group_size)))
     return plain, rotated
-
-
-def _modules(model: str | os.PathLike[str]) -> list[str]:
-    """Linear layers that groups of 32 divide."""
-    reader = CheckpointReader(model)
-    return [name for name in select_modules({name: reader.shape(name) for name in reader.names}) if reader.shape(f"{name}.weight")[1] % 32 == 0]
-
-
-def _layers(model: str | os.PathLike[str], names: Sequence[str], say: Callable[[str], None]) -> Iterator[LayerRow]:
-    """Every group of every layer once: no draws. A layer of zeros has no relative error and is left out."""
-    reader = CheckpointReader(model)
-    for name in names:
-        weight = np.asarray(reader.tensor(f"{name}.weight"), dtype=np.float64)
-        say(name)
-        if not weight.any():
-            continue
-        groups = weight.reshape(-1, 32)
-        groups = groups[groups.any(-1)]
-        scaled = groups / np.sqrt((groups**2).mean(-1, keepdims=True))
-        errors: list[dict[str, float]] = []
-        for rotate in (False, True):
-            errors.append({key: _relative_error(weight, FORMATS[key], Hadamard(FORMATS[key].group_size) if rotate else Identity()) for key in ("mxfp4", "nvfp4", "int4")})
-        yield LayerRow(name, float((scaled**4).mean()), *errors)
-
-
-def _relative_error(weight: Any, format: StudyFormat, rotation: Rotation) -> float:
-    """Mean over the groups of Σ err² / Σ x²; groups of zeros are left out."""
-    turned = rotation.apply(weight).astype(np.float64).reshape(-1, format.group_size)
-    turned = turned[turned.any(-1)]
-    error = format.round(turned, float(np.abs(turned).max())) - turned
-    return float(((error**2).sum(-1) / (turned**2).sum(-1)).mean())
-
-
-def rotation_gain(rows: Sequence[LayerRow], key: str) -> float:
-    """Geometric mean over layers of the error without a Hadamard over that with one: above 1 it helps."""
-    return float(np.exp(np.mean([np.log(row.plain[key] / row.rotated[key]) for row in rows])))

@@ -1,6 +1,7 @@
 """The method grid: what each published way to four bits costs a model, in each format, with and without rounded inputs."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from .. import hf
 from ..arrays import choose
 from ..gptq import Hessian
+from ..plan import make_plan
 from ..recipe import Recipe
 from .bases import UNCHANGED, Basis, block_hadamard, full_hadamard, magnified, smoothing, turned_hessian
 from .grids import FORMATS
@@ -136,6 +138,13 @@ def cells(methods: Sequence[str] | None = None, formats: Sequence[str] | None = 
     if not found:
         raise ValueError(f"methods is {methods} and formats is {formats}; there is no such cell: best is a recipe of the FP4 formats")
     return found
+
+
+def expected_memory(folder: str | os.PathLike[str], *, windows: int = 6, sequence: int = 512) -> int:
+    """Peak bytes of :func:`grid`, of tensors alone: the original, held whole in float32, beside the costliest method's calibration, ``best``'s of a copy that is held whole. Reads headers; raises what the plan of a run raises."""
+    with tempfile.TemporaryDirectory() as free:
+        plan = make_plan(folder, os.path.join(free, "out"), Recipe.named("best"), tokens=windows * sequence, sequence=sequence)
+    return plan.memory_bytes + plan.model_bytes * (2 if plan.streamed else 1)
 
 
 def grid(

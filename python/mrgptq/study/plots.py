@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from .accuracy import AccuracyRow
 from .analysis import Crossover, Mean
-from .findings import LayerRow, RuleRow
+from .findings import RuleRow
+from .weights import WeightRow
 
 if TYPE_CHECKING:  # imports torch
     from .methods import GridRow
@@ -111,7 +112,7 @@ def mass_chart(mass: Mapping[str, Sequence[tuple[int, float, float]]]) -> str:
     return _svg(figure)
 
 
-def layer_chart(layers: Sequence[LayerRow]) -> str:
+def layer_chart(layers: Sequence[WeightRow]) -> str:
     """SVG: what a rotation gains in each layer, against its groups' kurtosis."""
     figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
     for key, (marker, _) in zip(layers[0].plain, _MARKS, strict=False):

@@ -4,11 +4,13 @@ import html
 import os
 import shlex
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from .analysis import Mean
-from .findings import Findings, rotation_gain
+from .findings import Findings
 from .plots import crossover_chart, layer_chart, mass_chart, method_chart, rule_chart, tail_chart
+from .weights import rotation_gain
 
 _STYLE = """
 body { font: 16px/1.5 Georgia, serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #111; background: #fff }
@@ -16,7 +18,7 @@ h1, h2 { font-family: Helvetica, Arial, sans-serif; line-height: 1.2 } h2 { marg
 figure { margin: 1rem 0 } figure svg { width: 100%; height: auto } figcaption { font-size: .95rem }
 table { border-collapse: collapse; font: 14px/1.4 Helvetica, Arial, sans-serif; margin: 1rem 0 } th { border-bottom: 1px solid #111; text-align: right; padding: .2rem .7rem }
 td { text-align: right; padding: .15rem .7rem; white-space: nowrap } th:first-child, td:first-child { text-align: left; padding-left: 0 } .scroll { overflow-x: auto }
-code, pre { font: 13px/1.4 monospace; background: #f2f2f2 } pre { padding: .6rem; overflow-x: auto }
+code, pre { font: 13px/1.4 monospace; background: #f2f2f2 } pre { padding: .6rem; overflow-x: auto } summary { cursor: pointer; font: 14px/1.4 Helvetica, Arial, sans-serif }
 """
 
 
@@ -50,7 +52,7 @@ Laplace distribution, weights after a Hadamard rotation by the Normal one, both 
 of {findings.values:,} drawn values.</p>
 {body}
 <h2>How it was made</h2>
-<p>Everything above comes from one command; the same seed gives the same numbers.</p>
+<p>Everything above comes from one command of mrgptq {version("mrgptq")}; the same seed gives the same numbers. In Python <code>mrgptq.study.findings.collect</code> gives all at once but what methods cost a model, which is <code>mrgptq.study.methods.grid</code>'s; <code>mrgptq.study.plots</code> draws the figures from both.</p>
 <pre>{html.escape(shlex.join(["mrgptq", *command]))}</pre>
 </body>
 </html>
@@ -68,9 +70,16 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
 
 
-def _section(title: str, meaning: str, figure: str, caption: str, table: str = "") -> str:
+def _section(title: str, meaning: str, figure: str, caption: str, table: str, code: str = "") -> str:
+    """``code``: Python that prints the table's numbers."""
     picture = f"<figure>{figure}<figcaption>{html.escape(caption)}</figcaption></figure>" if figure else ""
-    return f"<h2>{html.escape(title)}</h2>\n<p>{html.escape(meaning)}</p>\n{picture}\n{table}"
+    how = f"<details><summary>These numbers in Python</summary><pre>{html.escape(code.strip())}</pre></details>" if code else ""
+    return f"<h2>{html.escape(title)}</h2>\n<p>{html.escape(meaning)}</p>\n{picture}\n{table}\n{how}"
+
+
+def _draws(findings: Findings) -> str:
+    """The arguments of a draw, as they are written."""
+    return f"values={findings.values}, seed={findings.seed}"
 
 
 def _rules(findings: Findings) -> str:
@@ -90,7 +99,19 @@ def _rules(findings: Findings) -> str:
             ),
         ]
     )
-    return _section("What each format loses", meaning, rule_chart(findings.rules), "Relative error of Laplace values as they are (circles) and under a Hadamard over the group (squares); a line to the left means that the rotation helps.", table)
+    return _section("What each format loses", meaning, rule_chart(findings.rules), "Relative error of Laplace values as they are (circles) and under a Hadamard over the group (squares); a line to the left means that the rotation helps.", table, f"""
+from mrgptq import Hadamard
+from mrgptq.study.analysis import expected_error, simulate
+from mrgptq.study.distributions import Laplace, Normal
+from mrgptq.study.findings import RULES
+
+for label, format in RULES.items():
+    plain = simulate(format, Laplace(), {_draws(findings)})
+    rotated = simulate(format, Laplace(), Hadamard(format.group_size), {_draws(findings)})
+    normal = simulate(format, Normal(), {_draws(findings)})
+    print(label, plain.mse, plain.top, rotated.mse, rotated.top, normal.mse, plain.absolute)
+print(expected_error(RULES["MXFP4 even"], Laplace()))
+""")
 
 
 def _percent(change: float) -> str:
@@ -108,6 +129,14 @@ def _crossovers(findings: Findings) -> str:
         crossover_chart(findings.crossovers),
         "Relative error of E2M1 by group size, Laplace values as they are (solid) and under a Hadamard over the group (dashed), a panel for each type of scale.",
         table,
+        f"""
+from mrgptq.study.analysis import crossover
+from mrgptq.study.grids import E2M1, StudyFormat
+
+for scale in {tuple(findings.crossovers)}:
+    for row in crossover(StudyFormat(E2M1, 16, scale), {_draws(findings)}):
+        print(scale, row.group_size, row.plain, row.rotated)
+""",
     )
 
 
@@ -119,6 +148,18 @@ def _transforms(findings: Findings) -> str:
         "",
         "",
         _table([("rotation over the group", *(key.upper() for key in keys)), *((row.name, *(_thousandths(row.errors[key]) for key in keys)) for row in findings.transforms)]),
+        f"""
+from mrgptq import transform
+from mrgptq.study.analysis import simulate
+from mrgptq.study.distributions import Laplace
+from mrgptq.study.grids import FORMATS
+from mrgptq.transforms import TRANSFORMS
+
+for name in TRANSFORMS:
+    for key in {tuple(keys)}:
+        rotation = transform(name, FORMATS[key].group_size, seed={findings.seed})
+        print(name, key, simulate(FORMATS[key], Laplace(), rotation, {_draws(findings)}).mse)
+""",
     )
 
 
@@ -133,6 +174,17 @@ def _tails(findings: Findings) -> str:
         tail_chart(findings.tails),
         "Error without a Hadamard over the group divided by the error with one: above 1 the rotation helps.",
         _table([("distribution", *(f"{key.upper()}, {kind}" for key in keys for kind in ("plain", "rotated"))), *((name, *(_thousandths(mean) for key in keys for mean in cells[key])) for name, cells in findings.tails.items())]),
+        f"""
+from mrgptq import Hadamard
+from mrgptq.study.analysis import simulate
+from mrgptq.study.distributions import Laplace, Normal, StudentT
+from mrgptq.study.grids import FORMATS
+
+for distribution in (Normal(), Laplace(), StudentT(5), StudentT(3)):
+    for key in {tuple(keys)}:
+        for rotation in (None, Hadamard(FORMATS[key].group_size)):
+            print(distribution.name, key, simulate(FORMATS[key], distribution, rotation, {_draws(findings)}).mse)
+""",
     )
 
 
@@ -143,6 +195,15 @@ def _mass(findings: Findings) -> str:
         mass_chart(findings.mass),
         "What is lost to zero, one minus the preserved mass, by group size, the scale being real: by an integral, without drawing.",
         _table([("group size", *(f"{grid}, {name}" for grid in findings.mass for name in ("Laplace", "Normal"))), *((str(size), *(f"{value:.6f}" for rows in findings.mass.values() for s, *pair in rows if s == size for value in pair)) for size, _, _ in next(iter(findings.mass.values())))]),
+        f"""
+from mrgptq.study.analysis import preserved_mass
+from mrgptq.study.distributions import Laplace, Normal
+from mrgptq.study.grids import E2M1, INT4
+
+for size in {tuple(size for size, _, _ in next(iter(findings.mass.values())))}:
+    for grid in (E2M1, INT4):
+        print(size, preserved_mass(grid, size, Laplace()), preserved_mass(grid, size, Normal()))
+""",
     )
 
 
@@ -150,14 +211,22 @@ def _layers(findings: Findings) -> str:
     gains = {key: rotation_gain(findings.layers, key) for key in findings.layers[0].plain}
     helped = {key: sum(row.rotated[key] < row.plain[key] for row in findings.layers) for key in gains}
     meaning = f"{Path(findings.model or '').name}: a Hadamard over the group divides the weights' error by " + ", ".join(f"{gain:.3f} ({key.upper()}, {helped[key]} of {len(findings.layers)} layers gain)" for key, gain in gains.items()) + ". The kurtosis of its groups says how near to Normal (3) or Laplace (6) they are already."
+    for why in dict.fromkeys(findings.left_out.values()):
+        names = [name for name, reason in findings.left_out.items() if reason == why]
+        meaning += f" Not among them, since {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}."
     return _section(
         "This model's own weights",
         meaning,
         layer_chart(findings.layers),
         "Each layer's error without a Hadamard over that with one, against the kurtosis of its groups of 32: above 1 the rotation helps.",
         _table([("layer", "kurtosis", *(f"{key.upper()}, {kind}" for key in gains for kind in ("plain", "rotated"))), *((row.name, f"{row.kurtosis:.2f}", *(f"{1e3 * cells[key]:.2f}" for key in gains for cells in (row.plain, row.rotated))) for row in findings.layers)]),
-    )
+        f"""
+from mrgptq.study.weights import weight_rows
 
+for row in weight_rows({findings.model!r}):
+    print(row)
+""",
+    )
 
 
 def _methods(findings: Findings) -> str:
