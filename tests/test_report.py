@@ -198,10 +198,11 @@ def test_what_methods_cost_is_on_the_page_where_texts_are_given(findings, leaf_f
     assert asked == [((leaf_folder, "calibration", "text"), {"methods": ["gptq", "best"], "formats": ["nvfp4"], "windows": 3, "test_windows": 3, "device": "cpu", "threads": 1})]
     assert "methods: 4 measurements of" in capsys.readouterr().err
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
-    table = Page(text).tables[-1]
+    divergences, table = Page(text).tables[-2:]
+    assert divergences == [["KL(original || quantised), nats a token", "NVFP4 W4A4", "INT4 W4A16"], ["rtn", "0.4000", "–"], ["rtn-hadamard", "0.5000", "–"], ["gptq", "0.3000", "0.3000"], ["mr-gptq", "0.2000", "0.4000"], ["best", "0.1000", "–"]]
     assert len(table) == 9 and table[2] == ["rtn", "NVFP4", "W4A4", "1.00e-02", "40.000", "0.4000"] and table[1][4] == "35.000"
     assert "NVFP4 W4A4: a Hadamard before plain rounding makes the divergence 25 % larger." in text
-    assert "the divergence falls in NVFP4 W4A4; not in INT4 W4A16." in text and len(re.findall("<svg", text)) == 6 and "--windows 3 --methods gptq,best --formats nvfp4" in text
+    assert "the divergence falls in NVFP4 W4A4; not in INT4 W4A16 (mr-gptq loses more than gptq)." in text and len(re.findall("<svg", text)) == 6 and "--windows 3 --methods gptq,best --formats nvfp4" in text
 
 
 def test_what_methods_would_cost_too_much_is_refused_before_anything_is_drawn(leaf_folder, tmp_path, run):

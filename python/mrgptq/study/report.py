@@ -5,6 +5,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 from .analysis import Mean
@@ -94,7 +95,7 @@ def _rules(findings: Findings) -> str:
         [
             ("format, scale rule", "Laplace", "its largest value", "Laplace, rotated", "its largest value", "Normal", "absolute, drawn", "by an integral"),
             *(
-                (row.label, _thousandths(row.laplace.mse), f"{1e3 * row.laplace.top.value:.2f}", _thousandths(row.rotated.mse), f"{1e3 * row.rotated.top.value:.2f}", _thousandths(row.normal.mse), _thousandths(row.laplace.absolute), "–" if row.expected is None else f"{1e3 * row.expected:.2f}")
+                (row.label, _thousandths(row.laplace.mse), _thousandths(row.laplace.top), _thousandths(row.rotated.mse), _thousandths(row.rotated.top), _thousandths(row.normal.mse), _thousandths(row.laplace.absolute), "–" if row.expected is None else f"{1e3 * row.expected:.2f}")
                 for row in findings.rules
             ),
         ]
@@ -237,21 +238,30 @@ def _methods(findings: Findings) -> str:
     for format, rounded in kinds:
         plain, turned = (cells.get((method, format, rounded)) for method in ("rtn", "rtn-hadamard"))
         if rounded and plain and turned:
-            sentences.append(f"{(format or '').upper()} W4A4: a Hadamard before plain rounding makes the divergence {_percent(turned.divergence / plain.divergence - 1)}.")
-    ladder = ("gptq", "mr-gptq", "best")
+            sentences.append(f"{_kind(format, rounded)}: a Hadamard before plain rounding makes the divergence {_percent(turned.divergence / plain.divergence - 1)}.")
     held: list[str] = []
     not_held: list[str] = []
     for format, rounded in kinds:
-        steps = [cells[method, format, rounded].divergence for method in ladder if (method, format, rounded) in cells]
-        if len(steps) > 1:
-            (held if steps == sorted(steps, reverse=True) else not_held).append(f"{(format or '').upper()} W4A{4 if rounded else 16}")
+        steps = [(method, cells[method, format, rounded].divergence) for method in ("gptq", "mr-gptq", "best") if (method, format, rounded) in cells]
+        rises = [f"{after} loses more than {before}" for (before, less), (after, more) in pairwise(steps) if more >= less]
+        if rises:
+            not_held.append(f"{_kind(format, rounded)} ({', '.join(rises)})")
+        elif len(steps) > 1:
+            held.append(_kind(format, rounded))
     if held or not_held:
         sentences.append("From GPTQ to MR-GPTQ to best, where each is there, the divergence falls" + (f" in {', '.join(held)}" if held else "") + (f"; not in {', '.join(not_held)}" if not_held else "") + ".")
-    table = _table(
+    names = list(dict.fromkeys(row.method for row in rows))
+    divergences = _table([("KL(original || quantised), nats a token", *(_kind(*kind) for kind in kinds)), *((name, *(f"{cells[name, *kind].divergence:.4f}" if (name, *kind) in cells else "–" for kind in kinds)) for name in names)])
+    everything = _table(
         [
-            ("method", "format", "activations", "layer error", "perplexity", "KL(original || quantised), nats"),
+            ("method", "format", "activations", "layer error", "perplexity", "divergence"),
             ("original", "", "", "", f"{original.perplexity:.3f}", ""),
             *((row.method, (row.format or "").upper(), "W4A4" if row.activations else "W4A16", "–" if row.relative_error is None else f"{row.relative_error:.2e}", f"{row.perplexity:.3f}", f"{row.divergence:.4f}") for row in rows),
         ]
     )
+    table = f"{divergences}\n<details><summary>Layer errors and perplexities</summary>{everything}</details>"
     return _section("What each method costs this model", " ".join(sentences), method_chart(rows), "Divergence from the original's predictions, by method; a mark for each format, weights alone to the left, inputs too to the right. Lower is better.", table)
+
+
+def _kind(format: str | None, rounded: bool) -> str:
+    return f"{(format or '').upper()} W4A{4 if rounded else 16}"
