@@ -1,6 +1,7 @@
 """The study's page: complete in itself, its numbers those that were measured, its figures vector drawings that can be read in black and white."""
 
 import html
+import json
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -148,6 +149,14 @@ def test_layers_that_cannot_be_measured_are_named(findings, leaf_folder, tmp_pat
     safetensors.numpy.save_file({name: value for name, value in tensors.items() if value.shape[1] % 32}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"groups of 32 divide the columns of no linear layer; 'model\.layers\.0\.mlp\.up_proj' has 48"):
         collect(tmp_path, values=1024)
+
+
+@pytest.mark.parametrize(("config", "words"), [({"model_type": "gpt2"}, "stores its layers transposed"), ({"quantization_config": {"quant_method": "compressed-tensors"}}, "is quantised already")])
+def test_models_whose_weights_are_not_read_as_they_stand_are_refused(config, words, tmp_path, run):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file({"model.layers.0.mlp.up_proj.weight": np.ones((32, 64), np.float32)}, tmp_path / "model.safetensors")
+    status, _, err = run("study", tmp_path, "--out", tmp_path / "a.html", "--values", "1024")
+    assert status == 1 and words in err and not (tmp_path / "a.html").exists()
 
 
 def test_sentences_follow_the_numbers(findings, text):

@@ -201,7 +201,7 @@ def make_plan(
     elif reason and not calibrated:
         raise ValueError(f"the recipe needs a calibration text: {reason}")
     dialect_named(dialect).check(Scheme.of_recipe(recipe))
-    reader, shapes = _original(model, targets, ignore)
+    reader, shapes = original_layers(model, targets, ignore)
     fits = {name: recipe.fit(cols, f"{name}.weight") for name, (_, cols) in shapes.items()}
     if recipe.rotation:
         recipe = replace(recipe, rotation=max(rotation.block_size or 0 for _, rotation in fits.values()))  # where no layer takes the one asked the same codes come of the largest that one takes
@@ -236,7 +236,7 @@ def plan_calibration(
 ) -> CalibrationPlan:
     """Check at the door whether a text can pass through ``model`` for Hessians in ``out``, and say what that takes; reads headers only. Raises what :func:`make_plan` raises of both."""
     check_new(Path(out))
-    reader, shapes = _original(model, targets, ignore)
+    reader, shapes = original_layers(model, targets, ignore)
     tokens, model_bytes = _whole_windows(tokens, sequence), _float32_bytes(reader, reader.names)
     streamed = _is_streamed(reader, model_bytes)
     memory = _calibrating_memory(reader, shapes, tokens, sequence, streamed=streamed, twice=False, outputs=False, quantised=False)
@@ -244,7 +244,7 @@ def plan_calibration(
     return CalibrationPlan(Path(model), Path(out), shapes, tokens, sequence, stored, memory, model_bytes, streamed)
 
 
-def _original(model: str | os.PathLike[str], targets: str, ignore: str) -> tuple[CheckpointReader, dict[str, tuple[int, int]]]:
+def original_layers(model: str | os.PathLike[str], targets: str = DEFAULT_TARGETS, ignore: str = DEFAULT_IGNORE) -> tuple[CheckpointReader, dict[str, tuple[int, int]]]:
     """A model's checkpoint, and the shapes of its layers; ValueError where it is quantised or stores them otherwise."""
     reader = CheckpointReader(model)
     if reader.config.get("quantization_config"):

@@ -11,7 +11,7 @@ from ..arrays import as_float32
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.safetensors import shown
 from ..codecs import quantize
-from ..modules import select_modules
+from ..plan import original_layers
 from ..rotations import Hadamard
 from .grids import FORMATS
 
@@ -31,9 +31,8 @@ class WeightRow:
 
 
 def measurable(model: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
-    """A checkpoint's linear layers, and {layer: why not} of those that cannot be measured: groups of 32 do not divide their columns. FileNotFoundError, ValueError: no checkpoint, or none of the former, by name."""
-    reader = CheckpointReader(model)
-    cols = {name: reader.shape(f"{name}.weight")[1] for name in select_modules({name: reader.shape(name) for name in reader.names})}
+    """A checkpoint's linear layers, and {layer: why not} of those that cannot be measured: groups of 32 do not divide their columns. Raises what the plan of a run does, and ValueError where there are none of the former."""
+    cols = {name: shape[1] for name, shape in original_layers(model)[1].items()}
     names = [name for name in cols if cols[name] % 32 == 0]
     if not names:
         first = next(iter(cols))
