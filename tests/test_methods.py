@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,12 +14,12 @@ import mrgptq as mg
 from mrgptq import hf, reference
 from mrgptq.study import bases, solver
 from mrgptq.study.grids import E2M1, FORMATS, INT4
-from mrgptq.study.methods import AWQ_ALPHAS, METHODS, by_method, cells, grid
+from mrgptq.study.methods import AWQ_ALPHAS, METHOD_FORMATS, METHODS, by_method, cells, grid
 from mrgptq.study.roundings import Fp4, Gridded
 
 QKV = tuple(f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv")
-ROUNDINGS = {"nvfp4": Fp4("nvfp4"), "mxfp4": Fp4("mxfp4"), "int4": Gridded(FORMATS["int4"])}
-GROUP = {"nvfp4": 16, "mxfp4": 32, "int4": 32}
+ROUNDINGS = {"nvfp4": Fp4("nvfp4"), "mxfp4": Fp4("mxfp4"), **{name: Gridded(FORMATS[name]) for name in ("int4", "mxint4", "nvint4")}}
+GROUP = {"nvfp4": 16, "mxfp4": 32, "int4": 32, "mxint4": 32, "nvint4": 16}
 
 
 def hadamard(size):
@@ -139,11 +140,10 @@ def test_integers_round_as_any_grid_does():
 
 def rounded(format, tensors, gptq_hessian=None, largest=None):
     """Few lines for tensors under one tensor scale, by the reference where it has the format."""
-    if format == "int4":
-        if gptq_hessian is None:
-            return [int4(x) for x in tensors]
-        steps = [np.repeat((np.abs(w).reshape(len(w), -1, 32).max(-1).astype(np.float64) / 7).astype(np.float16).astype(np.float64), 32, axis=1) for w in tensors]
-        return [plain_gptq(w, gptq_hessian, s) for w, s in zip(tensors, steps, strict=True)]
+    if "int" in format:
+        whole = max(float(np.abs(x).max()) for x in tensors) if largest is None else float(largest)
+        steps = [integer_steps(format, x, whole) for x in tensors]
+        return [(np.clip(np.rint(x / s), -7, 7) * s).astype(np.float32) if gptq_hessian is None else plain_gptq(x, gptq_hessian, s) for x, s in zip(tensors, steps, strict=True)]
     g = reference.tensor_scale(np.concatenate([x.reshape(-1) for x in tensors]) if largest is None else np.float32(largest), format)
     answers = []
     for x in tensors:
@@ -153,6 +153,18 @@ def rounded(format, tensors, gptq_hessian=None, largest=None):
         codes = reference.encode_e2m1(flat / steps) if gptq_hessian is None else reference.gptq(flat, gptq_hessian, steps)[0]
         answers.append(reference.dequantize(codes, scales, format, g).reshape(x.shape))
     return answers
+
+
+def integer_steps(format, x, largest):
+    """Of the groups of (..., cols) values, as wide as they: absmax / 7 in float16, the power of two that is no less, and in E4M3 where the tensor's largest group has 448."""
+    seventh = np.abs(x).reshape(*x.shape[:-1], -1, GROUP[format]).max(-1).astype(np.float64) / 7
+    if format == "int4":
+        steps = seventh.astype(np.float16).astype(np.float64)
+    elif format == "mxint4":
+        steps = 2.0 ** np.ceil(np.log2(seventh))
+    else:
+        steps = np.minimum(seventh * (7 * 448 / largest), 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) / (7 * 448 / largest)
+    return np.repeat(steps, GROUP[format], axis=-1)
 
 
 def plain_gptq(w, h, steps):
@@ -206,7 +218,7 @@ def matrix_of(method, format, weights, x, h):
     return np.eye(cols)
 
 
-CELLS = [(method, format) for method in METHODS for format in GROUP if METHODS[method] and (method != "mr-gptq" or format == "int4")]
+CELLS = [(method, format) for method in METHODS for format in GROUP if METHODS[method] and (method != "mr-gptq" or "int" in format)]
 
 
 @pytest.mark.parametrize(("method", "format"), CELLS)
@@ -270,11 +282,12 @@ def test_the_grid_has_every_cell_once(leaf_folder, calibration_text, held_out_te
     assert (original.method, original.format, original.relative_error, original.divergence) == ("original", None, None, 0)
     keys = [(row.method, row.format, row.activations) for row in rows]
     assert keys == cells() and len(set(keys)) == len(keys) == 46 and ("best", "int4", None) not in keys and ("best", "mxfp4", "mxfp4") in keys
+    assert cells(["best", "gptq"], ["nvint4", "mxint4"]) == [("gptq", format, activations) for format in ("nvint4", "mxint4") for activations in (None, format)]
     assert len(stages) == 47 and stages[:3] == ["original", "rtn, nvfp4, W4A16", "rtn, nvfp4, W4A4"]
     for row in rows:
         assert math.isfinite(row.perplexity) and 0 < row.divergence < 5 and 0 < row.relative_error < 0.05 and row.seconds > 0, row
     found = dict(zip(keys, rows, strict=True))
-    for format in GROUP:
+    for format in METHOD_FORMATS:
         for activations in (None, format):
             plain, solved, turned = (found[method, format, activations] for method in ("rtn", "gptq", "mr-gptq"))
             assert solved.relative_error < 0.8 * plain.relative_error and turned.relative_error < 0.8 * found["rtn-hadamard", format, activations].relative_error

@@ -105,9 +105,10 @@ METHODS: Mapping[str, Method | None] = {
     "best": None,
 }
 """By name: plain rounding; a Hadamard over every group (16 columns in NVFP4, else 32); SmoothQuant's scales; a Hadamard over all columns, as QuaRot has it but turned back layer by layer, see :func:`full_hadamard`; AWQ's
-scales, without its clipping; GPTQ; MR-GPTQ, for the FP4 formats the recipe with searched scales, for INT4 this; the recipe "best", which INT4 has not."""
+scales, without its clipping; GPTQ; MR-GPTQ, for the FP4 formats the recipe with searched scales, for the others this; the recipe "best", which only those two have."""
 METHOD_FORMATS = ("nvfp4", "mxfp4", "int4")
-"""MXFP4 by the rule even; INT4 in groups of 32 with float16 scales and codes from -7 to 7."""
+"""Those that are compared unless others are asked for: MXFP4 by the rule even; INT4 in groups of 32 with float16 scales and codes from -7 to 7. "mxint4" and "nvint4" are there, too."""
+_CORE_FORMATS = ("nvfp4", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,13 @@ class GridRow:
 
 
 def cells(methods: Sequence[str] | None = None, formats: Sequence[str] | None = None) -> list[tuple[str, str, str | None]]:
-    """(method, format, activations) of each cell there is, in the order in which :func:`grid` measures them; None for all. ValueError for an unknown name, or where none is left."""
+    """(method, format, activations) of each cell there is, in the order in which :func:`grid` measures them; None as there. ValueError for an unknown name, or where none is left."""
     for name in methods or ():
         choose("method", name, tuple(METHODS))
     for name in formats or ():
-        choose("format", name, METHOD_FORMATS)
+        choose("format", name, (*METHOD_FORMATS, "mxint4", "nvint4"))
     chosen = [(method, format) for format in dict.fromkeys(METHOD_FORMATS if formats is None else formats) for method in dict.fromkeys(METHODS if methods is None else methods)]
-    found = [(method, format, activations) for method, format in chosen if METHODS[method] or format != "int4" for activations in (None, format)]
+    found = [(method, format, activations) for method, format in chosen if METHODS[method] or format in _CORE_FORMATS for activations in (None, format)]
     if not found:
         raise ValueError(f"methods is {methods} and formats is {formats}; there is no such cell: best is a recipe of the FP4 formats")
     return found
@@ -166,7 +167,7 @@ def grid(
     Parameters
     ----------
     folder : model folder, whose layers' columns the formats' groups divide. calibration, text : str, from different sources.
-    methods : names from ``METHODS``. formats : names from ``METHOD_FORMATS``. None for all.
+    methods : names from ``METHODS``. formats : names from ``METHOD_FORMATS``, "mxint4", "nvint4". None for all methods, and for ``METHOD_FORMATS``.
     windows, test_windows : windows of ``sequence`` tokens for calibration and for the figures.
     device : of the forward passes. threads : the core's. progress : called as progress(label) before each measurement.
 
@@ -179,7 +180,7 @@ def grid(
     ValueError : an unknown name, a combination that is not there, columns that no group divides, at once.
     """
     wanted = cells(methods, formats)
-    roundings: dict[str, Rounding] = {name: Gridded(FORMATS[name]) if name == "int4" else Fp4(name, threads) for _, name, _ in wanted}
+    roundings: dict[str, Rounding] = {name: Fp4(name, threads) if name in _CORE_FORMATS else Gridded(FORMATS[name]) for _, name, _ in wanted}
     trial = Trial(folder, calibration, text, windows=windows, test_windows=test_windows, sequence=sequence, divergence=True, device=device)
     for name, (_, cols) in trial.shapes.items():
         for format, rounding in roundings.items():
@@ -196,7 +197,7 @@ def _rows(trial: Trial, wanted: list[tuple[str, str, str | None]], roundings: Ma
         if progress:
             progress(f"{name}, {format}, W4A{4 if activations else 16}")
         method = METHODS[name]
-        if method is None or (name == "mr-gptq" and format != "int4"):
+        if method is None or (name == "mr-gptq" and format in _CORE_FORMATS):
             quantise = by_recipe(Recipe.named(name, format, activations=activations), threads)
         else:
             quantise = by_method(method, roundings[format], activations is not None, threads)
