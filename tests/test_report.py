@@ -131,6 +131,17 @@ def test_every_section_says_how_to_get_its_numbers(text, capsys):
         assert len(shown) > 10 and shown <= numbers, (table[0], shown - numbers)
 
 
+def test_a_layer_is_measured_some_rows_at_a_time(findings, monkeypatch):
+    """As few as one: large layers are not widened at once. Sums of another order."""
+    name = "model.layers.1.mlp.down_proj"
+    (whole,) = [row for row in findings.layers if row.name == name]
+    for values in (1, 1000):
+        monkeypatch.setattr("mrgptq.study.weights._BATCH", values)
+        (row,) = weight_rows(findings.model, [name])
+        assert row.kurtosis == pytest.approx(whole.kurtosis, rel=1e-12)
+        assert row.plain == pytest.approx(whole.plain, rel=1e-12) and row.rotated == pytest.approx(whole.rotated, rel=1e-12)
+
+
 def test_layers_that_cannot_be_measured_are_named(findings, leaf_folder, tmp_path):
     """Columns that 32 does not divide, zeros; where all are such, and where a weight is not finite, the study refuses."""
     rng = np.random.default_rng(0)
