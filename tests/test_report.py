@@ -1,6 +1,8 @@
 """The study's page: complete in itself, its numbers those that were measured, its figures vector drawings that can be read in black and white."""
 
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -10,8 +12,8 @@ import pytest
 import mrgptq as mg
 from mrgptq import cli
 from mrgptq.study.analysis import simulate
-from mrgptq.study.distributions import Laplace
-from mrgptq.study.findings import RULES, collect, rotation_gain
+from mrgptq.study.distributions import Laplace, Normal
+from mrgptq.study.findings import GROUP_KURTOSIS, RULES, collect, rotation_gain
 from mrgptq.study.report import page, write_report
 
 VALUES = 1 << 14
@@ -159,3 +161,17 @@ def test_what_methods_cost_is_on_the_page_where_texts_are_given(findings, leaf_f
     assert len(table) == 9 and table[2] == ["rtn", "NVFP4", "W4A4", "1.00e-02", "40.000", "0.4000"] and table[1][4] == "35.000"
     assert "NVFP4 W4A4: a Hadamard before plain rounding makes the divergence 25 % larger." in text
     assert "the divergence falls in NVFP4 W4A4; not in INT4 W4A16." in text and len(re.findall("<svg", text)) == 6 and "--windows 3" in text
+
+
+def test_a_page_needs_no_torch_and_leaves_the_backend_as_it_was():
+    """In a process of its own: whoever draws beside it keeps the backend of their choice."""
+    code = "import sys, matplotlib; matplotlib.use('svg'); import mrgptq.study.report; assert matplotlib.get_backend() == 'svg' and 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("distribution", [Normal(), Laplace()], ids=lambda d: d.name)
+def test_the_kurtosis_of_groups_is_the_one_that_the_page_compares_with(distribution):
+    """Within four standard errors and half of the last digit said."""
+    groups = distribution.sample(1 << 17, 32, np.random.default_rng(0))
+    each = (groups**4).mean(-1) / (groups**2).mean(-1) ** 2
+    assert abs(each.mean() - GROUP_KURTOSIS[distribution.name]) < 4 * each.std() / np.sqrt(len(each)) + 0.005
