@@ -3,6 +3,8 @@
 import html
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -14,8 +16,8 @@ from scipy import stats
 import mrgptq as mg
 from mrgptq import cli
 from mrgptq.study.analysis import simulate
-from mrgptq.study.distributions import Laplace
-from mrgptq.study.findings import RULES, collect
+from mrgptq.study.distributions import Laplace, Normal
+from mrgptq.study.findings import GROUP_KURTOSIS, RULES, collect
 from mrgptq.study.grids import FORMATS
 from mrgptq.study.report import page, write_report
 from mrgptq.study.weights import rotation_gain, weight_rows
@@ -239,3 +241,17 @@ def test_what_methods_would_cost_too_much_is_refused_before_anything_is_drawn(le
         status, out, err = run("study", leaf_folder, "--out", tmp_path / "a.html", *options)
         assert status == 1 and re.search(words, err.splitlines()[-1]) and "study:" not in err, err
     assert not (tmp_path / "a.html").exists()
+
+
+def test_a_page_needs_no_torch_and_leaves_the_backend_as_it_was():
+    """In a process of its own: whoever draws beside it keeps the backend of their choice."""
+    code = "import sys, matplotlib; matplotlib.use('svg'); import mrgptq.study.report; assert matplotlib.get_backend() == 'svg' and 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("distribution", [Normal(), Laplace()], ids=lambda d: d.name)
+def test_the_kurtosis_of_groups_is_the_one_that_the_page_compares_with(distribution):
+    """Within four standard errors and half of the last digit said."""
+    groups = distribution.sample(1 << 17, 32, np.random.default_rng(0))
+    each = (groups**4).mean(-1) / (groups**2).mean(-1) ** 2
+    assert abs(each.mean() - GROUP_KURTOSIS[distribution.name]) < 4 * each.std() / np.sqrt(len(each)) + 0.005

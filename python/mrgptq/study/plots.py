@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 import matplotlib
 from matplotlib.figure import Figure
 
-from .accuracy import AccuracyRow
 from .analysis import Crossover, Mean
 from .findings import RuleRow
 from .weights import WeightRow
 
-if TYPE_CHECKING:  # imports torch
+if TYPE_CHECKING:  # these import torch
+    from .accuracy import AccuracyRow
     from .methods import GridRow
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 - the backend must be chosen first
+# Figures are made without pyplot, whose backend is the caller's: a notebook's own pictures would vanish under another.
 
 
-def accuracy_chart(rows: Sequence[AccuracyRow], path: str | os.PathLike[str], *, title: str) -> None:
+def accuracy_chart(rows: "Sequence[AccuracyRow]", path: str | os.PathLike[str], *, title: str) -> None:
     """Perplexity of every row as points over the original's line, one panel for W4A16 and one for W4A4; the file's ending decides its type (.png, .svg, .pdf).
 
     rows : AccuracyRows. Read in black and white by the markers' shapes.
@@ -29,7 +28,8 @@ def accuracy_chart(rows: Sequence[AccuracyRow], path: str | os.PathLike[str], *,
     methods = list(dict.fromkeys(row.recipe for row in rows if row.format))
     # marker, colour, and where the numbers stand: NVFP4 is the lower curve, so its numbers go below
     styles = {"nvfp4": ("o", "#1b6ca8", -15), "mxfp4": ("s", "#c8553d", 8)}
-    figure, panels = pyplot.subplots(1, 2, figsize=(8.4, 3.8), sharey=True, layout="constrained")
+    figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, activations in zip(panels, (False, True), strict=True):
         for format, (marker, colour, offset) in styles.items():
             cells = {row.recipe: row.perplexity for row in rows if row.format == format and bool(row.activations) == activations}
@@ -50,12 +50,12 @@ def accuracy_chart(rows: Sequence[AccuracyRow], path: str | os.PathLike[str], *,
     panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def rule_chart(rows: Sequence[RuleRow]) -> str:
     """SVG: for each format the relative error of Laplace values, plain and rotated, joined by a line."""
-    figure, axes = pyplot.subplots(figsize=(8, 0.36 * len(rows) + 1), layout="constrained")
+    figure = Figure(figsize=(8, 0.36 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
     for place, row in enumerate(reversed(rows)):
         plain, rotated = 1e3 * row.laplace.mse.value, 1e3 * row.rotated.mse.value
         axes.plot([plain, rotated], [place, place], color="black", linewidth=1)
@@ -71,7 +71,8 @@ def rule_chart(rows: Sequence[RuleRow]) -> str:
 
 def crossover_chart(crossovers: Mapping[str, Sequence[Crossover]]) -> str:
     """SVG: error by group size, plain and rotated, a panel for each type of scale."""
-    figure, panels = pyplot.subplots(1, len(crossovers), figsize=(8, 3.2), sharey=True, layout="constrained", squeeze=False)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(crossovers), sharey=True, squeeze=False)
     for axes, (scale, rows) in zip(panels[0], crossovers.items(), strict=True):
         sizes = [row.group_size for row in rows]
         axes.plot(sizes, [1e3 * row.plain.value for row in rows], color="black", marker="o", label="as they are")
@@ -87,7 +88,8 @@ def crossover_chart(crossovers: Mapping[str, Sequence[Crossover]]) -> str:
 
 def tail_chart(tails: Mapping[str, Mapping[str, tuple[Mean, Mean]]]) -> str:
     """SVG: what a rotation gains, by distribution, a mark for each format."""
-    figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
     names = list(tails)
     for key, (marker, style) in zip(next(iter(tails.values())), _MARKS, strict=False):
         axes.plot(range(len(names)), [tails[name][key][0].value / tails[name][key][1].value for name in names], color="black", marker=marker, markerfacecolor="white", linestyle=style, label=key.upper())
@@ -100,7 +102,8 @@ def tail_chart(tails: Mapping[str, Mapping[str, tuple[Mean, Mean]]]) -> str:
 
 def mass_chart(mass: Mapping[str, Sequence[tuple[int, float, float]]]) -> str:
     """SVG: what is rounded to zero, by group size, on logarithmic axes."""
-    figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
     for (grid, rows), marker in zip(mass.items(), ("o", "s"), strict=False):
         for column, (name, style) in enumerate((("Laplace", "-"), ("Normal", "--")), start=1):
             axes.plot([row[0] for row in rows], [1 - row[column] for row in rows], color="black", marker=marker, markerfacecolor="black" if column == 1 else "white", linestyle=style, label=f"{grid}, {name}")
@@ -114,7 +117,8 @@ def mass_chart(mass: Mapping[str, Sequence[tuple[int, float, float]]]) -> str:
 
 def layer_chart(layers: Sequence[WeightRow]) -> str:
     """SVG: what a rotation gains in each layer, against its groups' kurtosis."""
-    figure, axes = pyplot.subplots(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
     for key, (marker, _) in zip(layers[0].plain, _MARKS, strict=False):
         axes.plot([row.kurtosis for row in layers], [row.plain[key] / row.rotated[key] for row in layers], color="black", marker=marker, markerfacecolor="white", linestyle="none", label=key.upper())
     axes.axhline(1, color="black", linewidth=0.6)
@@ -126,7 +130,8 @@ def layer_chart(layers: Sequence[WeightRow]) -> str:
 
 def method_chart(rows: "Sequence[GridRow]") -> str:
     """SVG: divergence by method, a mark for each format, W4A16 and W4A4 beside each other."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.8), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
     methods, formats = (list(dict.fromkeys(values)) for values in ([row.method for row in rows], [row.format or "" for row in rows]))
     for axes, rounded in zip(panels, (False, True), strict=True):
         for key, (marker, style) in zip(formats, _MARKS, strict=False):
@@ -149,5 +154,4 @@ def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mrgptq"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    pyplot.close(figure)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

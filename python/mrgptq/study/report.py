@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from .analysis import Mean
-from .findings import Findings
+from .findings import GROUP_KURTOSIS, Findings
 from .plots import crossover_chart, layer_chart, mass_chart, method_chart, rule_chart, tail_chart
 from .weights import rotation_gain
 
@@ -211,7 +211,7 @@ for size in {tuple(size for size, _, _ in next(iter(findings.mass.values())))}:
 def _layers(findings: Findings) -> str:
     gains = {key: rotation_gain(findings.layers, key) for key in findings.layers[0].plain}
     helped = {key: sum(row.rotated[key] < row.plain[key] for row in findings.layers) for key in gains}
-    meaning = f"{Path(findings.model or '').name}: a Hadamard over the group divides the weights' error by " + ", ".join(f"{gain:.3f} ({key.upper()}, {helped[key]} of {len(findings.layers)} layers gain)" for key, gain in gains.items()) + ". The kurtosis of its groups says how near to Normal (3) or Laplace (6) they are already."
+    meaning = f"{Path(findings.model or '').name}: a Hadamard over the group divides the weights' error by " + ", ".join(f"{gain:.3f} ({key.upper()}, {helped[key]} of {len(findings.layers)} layers gain)" for key, gain in gains.items()) + ". The kurtosis of its groups says how near to Normal or Laplace values they are already, " + f"which have {GROUP_KURTOSIS['Normal']:.2f} and {GROUP_KURTOSIS['Laplace']:.2f} in groups of 32."
     for why in dict.fromkeys(findings.left_out.values()):
         names = [name for name, reason in findings.left_out.items() if reason == why]
         meaning += f" Not among them, since {why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}."

@@ -22,7 +22,7 @@ _BATCH = 1 << 20  # values in float64 at once
 
 @dataclass(frozen=True)
 class WeightRow:
-    """A layer: kurtosis of its groups of 32 (3 is Normal, 6 Laplace), and relative errors by format's name without and with a Hadamard over the group, the mean over its groups of Σ err² / Σ x²."""
+    """A layer: mean kurtosis of its groups of 32, each over its own mean square (``findings.GROUP_KURTOSIS`` says what Normal and Laplace values have), and relative errors by format's name without and with a Hadamard over the group, the mean over its groups of Σ err² / Σ x²."""
 
     name: str
     kurtosis: float
