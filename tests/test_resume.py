@@ -122,7 +122,7 @@ def test_a_run_killed_when_only_its_empty_folder_is_left_has_ended(swept, leaf_f
     plan = make_plan(leaf_folder, tmp_path / "run" / "out", mg.Recipe.named("rtn"))
     killed_while_it_sweeps(plan, swept, monkeypatch)
     assert not list((tmp_path / "run" / ".out.partial").glob("*.safetensors"))
-    with pytest.raises(FileExistsError, match="out exists already"):
+    with pytest.raises(FileExistsError, match="out exists already, a whole checkpoint that a run ended with; it is never"):
         make_plan(leaf_folder, plan.out, mg.Recipe.named("rtn"))
     assert contents(plan.out) == contents(tmp_path / "whole" / "out")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkpoint import Scheme, check_layer, dialect_named
+from .checkpoint.card import RECORD_NAME
 from .checkpoint.hessians import StoredHessians, check_new
 from .checkpoint.partial_run import is_finished
 from .checkpoint.reader import CheckpointReader
@@ -190,7 +191,8 @@ def make_plan(
     out = Path(out)
     finished = is_finished(out)
     if os.path.lexists(out) and not finished:
-        raise FileExistsError(f"{out} exists already; it is never overwritten: name another folder or remove it first")
+        whole = ", a whole checkpoint that a run ended with" if (out / RECORD_NAME).is_file() else ""
+        raise FileExistsError(f"{out} exists already{whole}; it is never overwritten: name another folder or remove it first")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"{out} cannot be made: the folder {out.absolute().parent} does not exist")
     reason = needs_calibration(recipe)
