@@ -1,9 +1,11 @@
 """The documentation: what its pages show runs, docstrings become what they mean, and the site holds together."""
 
+import fcntl
 import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -59,10 +61,16 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """{path: Page} of the site, built by its command."""
-    out = tmp_path_factory.mktemp("site") / "html"
-    done = subprocess.run([sys.executable, str(DOCS / "build.py"), str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    """{path: Page} of the site, built by its command: once, whichever of xdist's workers asks first."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    out, built = folder / "site", folder / "site-built"
+    with open(folder / "site-lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            done = subprocess.run([sys.executable, str(DOCS / "build.py"), str(out)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-4000:]
+            built.touch()
     return {path.relative_to(out).as_posix(): Page(path) for path in out.rglob("*.html")}
 
 
@@ -79,7 +87,8 @@ def test_what_a_page_shows_runs(path, tmp_path, leaf_folder, forks):
         done = forks.run(*arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stderr}"
 
-    run_page(path, tmp_path, command)
+    shown = [text for language, _, text in blocks(path) if language == "python"], [line for language, _, text in blocks(path) if language == "sh" for line in commands(text)]
+    assert run_page(path, tmp_path, command) == sum(map(len, shown))
 
 
 def test_command_lines_are_found():

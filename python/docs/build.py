@@ -60,9 +60,10 @@ def stage(folder: Path) -> None:
     sources = {ROOT / name: page for name, page in RECORDS.items()} | {path: path.relative_to(HERE).as_posix() for path in HERE.rglob("*.md")} | made
     sections = readme_sections()
     texts = {path: (folder / page if path in made else path).read_text(encoding="utf-8") for path, page in sources.items()}
-    placed = {slug(match[1]): sources[path] for path, text in texts.items() for match in README_PART.finditer(text)}
+    parts = [(match[1], sources[path]) for path, text in texts.items() for match in README_PART.finditer(text)]
+    placed = {slug(heading): page for part, page in parts for heading in re.findall(r"^##+ (.*)$", sections[part], flags=re.MULTILINE)}
     for path, text in texts.items():
-        text = README_PART.sub(lambda match: relink(sections.pop(match[1]), ROOT / "README.md", sources[path], sources, placed), relink(text, path, sources[path], sources, placed))
+        text = README_PART.sub(lambda match: relink(sections[match[1]], ROOT / "README.md", sources[path], sources, placed), relink(text, path, sources[path], sources, placed))
         if path == HERE / "index.md":
             text = navigation(text, [(folder / page, page) for page in sorted(made.values())])
         (folder / sources[path]).parent.mkdir(exist_ok=True)
@@ -87,7 +88,7 @@ def slug(heading: str) -> str:
 
 
 def relink(text: str, path: Path, page: str, sources: dict[Path, str], placed: dict[str, str]) -> str:
-    """Links of a file's text as links of its page. ``placed``: on which pages sections of the README are."""
+    """Links of a file's text as links of its page. ``placed``: on which page each heading of the README stands."""
 
     def replace(link: re.Match[str]) -> str:
         label, target, anchor = link[1], link[2], link[3] or ""

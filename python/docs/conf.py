@@ -25,7 +25,7 @@ html_title = f"mrgptq {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 html_theme_options = {"footer_icons": []}
 html_math_renderer = "mathml"
 nitpicky = True

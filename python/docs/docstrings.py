@@ -116,7 +116,7 @@ def signature(obj: Any) -> tuple[str, str] | None:
         if dataclasses.is_dataclass(obj) and "__init__" not in {getattr(child, "name", None) for child in node.body}:
             bodies = (getattr(_definition(base), "body", ()) for base in obj.__mro__[::-1] if base.__module__.startswith("mrgptq"))
             annotated = {ast.unparse(child.target): child for body in bodies for child in body if isinstance(child, ast.AnnAssign)}
-            return f"({', '.join(_field(annotated[field.name], obj) for field in dataclasses.fields(obj) if field.init)})", ""
+            return f"({', '.join(_field(annotated[field.name], obj) for field in dataclasses.fields(obj) if field.init and not field.name.startswith('_'))})", ""
         init = next((child for child in node.body if isinstance(child, ast.FunctionDef) and child.name == "__init__"), None)
         if init is None:
             return None
