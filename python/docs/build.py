@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -56,7 +57,10 @@ def build(out: Path, *, pages: Path | None = None) -> int:
 def stage(folder: Path) -> None:
     """Write all pages."""
     shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns("__pycache__", "build.py"))
-    made = execute_notebooks(folder / "tutorials")
+    with executed_notebooks(folder / "tutorials") as made:  # meanwhile
+        (folder / "reference").mkdir()
+        for name, text in reference_pages():
+            (folder / "reference" / name).write_text(text, encoding="utf-8")
     sources = {ROOT / name: page for name, page in RECORDS.items()} | {path: path.relative_to(HERE).as_posix() for path in HERE.rglob("*.md")} | made
     sections = readme_sections()
     texts = {path: (folder / page if path in made else path).read_text(encoding="utf-8") for path, page in sources.items()}
@@ -68,9 +72,6 @@ def stage(folder: Path) -> None:
             text = navigation(text, [(folder / page, page) for page in sorted(made.values())])
         (folder / sources[path]).parent.mkdir(exist_ok=True)
         (folder / sources[path]).write_text(text, encoding="utf-8")
-    (folder / "reference").mkdir()
-    for name, text in reference_pages():
-        (folder / "reference" / name).write_text(text, encoding="utf-8")
 
 
 # ---- Pages from the repository's own
@@ -116,17 +117,17 @@ def navigation(index: str, tutorials: list[tuple[Path, str]]) -> str:
     return "\n".join([index, *trees])
 
 
-def execute_notebooks(folder: Path) -> dict[Path, str]:
-    """Run each notebook of examples/ there and write it with its outputs as Markdown and pictures: {notebook: page}. nbclient.exceptions.CellExecutionError where a cell fails."""
+@contextmanager
+def executed_notebooks(folder: Path) -> Iterator[dict[Path, str]]:
+    """{notebook: page} of examples/. Each runs there, two at a time, beside what the block does; at its end they stand as Markdown and pictures, or one raises nbclient.exceptions.CellExecutionError."""
     paths = sorted((ROOT / "examples").glob("*.ipynb"))
-    if not paths:
-        return {}
     folder.mkdir()
-    with tempfile.TemporaryDirectory() as own:  # what IPython writes of itself
-        os.environ.update(IPYTHONDIR=own, JUPYTER_RUNTIME_DIR=own, PYDEVD_DISABLE_FILE_VALIDATION="1")
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda path: _execute(path, folder), paths))
-    return {path: f"{folder.name}/{path.stem}.md" for path in paths}
+    with tempfile.TemporaryDirectory() as own, ThreadPoolExecutor(2) as pool:
+        os.environ.update(IPYTHONDIR=own, JUPYTER_RUNTIME_DIR=own, PYDEVD_DISABLE_FILE_VALIDATION="1")  # what IPython writes of itself
+        running = [pool.submit(_execute, path, folder) for path in paths]
+        yield {path: f"{folder.name}/{path.stem}.md" for path in paths}
+        for notebook in running:
+            notebook.result()
 
 
 def _execute(path: Path, folder: Path) -> None:
@@ -135,7 +136,8 @@ def _execute(path: Path, folder: Path) -> None:
     from nbconvert import MarkdownExporter
 
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, extra_arguments=["--IPKernelApp.log_level=40"]).execute()
+    folder_of_run = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", coalesce_streams=True, resources=folder_of_run, extra_arguments=["--IPKernelApp.log_level=40"]).execute()
     text, resources = MarkdownExporter().from_notebook_node(notebook, {"output_files_dir": path.stem})
     (folder / f"{path.stem}.md").write_text(text, encoding="utf-8")
     for name, content in resources["outputs"].items():
@@ -159,17 +161,17 @@ def reference_pages() -> Iterator[tuple[str, str]]:
     for title, rooms in groups.items():
         names = sorted((name for name, home in exported.items() if home in rooms), key=lambda name: (rooms.index(exported[name]), name.lower()))
         page = f"mrgptq-{slug(title)}"
-        front.append(page)
+        front.append((page, title, ", ".join(f":py:obj:`~mrgptq.{name}`" for name in names)))
         yield f"{page}.rst", "\n".join([_heading(title), ".. currentmodule:: mrgptq", "", *(_entry("mrgptq", name) for name in names)])
     modules = []
     for module in public_modules():
         if entries := [_entry(module.__name__, name) for name in public_names(module) if id(getattr(module, name)) not in seen]:
-            modules.append(module.__name__)
+            modules.append((module.__name__, module.__name__, docstrings.escape(_first_sentence(module))))
             source = ["The source", "----------", "", ".. literalinclude:: reference.py", "   :language: python", ""] if module.__name__ == "mrgptq.reference" else []
             yield f"{module.__name__}.rst", "\n".join([_heading(module.__name__), f".. automodule:: {module.__name__}", "", f".. currentmodule:: {module.__name__}", "", *entries, *source])
     yield "reference.py", (ROOT / "python/mrgptq/reference.py").read_text(encoding="utf-8")
     yield "command_line.rst", command_line()
-    yield "index.rst", "\n".join([_heading("Reference"), "What ``import mrgptq as mg`` gives:", "", *_tree(front), "Modules to be imported by name:", "", *_tree(modules), "And outside Python:", "", *_tree(["command_line"])])
+    yield "index.rst", "\n".join([_heading("Reference"), "What ``import mrgptq as mg`` gives:", "", *_tree(front), "Modules to be imported by name:", "", *_tree(modules), "And outside Python:", "", *_tree([("command_line", "Command line", "the help of each command")])])
 
 
 def public_modules() -> Iterator[ModuleType]:
@@ -224,8 +226,10 @@ def _heading(title: str) -> str:
     return f"{title}\n{'=' * len(title)}\n"
 
 
-def _tree(pages: list[str]) -> list[str]:
-    return [".. toctree::", "   :maxdepth: 1", "", *(f"   {page}" for page in pages), ""]
+def _tree(pages: list[tuple[str, str, str]]) -> list[str]:
+    """A list of (page, title, what is there), and the same as a part of the navigation."""
+    shown = [f"- :doc:`{title} <{page}>`: {what}" for page, title, what in pages]
+    return [*shown, "", ".. toctree::", "   :hidden:", "", *(f"   {page}" for page, _, _ in pages), ""]
 
 
 def command_line() -> str:

@@ -93,8 +93,8 @@ class CodeLinks(SphinxPostTransform):
         """On a page's literals."""
         objects = self.env.get_domain("py").objects
         for literal in list(self.document.findall(nodes.literal)):
-            name = re.match(r"(?:mg|mrgptq)(\.[\w.]+)", literal.astext())
-            entry = objects.get(f"mrgptq{name[1]}") if name else None
+            name = re.match(r"(?:mg\.|mrgptq\.|(?=hf\.))([\w.]+)", literal.astext())
+            entry = objects.get(f"mrgptq.{name[1]}") if name else None
             if entry and not isinstance(literal.parent, nodes.reference):
                 literal.replace_self(make_refnode(self.app.builder, self.env.docname, entry.docname, entry.node_id, literal.deepcopy()))
 
