@@ -32,7 +32,7 @@ def load(name):
     return module
 
 
-docstrings = load("docstrings")
+docstrings, build = load("docstrings"), load("build")
 
 
 class Page(HTMLParser):
@@ -159,6 +159,34 @@ def test_notebooks_are_stored_without_outputs_and_shown_with_them(path, site):
     html = page.path.read_text(encoding="utf-8")
     assert pictures or printed and html.count('class="highlight-default') + html.count('class="highlight-none') > 0
     assert all((page.path.parent / part).is_file() for part in pictures)
+
+
+def test_entries_show_types_lists_and_the_way_to_others(site):
+    html = site["reference/mrgptq-matrices.html"].path.read_text(encoding="utf-8")
+    entry = html[html.index('id="mrgptq.quantize"') : html.index('id="mrgptq.quantize_activations"')]
+    text = " ".join(re.sub("<[^>]+>", "", entry).split())
+    assert "scales: str | None = None" in text and "weight: ArrayLike" in text
+    assert all(f"<dt><strong>{name}</strong></dt>" in entry for name in ("weight", "format", "scales", "mx_rule", "tensor_scale", "rotation", "dtype", "threads", "ValueError", "TypeError"))
+    assert 'href="#mrgptq.QuantizedMatrix"' in entry  # of the annotation
+    assert 'href="../reference/mrgptq-matrices.html#mrgptq.quantize"' in site["formats/blocks.html"].path.read_text(encoding="utf-8")  # of `mg.quantize` in prose
+    assert "Σ|err|^2.4" in "".join(site["reference/mrgptq.reference.html"].text).replace("error", "err").replace(" ", "")  # nothing of it was taken for markup
+
+
+# ---- Links of files as links of pages
+
+
+def test_links_follow_files_to_their_pages():
+    page, sources = DOCS / "howto" / "run.md", {DOCS / "howto" / "shapes.md": "howto/shapes.md", ROOT / "bench" / "accuracy.md": "explanation/accuracy.md"}
+
+    def linked(text):
+        return build.relink(text, page, "howto/run.md", sources, {"which-recipe": "howto/quantise.md"})
+
+    assert linked("[a](shapes.md#experts), [b](../../../bench/accuracy.md)") == "[a](shapes.md#experts), [b](../explanation/accuracy.md)"
+    assert linked("[c](../../../README.md), [d](../../../README.md#which-recipe)") == "[c](../index.md), [d](quantise.md#which-recipe)"
+    assert linked("[of no page](../../../LICENSE), [there](https://example.org/x.md), [here](#transformers)") == "of no page, [there](https://example.org/x.md), [here](#transformers)"
+    assert linked("```text\n[x](nothing.md)\n```\n") == "```text\n[x](nothing.md)\n```\n"
+    with pytest.raises(FileNotFoundError, match="python/docs/howto/run.md links to nothing.md, which is not there"):
+        linked("[x](nothing.md)")
 
 
 # ---- Docstrings as reStructuredText
