@@ -81,7 +81,7 @@ def site(tmp_path_factory):
 def test_what_a_page_shows_runs(path, tmp_path, leaf_folder, forks):
     (tmp_path / "leaf").symlink_to(leaf_folder)
     for name in ("calibration.txt", "test.txt"):  # enough for a few windows
-        (tmp_path / name).write_text((ROOT / "examples" / "text" / name).read_text(encoding="utf-8")[:9000], encoding="utf-8")
+        (tmp_path / name).write_text((ROOT / "examples" / "text" / name).read_text(encoding="utf-8")[:6000], encoding="utf-8")
 
     def command(arguments):
         done = forks.run(*arguments, cwd=tmp_path)
