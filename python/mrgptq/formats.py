@@ -33,6 +33,7 @@ FORMATS = {
     "mxfp4": BlockFormat("mxfp4", _core.group_size("mxfp4"), "F8_E8M0"),
     "nvfp4": BlockFormat("nvfp4", _core.group_size("nvfp4"), "F8_E4M3"),
 }
+"""{name: BlockFormat} of the two."""
 
 
 def block_format(name: str) -> BlockFormat:
