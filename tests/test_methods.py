@@ -278,7 +278,7 @@ def held_out_text(leaf_folder):
 
 def test_the_grid_has_every_cell_once(leaf_folder, calibration_text, held_out_text):
     stages = []
-    original, *rows = grid(leaf_folder, calibration_text, held_out_text, windows=4, test_windows=1, sequence=128, progress=stages.append)
+    original, *rows = grid(leaf_folder, calibration_text, held_out_text, windows=4, test_windows=2, sequence=128, progress=stages.append)
     assert (original.method, original.format, original.relative_error, original.divergence) == ("original", None, None, 0)
     keys = [(row.method, row.format, row.activations) for row in rows]
     assert keys == cells() and len(set(keys)) == len(keys) == 46 and ("best", "int4", None) not in keys and ("best", "mxfp4", "mxfp4") in keys
@@ -286,6 +286,9 @@ def test_the_grid_has_every_cell_once(leaf_folder, calibration_text, held_out_te
     assert len(stages) == 47 and stages[:3] == ["original", "rtn, nvfp4, W4A16", "rtn, nvfp4, W4A4"]
     for row in rows:
         assert math.isfinite(row.perplexity) and 0 < row.divergence < 5 and 0 < row.relative_error < 0.05 and row.seconds > 0, row
+        assert len(row.window_divergences) == 2 and row.divergence == pytest.approx(np.mean(row.window_divergences), rel=1e-12)
+    difference = rows[0].divergence_over(rows[-1])
+    assert difference.value == pytest.approx(rows[0].divergence - rows[-1].divergence) and difference.standard_error == pytest.approx(abs(np.diff(np.subtract(rows[0].window_divergences, rows[-1].window_divergences))[0]) / 2)
     found = dict(zip(keys, rows, strict=True))
     for format in METHOD_FORMATS:
         for activations in (None, format):

@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 _LOGITS = 2**26
 """Logits held at a time, 256 MB in float32."""
@@ -45,7 +47,6 @@ def tempered_perplexities(model: Any, inputs: torch.Tensor, targets: torch.Tenso
     return [math.exp(total / targets.numel()) for total in totals]
 
 
-@torch.no_grad()
 def divergence(model: Any, original: Any, inputs: torch.Tensor) -> float:
     """Mean Kullback-Leibler divergence KL(original || model) of the next token's distribution, in nats per token.
 
@@ -59,10 +60,16 @@ def divergence(model: Any, original: Any, inputs: torch.Tensor) -> float:
     -------
     float, >= 0 up to rounding: log-probabilities are float32, the sum over tokens float64.
     """
+    return float(window_divergences(model, original, inputs).mean())
+
+
+@torch.no_grad()
+def window_divergences(model: Any, original: Any, inputs: torch.Tensor) -> NDArray[np.float64]:
+    """(windows,) of what :func:`divergence` is the mean of: two models' differ by chance as windows do, and less so window by window."""
     device = next(model.parameters()).device
     batch = max(1, _LOGITS // (2 * inputs.shape[1] * model.config.get_text_config().vocab_size))
-    total = 0.0
+    means = []
     for x in inputs.split(batch):
         own, other = (torch.log_softmax(m(input_ids=x.to(device), use_cache=False).logits.float(), -1) for m in (model, original))
-        total += float((other.exp() * (other - own)).sum(-1).double().sum())
-    return total / inputs.numel()
+        means.append((other.exp() * (other - own)).sum(-1).double().mean(-1).cpu().numpy())
+    return np.concatenate(means)

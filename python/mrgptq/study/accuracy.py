@@ -16,7 +16,7 @@ class AccuracyRow:
 
     ``far_perplexity`` is that of a text of another kind, ``far_tempered`` the same at the temperature, in tenths from 1 to 3, at which the original predicts that text best;
     ``divergence`` and ``far_divergence``: KL(original || quantised) in nats per token on both. None where not asked for.
-    ``seconds``: quantising.
+    ``seconds``: quantising. ``window_divergences``: what ``divergence`` is the mean of, window by window.
     """
 
     recipe: str
@@ -31,6 +31,7 @@ class AccuracyRow:
     divergence: float | None = None
     far_divergence: float | None = None
     seconds: float = 0.0
+    window_divergences: tuple[float, ...] = ()
 
 
 def measure(

@@ -23,8 +23,8 @@ class Mean:
 
     @classmethod
     def of(cls, values: Floats) -> "Mean":
-        """Of (groups,) values."""
-        return cls(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+        """Of (groups,) values; of a single one the standard error is not known, infinite."""
+        return cls(float(values.mean()), np.inf) if len(values) < 2 else cls(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 
 
 @dataclass(frozen=True)

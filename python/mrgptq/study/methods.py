@@ -15,6 +15,7 @@ from ..arrays import choose
 from ..gptq import Hessian
 from ..plan import make_plan
 from ..recipe import Recipe
+from .analysis import Mean
 from .bases import UNCHANGED, Basis, block_hadamard, full_hadamard, magnified, smoothing, turned_hessian
 from .grids import FORMATS
 from .roundings import Fp4, Gridded, Rounding
@@ -115,7 +116,7 @@ _CORE_FORMATS = ("nvfp4", "mxfp4")
 class GridRow:
     """One cell: a method in a format, ``activations`` None for W4A16 and the format's name for W4A4.
 
-    ``relative_error`` is tr(E H E^T) / tr(W H W^T), its unweighted mean over the layers, each under what reaches it; ``divergence`` KL(original || quantised) in nats per token, over 64 windows at most; ``seconds``: quantising.
+    ``relative_error`` is tr(E H E^T) / tr(W H W^T), its unweighted mean over the layers, each under what reaches it; ``divergence`` KL(original || quantised) in nats per token, over 64 windows at most, the mean of ``window_divergences``; ``seconds``: quantising.
     The unquantised model's row has neither format nor error.
     """
 
@@ -126,6 +127,11 @@ class GridRow:
     perplexity: float
     divergence: float
     seconds: float
+    window_divergences: tuple[float, ...] = ()
+
+    def divergence_over(self, other: "GridRow") -> Mean:
+        """How much larger its divergence is than another cell's, window by window: what is hard in a window is hard for both, so the difference is known better than either."""
+        return Mean.of(np.subtract(self.window_divergences, other.window_divergences))
 
 
 def cells(methods: Sequence[str] | None = None, formats: Sequence[str] | None = None) -> list[tuple[str, str, str | None]]:
@@ -202,7 +208,7 @@ def _rows(trial: Trial, wanted: list[tuple[str, str, str | None]], roundings: Ma
         else:
             quantise = by_method(method, roundings[format], activations is not None, threads)
         figures = trial.quantised(quantise)
-        yield GridRow(name, format, activations, figures.relative_error, figures.perplexity, figures.divergence or 0.0, figures.seconds)
+        yield GridRow(name, format, activations, figures.relative_error, figures.perplexity, figures.divergence or 0.0, figures.seconds, figures.window_divergences)
 
 
 def by_method(method: Method, rounding: Rounding, inputs_too: bool, threads: int | None = None) -> Quantise:

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from .analysis import Mean
 from .findings import GROUP_KURTOSIS, Findings
 from .plots import crossover_chart, layer_chart, mass_chart, method_chart, rule_chart, tail_chart
 from .weights import rotation_gain
+
+if TYPE_CHECKING:  # imports torch
+    from .methods import GridRow
 
 _STYLE = """
 body { font: 16px/1.5 Georgia, serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #111; background: #fff }
@@ -238,18 +244,20 @@ def _methods(findings: Findings) -> str:
     for format, rounded in kinds:
         plain, turned = (cells.get((method, format, rounded)) for method in ("rtn", "rtn-hadamard"))
         if rounded and plain and turned:
-            sentences.append(f"{_kind(format, rounded)}: a Hadamard before plain rounding makes the divergence {_percent(turned.divergence / plain.divergence - 1)}.")
+            sentences.append(f"{_kind(format, rounded)}: a Hadamard before plain rounding makes the divergence {_change(turned, plain)}.")
     held: list[str] = []
     not_held: list[str] = []
     for format, rounded in kinds:
-        steps = [(method, cells[method, format, rounded].divergence) for method in ("gptq", "mr-gptq", "best") if (method, format, rounded) in cells]
-        rises = [f"{after} loses more than {before}" for (before, less), (after, more) in pairwise(steps) if more >= less]
+        steps = [cells[method, format, rounded] for method in ("gptq", "mr-gptq", "best") if (method, format, rounded) in cells]
+        rises = [f"{after.method}'s is {_change(after, before)} than {before.method}'s" for before, after in pairwise(steps) if after.divergence >= before.divergence]
         if rises:
             not_held.append(f"{_kind(format, rounded)} ({', '.join(rises)})")
         elif len(steps) > 1:
             held.append(_kind(format, rounded))
     if held or not_held:
         sentences.append("From GPTQ to MR-GPTQ to best, where each is there, the divergence falls" + (f" in {', '.join(held)}" if held else "") + (f"; not in {', '.join(not_held)}" if not_held else "") + ".")
+    if len(rows[0].window_divergences) > 1:
+        sentences.append(f"± is one standard error of the difference over {len(rows[0].window_divergences)} windows of the text, the calibration being one.")
     names = list(dict.fromkeys(row.method for row in rows))
     divergences = _table([("KL(original || quantised), nats a token", *(_kind(*kind) for kind in kinds)), *((name, *(f"{cells[name, *kind].divergence:.4f}" if (name, *kind) in cells else "–" for kind in kinds)) for name in names)])
     everything = _table(
@@ -261,6 +269,13 @@ def _methods(findings: Findings) -> str:
     )
     table = f"{divergences}\n<details><summary>Layer errors and perplexities</summary>{everything}</details>"
     return _section("What each method costs this model", " ".join(sentences), method_chart(rows), "Divergence from the original's predictions, by method; a mark for each format, weights alone to the left, inputs too to the right. Lower is better.", table)
+
+
+def _change(row: "GridRow", other: "GridRow") -> str:
+    """How much larger or smaller a divergence is than another, in percent of that."""
+    difference = row.divergence_over(other)
+    known = f" (± {100 * difference.standard_error / other.divergence:.0f} %)" if np.isfinite(difference.standard_error) else ""
+    return _percent(difference.value / other.divergence) + known
 
 
 def _kind(format: str | None, rounded: bool) -> str:

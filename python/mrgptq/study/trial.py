@@ -24,7 +24,7 @@ _TEMPERATURES = tuple(1 + i / 10 for i in range(21))
 
 @dataclass(frozen=True)
 class Figures:
-    """What :class:`AccuracyRow` says of a model, under the same names."""
+    """What :class:`AccuracyRow` says of a model, under the same names; ``window_divergences``: what ``divergence`` is the mean of."""
 
     relative_error: float | None
     perplexity: float
@@ -33,6 +33,7 @@ class Figures:
     divergence: float | None
     far_divergence: float | None
     seconds: float
+    window_divergences: tuple[float, ...] = ()
 
 
 class Trial:
@@ -86,11 +87,12 @@ class Trial:
         known = [error for error in quantise(model, self._inputs, list(self.shapes)) if error is not None]
         seconds = time.perf_counter() - start
         near, far, tempered, far_divergence = hf.perplexity(model, *self._test), None, None, None
-        divergence = hf.divergence(model, self._original, self._test[0][:_DIVERGENCE_WINDOWS]) if self._divergence else None
+        windows = hf.window_divergences(model, self._original, self._test[0][:_DIVERGENCE_WINDOWS]) if self._divergence else None
         if self._far is not None:
             far, tempered = hf.tempered_perplexities(model, *self._far, temperatures=(1.0, self._temperature))
             far_divergence = hf.divergence(model, self._original, self._far[0][:_DIVERGENCE_WINDOWS]) if self._divergence else None
-        return Figures(sum(known) / len(known) if known else None, near, far, tempered, divergence, far_divergence, seconds)
+        divergence = None if windows is None else float(windows.mean())
+        return Figures(sum(known) / len(known) if known else None, near, far, tempered, divergence, far_divergence, seconds, () if windows is None else tuple(windows.tolist()))
 
 
 def by_recipe(recipe: Recipe, threads: int | None = None) -> Quantise:
