@@ -1,5 +1,6 @@
 """The method grid: each cell against a few lines of NumPy, GPTQ over any grid against the reference, and the grid whole on leaf."""
 
+import dataclasses
 import math
 import shutil
 
@@ -281,9 +282,9 @@ def test_the_grid_has_every_cell_once(leaf_folder, calibration_text, held_out_te
     original, *rows = grid(leaf_folder, calibration_text, held_out_text, windows=4, test_windows=2, sequence=128, progress=stages.append)
     assert (original.method, original.format, original.relative_error, original.divergence) == ("original", None, None, 0)
     keys = [(row.method, row.format, row.activations) for row in rows]
-    assert keys == cells() and len(set(keys)) == len(keys) == 46 and ("best", "int4", None) not in keys and ("best", "mxfp4", "mxfp4") in keys
+    assert keys == cells() and len(set(keys)) == len(keys) == 50 and ("best", "int4", None) not in keys and ("best", "mxfp4", "mxfp4") in keys
     assert cells(["best", "gptq"], ["nvint4", "mxint4"]) == [("gptq", format, activations) for format in ("nvint4", "mxint4") for activations in (None, format)]
-    assert len(stages) == 47 and stages[:3] == ["original", "rtn, nvfp4, W4A16", "rtn, nvfp4, W4A4"]
+    assert len(stages) == 51 and stages[:3] == ["original", "rtn, nvfp4, W4A16", "rtn, nvfp4, W4A4"]
     for row in rows:
         assert math.isfinite(row.perplexity) and 0 < row.divergence < 5 and 0 < row.relative_error < 0.05 and row.seconds > 0, row
         assert len(row.window_divergences) == 2 and row.divergence == pytest.approx(np.mean(row.window_divergences), rel=1e-12)
@@ -295,6 +296,19 @@ def test_the_grid_has_every_cell_once(leaf_folder, calibration_text, held_out_te
             plain, solved, turned = (found[method, format, activations] for method in ("rtn", "gptq", "mr-gptq"))
             assert solved.relative_error < 0.8 * plain.relative_error and turned.relative_error < 0.8 * found["rtn-hadamard", format, activations].relative_error
         assert found["rtn", format, format].divergence > found["rtn", format, None].divergence
+
+
+def test_recipes_are_what_their_names_say(leaf_folder, calibration_text, held_out_text, monkeypatch):
+    """MR-GPTQ and best are the package's own, in the formats that it has."""
+    asked = []
+    monkeypatch.setattr("mrgptq.study.methods.by_recipe", lambda recipe, threads: asked.append(recipe) or (lambda *arguments: []))
+    list(grid(leaf_folder, calibration_text, held_out_text, methods=["mr-gptq", "best", "best-hadamard"], formats=["nvfp4", "mxfp4"], windows=1, test_windows=1, sequence=16))
+    expected = []
+    for format, size in (("nvfp4", 16), ("mxfp4", 32)):
+        for name in ("mr-gptq", "best"):
+            expected += [mg.Recipe.named(name, format, activations=activations) for activations in (None, format)]
+        expected += [dataclasses.replace(recipe, rotation=size) for recipe in expected[-2:]]
+    assert asked == expected and expected[0].rotation == 16 and expected[2].rotation is None
 
 
 def test_what_the_grid_has_not_is_refused(leaf_folder, calibration_text, held_out_text, tmp_path):

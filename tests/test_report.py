@@ -211,10 +211,12 @@ def test_what_methods_cost_is_on_the_page_where_texts_are_given(findings, leaf_f
     def row(method, format, activations, divergence, spread):
         return methods.GridRow(method, format, activations, 0.01, 40.0, divergence, 1.0, (divergence - spread, divergence + spread))
 
-    rows = [
-        methods.GridRow("original", None, None, None, 35.0, 0.0, 0.0),
-        *(row(*cell) for cell in (("rtn", "nvfp4", "nvfp4", 0.4, 0.1), ("rtn-hadamard", "nvfp4", "nvfp4", 0.5, 0.06), ("gptq", "nvfp4", "nvfp4", 0.3, 0.1), ("mr-gptq", "nvfp4", "nvfp4", 0.2, 0.1), ("best", "nvfp4", "nvfp4", 0.1, 0.1), ("gptq", "int4", None, 0.3, 0.1), ("mr-gptq", "int4", None, 0.36, 0.04))),
-    ]
+    cells = {
+        ("nvfp4", "nvfp4"): {"rtn": (0.4, 0.1), "rtn-hadamard": (0.5, 0.06), "gptq": (0.3, 0.1), "mr-gptq": (0.2, 0.1), "best": (0.1, 0.1)},
+        ("int4", None): {"gptq": (0.3, 0.1), "mr-gptq": (0.36, 0.04)},
+        ("mxfp4", "mxfp4"): {"gptq": (0.3, 0.1), "mr-gptq": (0.2, 0.1), "best": (0.25, 0.1), "best-hadamard": (0.1, 0.1)},
+    }
+    rows = [methods.GridRow("original", None, None, None, 35.0, 0.0, 0.0), *(row(method, *kind, *values) for kind, found in cells.items() for method, values in found.items())]
     asked = []
     monkeypatch.setattr(methods, "grid", lambda *arguments, **options: asked.append((arguments, options)) or iter(rows))
     for name in ("calibration", "text"):
@@ -224,10 +226,13 @@ def test_what_methods_cost_is_on_the_page_where_texts_are_given(findings, leaf_f
     assert "methods: 4 measurements of" in capsys.readouterr().err
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     divergences, table = Page(text).tables[-2:]
-    assert divergences == [["KL(original || quantised), nats a token", "NVFP4 W4A4", "INT4 W4A16"], ["rtn", "0.4000", "–"], ["rtn-hadamard", "0.5000", "–"], ["gptq", "0.3000", "0.3000"], ["mr-gptq", "0.2000", "0.3600"], ["best", "0.1000", "–"]]
-    assert len(table) == 9 and table[2] == ["rtn", "NVFP4", "W4A4", "1.00e-02", "40.000", "0.4000"] and table[1][4] == "35.000"
+    assert divergences[0] == ["KL(original || quantised), nats a token", "NVFP4 W4A4", "INT4 W4A16", "MXFP4 W4A4"]
+    assert divergences[1:] == [[name, *(f"{found[name][0]:.4f}" if name in found else "–" for found in cells.values())] for name in ("rtn", "rtn-hadamard", "gptq", "mr-gptq", "best", "best-hadamard")]
+    assert len(table) == 13 and table[2] == ["rtn", "NVFP4", "W4A4", "1.00e-02", "40.000", "0.4000"] and table[1][4] == "35.000"
     assert "NVFP4 W4A4: a Hadamard before plain rounding makes the divergence 25 % larger (± 10 %)." in text  # the differences are 0.14 and 0.06
-    assert "the divergence falls in NVFP4 W4A4; not in INT4 W4A16 (mr-gptq&#x27;s is 20 % larger (± 20 %) than gptq&#x27;s). ± is one standard error of the difference over 2 windows" in text and len(re.findall("<svg", text)) == 6 and "--windows 3 --methods gptq,best --formats nvfp4" in text
+    not_held = "INT4 W4A16 (mr-gptq's is 20 % larger (± 20 %) than gptq's), MXFP4 W4A4 (best's is 25 % larger (± 0 %) than mr-gptq's, under a Hadamard best's is 50 % smaller (± 0 %) than mr-gptq's)"
+    assert f"the divergence falls in NVFP4 W4A4; not in {not_held}. ± is one standard error of the difference over 2 windows" in html.unescape(text)
+    assert len(re.findall("<svg", text)) == 6 and "--windows 3 --methods gptq,best --formats nvfp4" in text
 
 
 def test_what_methods_would_cost_too_much_is_refused_before_anything_is_drawn(leaf_folder, tmp_path, run):

@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--calibration", metavar="TEXT", type=Path, help="with --text: measure what RTN, SmoothQuant, QuaRot, AWQ, GPTQ, MR-GPTQ and best cost MODEL, calibrated on this text")
     study.add_argument("--text", metavar="TEXT", type=Path, help="text from elsewhere that they are measured on")
     study.add_argument("--windows", metavar="N", type=_positive, default=6, help="windows of 512 tokens of each text (default: 6)")
-    study.add_argument("--methods", metavar="A,B", type=_names, help="of these alone: rtn, rtn-hadamard, smoothquant, quarot, awq, gptq, mr-gptq, best (default: all)")
+    study.add_argument("--methods", metavar="A,B", type=_names, help="of these alone: rtn, rtn-hadamard, smoothquant, quarot, awq, gptq, mr-gptq, best, best-hadamard (default: all)")
     study.add_argument("--formats", metavar="A,B", type=_names, help="in these: nvfp4, mxfp4, int4, mxint4, nvint4 (default: the first three)")
     _add_memory_limit(study, "; counted is what the methods take")
     study.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")

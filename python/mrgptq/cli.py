@@ -290,7 +290,7 @@ def _study(args: argparse.Namespace) -> None:
         from .study.methods import cells, expected_memory, grid
 
         total = len(cells(args.methods, args.formats)) + 1
-        needed = expected_memory(args.model, windows=args.windows)
+        needed = expected_memory(args.model, windows=args.windows, test_windows=args.windows)
         _check_memory(needed, args.memory_limit)
         print(f"methods: {total - 1} measurements of {args.model}, expected memory {format_bytes(needed)}", file=sys.stderr)
         rows = grid(args.model, calibration, text, methods=args.methods, formats=args.formats, windows=args.windows, test_windows=args.windows, device=args.device, threads=args.threads)

@@ -12,6 +12,11 @@ _LOGITS = 2**26
 """Logits held at a time, 256 MB in float32."""
 
 
+def evaluation_bytes(vocab_size: int, windows: int, sequence: int) -> int:
+    """Peak bytes of :func:`perplexity` and :func:`divergence` beside the models: logits, their softmax and what is made of both."""
+    return 3 * 4 * min(_LOGITS, windows * sequence * vocab_size)
+
+
 def perplexity(model: Any, inputs: torch.Tensor, targets: torch.Tensor, *, progress: Callable[[int], None] | None = None) -> float:
     """exp of the mean negative log-likelihood of every target.
 

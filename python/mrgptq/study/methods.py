@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .. import hf
 from ..arrays import choose
+from ..checkpoint.reader import CheckpointReader
 from ..gptq import Hessian
 from ..plan import make_plan
 from ..recipe import Recipe
@@ -104,9 +105,10 @@ METHODS: Mapping[str, Method | None] = {
     "gptq": Method(_unchanged, solves=True),
     "mr-gptq": Method(_by_groups, solves=True),
     "best": None,
+    "best-hadamard": None,
 }
 """By name: plain rounding; a Hadamard over every group (16 columns in NVFP4, else 32); SmoothQuant's scales; a Hadamard over all columns, as QuaRot has it but turned back layer by layer, see :func:`full_hadamard`; AWQ's
-scales, without its clipping; GPTQ; MR-GPTQ, for the FP4 formats the recipe with searched scales, for the others this; the recipe "best", which only those two have."""
+scales, without its clipping; GPTQ; MR-GPTQ, for the FP4 formats the recipe with searched scales, for the others this; the recipe "best", and the same under a Hadamard over every group, which only those two have."""
 METHOD_FORMATS = ("nvfp4", "mxfp4", "int4")
 """Those that are compared unless others are asked for: MXFP4 by the rule even; INT4 in groups of 32 with float16 scales and codes from -7 to 7. "mxint4" and "nvint4" are there, too."""
 _CORE_FORMATS = ("nvfp4", "mxfp4")
@@ -147,11 +149,13 @@ def cells(methods: Sequence[str] | None = None, formats: Sequence[str] | None = 
     return found
 
 
-def expected_memory(folder: str | os.PathLike[str], *, windows: int = 6, sequence: int = 512) -> int:
-    """Peak bytes of :func:`grid`, of tensors alone: the original, held whole in float32, beside the costliest method's calibration, ``best``'s of a copy that is held whole. Reads headers; raises what the plan of a run raises."""
+def expected_memory(folder: str | os.PathLike[str], *, windows: int = 6, test_windows: int = 6, sequence: int = 512) -> int:
+    """Peak bytes of :func:`grid`, of tensors alone: the original, held whole in float32, the costliest method's calibration, ``best``'s of a copy that is held whole, and what the figures are read with, which an allocator may not
+    find room for in what calibration left. Reads headers; raises what the plan of a run raises."""
     with tempfile.TemporaryDirectory() as free:
         plan = make_plan(folder, os.path.join(free, "out"), Recipe.named("best"), tokens=windows * sequence, sequence=sequence)
-    return plan.memory_bytes + plan.model_bytes * (2 if plan.streamed else 1)
+    vocabulary = CheckpointReader(folder).config.get("vocab_size", 0)
+    return plan.memory_bytes + plan.model_bytes * (2 if plan.streamed else 1) + hf.evaluation_bytes(vocabulary, test_windows, sequence)
 
 
 def grid(
@@ -204,7 +208,8 @@ def _rows(trial: Trial, wanted: list[tuple[str, str, str | None]], roundings: Ma
             progress(f"{name}, {format}, W4A{4 if activations else 16}")
         method = METHODS[name]
         if method is None or (name == "mr-gptq" and format in _CORE_FORMATS):
-            quantise = by_recipe(Recipe.named(name, format, activations=activations), threads)
+            recipe = Recipe.named(name.removesuffix("-hadamard"), format, activations=activations)
+            quantise = by_recipe(replace(recipe, rotation=roundings[format].group_size) if name == "best-hadamard" else recipe, threads)
         else:
             quantise = by_method(method, roundings[format], activations is not None, threads)
         figures = trial.quantised(quantise)

@@ -250,6 +250,9 @@ def _methods(findings: Findings) -> str:
     for format, rounded in kinds:
         steps = [cells[method, format, rounded] for method in ("gptq", "mr-gptq", "best") if (method, format, rounded) in cells]
         rises = [f"{after.method}'s is {_change(after, before)} than {before.method}'s" for before, after in pairwise(steps) if after.divergence >= before.divergence]
+        turned_best = cells.get(("best-hadamard", format, rounded))
+        if turned_best and len(steps) == 3 and steps[2].divergence >= steps[1].divergence:
+            rises.append(f"under a Hadamard best's is {_change(turned_best, steps[1])} than mr-gptq's")
         if rises:
             not_held.append(f"{_kind(format, rounded)} ({', '.join(rises)})")
         elif len(steps) > 1:
