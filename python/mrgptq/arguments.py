@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     study = commands.add_parser("study", help="a page on what the formats lose and why rotations help one of them", description=_STUDY, formatter_class=formatter)
     study.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="folder of a model whose weights are measured, too")
     study.add_argument("--out", metavar="FILE", type=Path, required=True, help="page to write, HTML; must not exist")
-    study.add_argument("--values", metavar="N", type=_positive, default=1 << 22, help="values drawn for each number (default: 4194304)")
+    study.add_argument("--values", metavar="N", type=_positive, default=1 << 21, help="values drawn for each number (default: 2097152)")
     study.add_argument("--calibration", metavar="TEXT", type=Path, help="with --text: measure what RTN, SmoothQuant, QuaRot, AWQ, GPTQ, MR-GPTQ and best cost MODEL, calibrated on this text")
     study.add_argument("--text", metavar="TEXT", type=Path, help="text from elsewhere that they are measured on")
     study.add_argument("--windows", metavar="N", type=_positive, default=6, help="windows of 512 tokens of each text (default: 6)")

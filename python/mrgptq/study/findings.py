@@ -81,7 +81,7 @@ class Findings:
     methods: "list[GridRow]" = field(default_factory=list)
 
 
-def collect(model: str | os.PathLike[str] | None = None, *, values: int = 1 << 22, seed: int = 0, threads: int | None = None, progress: Progress | None = None) -> Findings:
+def collect(model: str | os.PathLike[str] | None = None, *, values: int = 1 << 21, seed: int = 0, threads: int | None = None, progress: Progress | None = None) -> Findings:
     """Draw, integrate and measure.
 
     Parameters
