@@ -8,7 +8,7 @@ import pytest
 from scipy import integrate, stats
 
 import mrgptq as mg
-from mrgptq.study.analysis import crossover, expected_error, preserved_mass, simulate
+from mrgptq.study.analysis import Mean, crossover, expected_error, preserved_mass, simulate
 from mrgptq.study.distributions import Empirical, Laplace, Normal, StudentT
 from mrgptq.study.grids import E2M1, FORMATS, INT4, Grid, StudyFormat
 
@@ -205,6 +205,18 @@ def test_a_tensor_is_its_own_distribution(leaf):
     error = (mg.quantize(weight, "mxfp4").dequantize().astype(np.float64) - weight).reshape(-1, 32)
     groups = weight.astype(np.float64).reshape(-1, 32)
     assert abs(drawn.mse.value - ((error**2).sum(-1) / (groups**2).sum(-1)).mean()) < 4 * drawn.mse.standard_error
+
+
+def test_groups_of_zeros_are_not_drawn():
+    """They have no relative error."""
+    tensor = np.zeros((4, 64))
+    tensor[1, 16:32] = np.arange(16) + 1
+    drawn = simulate(FORMATS["nvfp4"], Empirical(tensor), values=1 << 10).mse
+    assert 0 < drawn.value < 0.05 and drawn.standard_error < 1e-12  # there is one group to draw
+
+
+def test_of_a_single_value_the_standard_error_is_not_known():
+    assert Mean.of(np.array([2.0])) == Mean(2.0, np.inf)
 
 
 @pytest.mark.parametrize("rotation", [mg.Hadamard(8), mg.Hadamard(64), mg.transform("dct", 16), mg.Identity()], ids=repr)

@@ -143,6 +143,17 @@ def test_links_inside_resolve(site):
     assert not wrong
 
 
+def test_a_warning_is_an_error(tmp_path, monkeypatch):
+    def stage(folder):
+        folder.mkdir(parents=True)
+        (folder / "conf.py").write_text("extensions = ['myst_parser']\n")
+        (folder / "index.md").write_text("# A page\n\n[nowhere](nothing.md)\n" if faulty else "# A page\n")
+
+    monkeypatch.setattr(build, "stage", stage)
+    for faulty in (True, False):
+        assert (build.build(tmp_path / "site") != 0) == faulty
+
+
 def test_it_can_be_searched(site):
     index = (site["index.html"].path.parent / "searchindex.js").read_text(encoding="utf-8")
     found = json.loads(index[index.index("(") + 1 : index.rindex(")")])
