@@ -143,6 +143,7 @@ def test_links_inside_resolve(site):
     assert not wrong
 
 
+@pytest.mark.filterwarnings("ignore:'myst_parser:PendingDeprecationWarning", "ignore:'myst_parser:DeprecationWarning")
 def test_a_warning_is_an_error(tmp_path, monkeypatch):
     def stage(folder):
         folder.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """The study's page: complete in itself, its numbers those that were measured, its figures vector drawings that can be read in black and white."""
 
+import dataclasses
 import html
 import json
 import re
@@ -20,7 +21,7 @@ from mrgptq.study.distributions import Laplace, Normal
 from mrgptq.study.findings import GROUP_KURTOSIS, RULES, collect
 from mrgptq.study.grids import FORMATS
 from mrgptq.study.report import page, write_report
-from mrgptq.study.weights import rotation_gain, weight_rows
+from mrgptq.study.weights import KEYS, WeightRow, rotation_gain, weight_rows
 
 VALUES = 1 << 14
 
@@ -181,14 +182,36 @@ def test_sentences_follow_the_numbers(findings, text):
 
 
 def test_without_a_model_there_is_no_section_on_one(findings, tmp_path):
-    from dataclasses import replace
-
-    bare = page(replace(findings, model=None, layers=[]), ["study"])
+    bare = page(dataclasses.replace(findings, model=None, layers=[]), ["study"])
     assert len(Page(bare).tables) == 5 and "own weights" not in bare
     write_report(findings, tmp_path / "a.html", ["study"])
     assert (tmp_path / "a.html").read_text(encoding="utf-8") == page(findings, ["study"])
     with pytest.raises(FileExistsError):
         write_report(findings, tmp_path / "a.html", ["study"])
+
+
+@pytest.mark.parametrize("cut", ["mrgptq.study.report.page", "os.fsync"])
+def test_a_page_is_there_whole_or_not_at_all(cut, findings, tmp_path, monkeypatch):
+    """Interrupted while it is drawn, and while it is written."""
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cut, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(findings, tmp_path / "a.html", ["study"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_loses_nothing_has_no_ratio(findings):
+    """Weights that a rotation puts on the grid; a model of zeros, whose methods all leave it as it is."""
+    from mrgptq.study.methods import GridRow
+
+    exact = WeightRow("exact", 32.0, dict.fromkeys(KEYS, 0.0), dict.fromkeys(KEYS, 0.0))
+    rows = [GridRow(method, "mxfp4", "mxfp4", None, 40.0, 0.0, 1.0, (0.0, 0.0)) for method in ("rtn", "rtn-hadamard", "gptq", "mr-gptq")]
+    text = page(dataclasses.replace(findings, layers=[exact], methods=[GridRow("original", None, None, None, 40.0, 0.0, 0.0), *rows]), ["study"])
+    assert "divides the weights' error by 1.000 (MXFP4, 0 of 1 layers gain)" in html.unescape(text)
+    assert "makes the divergence no smaller." in text and "not in MXFP4 W4A4 (mr-gptq's is no smaller than gptq's)" in html.unescape(text)
 
 
 def test_the_command_writes_the_page(leaf_folder, tmp_path, capsys):

@@ -120,7 +120,8 @@ def layer_chart(layers: Sequence[WeightRow]) -> str:
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
     for key, (marker, _) in zip(layers[0].plain, _MARKS, strict=False):
-        axes.plot([row.kurtosis for row in layers], [row.plain[key] / row.rotated[key] for row in layers], color="black", marker=marker, markerfacecolor="white", linestyle="none", label=key.upper())
+        losing = [row for row in layers if row.rotated[key] > 0]  # others have no ratio
+        axes.plot([row.kurtosis for row in losing], [row.plain[key] / row.rotated[key] for row in losing], color="black", marker=marker, markerfacecolor="white", linestyle="none", label=key.upper())
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_xlabel("kurtosis of the layer's groups of 32")
     axes.set_ylabel("error as they are / under a Hadamard")

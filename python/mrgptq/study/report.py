@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..checkpoint.partial_run import temporary
+from ..checkpoint.safetensors import new_file, writing
 from .analysis import Mean
 from .findings import GROUP_KURTOSIS, Findings
 from .plots import crossover_chart, layer_chart, mass_chart, method_chart, rule_chart, tail_chart
@@ -30,7 +32,7 @@ code, pre { font: 13px/1.4 monospace; background: #f2f2f2 } pre { padding: .6rem
 
 
 def write_report(findings: Findings, path: str | os.PathLike[str], command: Sequence[str]) -> None:
-    """Write the page, UTF-8, nothing in it from elsewhere.
+    """Write the page, UTF-8, nothing in it from elsewhere; the file has its name only once it is whole.
 
     Parameters
     ----------
@@ -40,8 +42,14 @@ def write_report(findings: Findings, path: str | os.PathLike[str], command: Sequ
     ------
     FileExistsError : the file is there. OSError : it cannot be written.
     """
-    with open(Path(path), "x", encoding="utf-8") as file:
-        file.write(page(findings, command))
+    path = Path(path)
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists already and is not overwritten")
+    text, unfinished = page(findings, command), temporary(path)
+    with new_file(unfinished) as file:
+        file.write(text.encode())
+    with writing(path):
+        os.replace(unfinished, path)
 
 
 def page(findings: Findings, command: Sequence[str]) -> str:
@@ -275,7 +283,9 @@ def _methods(findings: Findings) -> str:
 
 
 def _change(row: "GridRow", other: "GridRow") -> str:
-    """How much larger or smaller a divergence is than another, in percent of that."""
+    """How much larger or smaller a divergence is than another, in percent of that, which need not be there: a model of zeros loses nothing."""
+    if other.divergence <= 0:
+        return "no smaller"
     difference = row.divergence_over(other)
     known = f" (± {100 * difference.standard_error / other.divergence:.0f} %)" if np.isfinite(difference.standard_error) else ""
     return _percent(difference.value / other.divergence) + known
