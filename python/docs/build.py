@@ -251,4 +251,6 @@ if __name__ == "__main__":
     arguments.add_argument("out", metavar="OUT", type=Path, help="folder to write; what is there is replaced")
     arguments.add_argument("--pages", metavar="FOLDER", type=Path, help="keep what Sphinx reads there")
     given = arguments.parse_args()
-    sys.exit(build(given.out, pages=given.pages))
+    if status := build(given.out, pages=given.pages):
+        sys.exit(status)
+    print(given.out / "index.html")
