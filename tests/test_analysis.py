@@ -8,7 +8,7 @@ import pytest
 from scipy import integrate, stats
 
 import mrgptq as mg
-from mrgptq.study.analysis import Mean, crossover, expected_error, preserved_mass, simulate
+from mrgptq.study.analysis import Mean, crossover, expected_error, preserved_mass, simulate, simulate_transform
 from mrgptq.study.distributions import Empirical, Laplace, Normal, StudentT
 from mrgptq.study.grids import E2M1, FORMATS, INT4, Grid, StudyFormat
 
@@ -85,13 +85,13 @@ TABLE = {
 
 @pytest.mark.parametrize(("key", "row"), TABLE.items(), ids=[" ".join(map(str, key)) for key in TABLE])
 def test_the_published_table_comes_out(key, row):
-    """Within 1 % and three standard errors, which what was rounded to two digits after the point may add to."""
+    """Within 1 % and two standard errors, which what was rounded to two digits after the point may add to; a standard error is a quarter of a percent of what the table has, of the largest values' errors up to one."""
     grid, size, scale, search = key
     format = StudyFormat({"e2m1": E2M1, "int4": INT4}[grid], size, scale, search)
-    plain, turned, normal = simulate(format, Laplace(), values=VALUES), simulate(format, Laplace(), mg.Hadamard(size), values=VALUES), simulate(format, Normal(), values=VALUES)
+    plain, turned, normal = (simulate(format, distribution, rotation, values=2 * VALUES) for distribution, rotation in ((Laplace(), None), (Laplace(), mg.Hadamard(size)), (Normal(), None)))
     for expected, mean in zip(row, (plain.mse, plain.top, turned.mse, turned.top, normal.mse), strict=True):
         if expected is not None:
-            assert abs(1e3 * mean.value - expected) <= 0.01 * expected + 3e3 * mean.standard_error + 0.005, (mean, expected)
+            assert abs(1e3 * mean.value - expected) <= 0.01 * expected + 2e3 * mean.standard_error + 0.005, (mean, expected)
 
 
 def test_the_crossover():
@@ -105,16 +105,25 @@ def test_the_crossover():
         assert (row.plain.value < row.rotated.value) == (row.group_size < 32)
 
 
-def test_standard_errors_are_those_of_repeated_draws():
-    """Sixty runs of other seeds spread as each says."""
-    runs = [simulate(FORMATS["mxfp4"], Laplace(), values=1 << 15, seed=seed) for seed in range(60)]
+@pytest.mark.parametrize(("format", "rotation"), [(FORMATS["mxfp4"], None), (FORMATS["mxfp4"], mg.Hadamard(32)), (StudyFormat(E2M1, 4, "even"), mg.Hadamard(128)), (FORMATS["mxfp4"], mg.Hadamard(16))], ids=["plain", "over the group", "over groups", "inside groups"])
+def test_standard_errors_are_those_of_repeated_draws(format, rotation):
+    """Sixty runs of other seeds spread as each says; groups that are turned together are one draw."""
+    runs = [simulate(format, Laplace(), rotation, values=1 << 15, seed=seed) for seed in range(60)]
     for name in ("mse", "top", "absolute", "absolute_top"):
         values, said = [getattr(run, name).value for run in runs], np.mean([getattr(run, name).standard_error for run in runs])
-        assert 0.75 < np.std(values, ddof=1) / said < 1.3  # of 60 draws a spread is known to 9 %
+        assert 0.73 < np.std(values, ddof=1) / said < 1.3  # of 60 draws a spread is known to 9 %
+
+
+def test_of_random_families_several_matrices_are_tried():
+    """The mean over eight, one of them drawn here, and its spread; the others are as they are simulated."""
+    format = FORMATS["nvfp4"]
+    means = [simulate(format, Laplace(), mg.transform("orthogonal", 16, seed=5 + i), values=1 << 12, seed=5 + i).mse.value for i in range(8)]
+    assert simulate_transform(format, Laplace(), "orthogonal", values=1 << 15, seed=5) == Mean(float(np.mean(means)), float(np.std(means, ddof=1) / np.sqrt(8)))
+    assert simulate_transform(format, Laplace(), "dct", values=1 << 12, seed=5) == simulate(format, Laplace(), mg.transform("dct", 16), values=1 << 12, seed=5).mse
 
 
 def test_lemma_1():
-    """Under a Hadamard the largest value's error is the mean error, which is no more than a few standard errors of both apart where the scale is real and values Normal; without one and with a real scale it is zero."""
+    """Without a Hadamard and with a real scale the largest value's error is zero. Under one it is the mean error for values that do not depend on which was the largest; of Laplace values in groups of 16 it is 2 % more."""
     real = StudyFormat(E2M1, 16, "real")
     plain, turned = simulate(real, Laplace(), values=VALUES), simulate(real, Laplace(), mg.Hadamard(16), values=VALUES)
     assert plain.absolute_top.value < 1e-25 and plain.top.value < 1e-25
@@ -213,6 +222,8 @@ def test_groups_of_zeros_are_not_drawn():
     tensor[1, 16:32] = np.arange(16) + 1
     drawn = simulate(FORMATS["nvfp4"], Empirical(tensor), values=1 << 10).mse
     assert 0 < drawn.value < 0.05 and drawn.standard_error < 1e-12  # there is one group to draw
+    turned = simulate(FORMATS["nvfp4"], Empirical(tensor), mg.Hadamard(64), values=1 << 10)
+    assert 0 < turned.mse.value < np.inf and 0 < turned.top.value < np.inf  # of the one group in four that has a square
 
 
 def test_of_a_single_value_the_standard_error_is_not_known():
@@ -249,6 +260,10 @@ def test_blocks_and_groups_may_differ_in_size(rotation):
         (lambda: StudentT(2), "more than 2"),
         (lambda: Empirical(np.zeros((2, 4))), "tensor is zero"),
         (lambda: simulate(FORMATS["nvfp4"], Empirical(np.ones((2, 8)))), "tensor has 8 columns; a group has 16"),
+        (lambda: simulate(FORMATS["nvfp4"], Empirical(np.r_[np.zeros(16), 1.0])), "no group of 16 columns that is not zero"),
+        (lambda: simulate(FORMATS["nvfp4"], Laplace(), values=-1), "values is -1"),
+        (lambda: expected_error(FORMATS["mxfp4"], StudentT(5)), "distribution is Student t, 5; integrals are known of Laplace and Normal"),
+        (lambda: preserved_mass(E2M1, 32, StudentT(5)), "integrals are known of"),
     ],
 )
 def test_refusals(call, words):

@@ -113,6 +113,7 @@ def test_every_public_name_has_an_entry(site):
         found = importlib.import_module(module)
         names = getattr(found, "__all__", [name for name, value in vars(found).items() if not name.startswith("_") and inspect.isroutine(value) and value.__module__ == module])
         assert not {name for name in names if f"{module}.{name}" not in anchors and f"mrgptq.{name}" not in anchors}, module
+    assert {"mrgptq.study.grids.E2M1", "mrgptq.study.grids.INT4", "mrgptq.study.grids.FORMATS", "mrgptq.study.bases.UNCHANGED", "mrgptq.study.findings.RULES"} <= anchors  # constants
 
 
 def test_every_page_is_in_the_navigation(site):

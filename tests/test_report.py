@@ -16,7 +16,7 @@ from scipy import stats
 
 import mrgptq as mg
 from mrgptq import cli
-from mrgptq.study.analysis import simulate
+from mrgptq.study.analysis import Crossover, Mean, simulate
 from mrgptq.study.distributions import Laplace, Normal
 from mrgptq.study.findings import GROUP_KURTOSIS, RULES, collect
 from mrgptq.study.grids import FORMATS
@@ -130,7 +130,7 @@ def test_every_section_says_how_to_get_its_numbers(text, capsys):
         exec(html.unescape(code), {})
         printed = capsys.readouterr().out
         numbers = {f"{1e3 * float(number):.2f}" for number in re.findall(r"\d+\.\d+(?:e-\d+)?", printed)} | {f"{float(number):.6f}" for number in re.findall(r"0\.\d{6,}", printed)}
-        shown = {cell.split(" ± ")[0] for row in table[1:] for column, cell in enumerate(row) if re.fullmatch(r"\d+\.\d+( ± .*)?", cell) and table[0][column] not in ("kurtosis", "by an integral")}
+        shown = {cell.split(" ± ")[0] for row in table[1:] for column, cell in enumerate(row) if re.fullmatch(r"\d+\.\d+( ± .*)?", cell) and table[0][column] != "kurtosis"}
         assert len(shown) > 10 and shown <= numbers, (table[0], shown - numbers)
 
 
@@ -173,6 +173,13 @@ def test_models_whose_weights_are_not_read_as_they_stand_are_refused(config, wor
     assert status == 1 and words in err and not (tmp_path / "a.html").exists()
 
 
+def test_the_sentence_on_group_sizes_says_what_can_be_told(findings):
+    """By two standard errors."""
+    rows = [Crossover(size, Mean(1.0, 0.03), Mean(value, 0.04)) for size, value in ((4, 1.2), (8, 1.09), (16, 0.91), (32, 0.8))]
+    text = page(dataclasses.replace(findings, crossovers={"e4m3": rows}), ["study"])
+    assert "a rotation helps in groups of 32; does harm in groups of 4; cannot be told apart from none in groups of 8, 16 (by two standard errors)" in text
+
+
 def test_sentences_follow_the_numbers(findings, text):
     gain = rotation_gain(findings.layers, "mxfp4")
     helped = sum(row.rotated["mxfp4"] < row.plain["mxfp4"] for row in findings.layers)
@@ -211,7 +218,7 @@ def test_what_loses_nothing_has_no_ratio(findings):
     rows = [GridRow(method, "mxfp4", "mxfp4", None, 40.0, 0.0, 1.0, (0.0, 0.0)) for method in ("rtn", "rtn-hadamard", "gptq", "mr-gptq")]
     text = page(dataclasses.replace(findings, layers=[exact], methods=[GridRow("original", None, None, None, 40.0, 0.0, 0.0), *rows]), ["study"])
     assert "divides the weights' error by 1.000 (MXFP4, 0 of 1 layers gain)" in html.unescape(text)
-    assert "makes the divergence no smaller." in text and "not in MXFP4 W4A4 (mr-gptq's is no smaller than gptq's)" in html.unescape(text)
+    assert "A Hadamard before" not in text and "That the divergence falls" not in text  # there is nothing to compare
 
 
 def test_the_command_writes_the_page(leaf_folder, tmp_path, capsys):
@@ -248,14 +255,35 @@ def test_what_methods_cost_is_on_the_page_where_texts_are_given(findings, leaf_f
     assert asked == [((leaf_folder, "calibration", "text"), {"methods": ["gptq", "best"], "formats": ["nvfp4"], "windows": 3, "test_windows": 3, "device": "cpu", "threads": 1})]
     assert "methods: 4 measurements of" in capsys.readouterr().err
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
-    divergences, table = Page(text).tables[-2:]
+    divergences, _, table = Page(text).tables[-3:]
     assert divergences[0] == ["KL(original || quantised), nats a token", "NVFP4 W4A4", "INT4 W4A16", "MXFP4 W4A4"]
     assert divergences[1:] == [[name, *(f"{found[name][0]:.4f}" if name in found else "–" for found in cells.values())] for name in ("rtn", "rtn-hadamard", "gptq", "mr-gptq", "best", "best-hadamard")]
     assert len(table) == 13 and table[2] == ["rtn", "NVFP4", "W4A4", "1.00e-02", "40.000", "0.4000"] and table[1][4] == "35.000"
-    assert "NVFP4 W4A4: a Hadamard before plain rounding makes the divergence 25 % larger (± 10 %)." in text  # the differences are 0.14 and 0.06
-    not_held = "INT4 W4A16 (mr-gptq's is 20 % larger (± 20 %) than gptq's), MXFP4 W4A4 (best's is 25 % larger (± 0 %) than mr-gptq's, under a Hadamard best's is 50 % smaller (± 0 %) than mr-gptq's)"
-    assert f"the divergence falls in NVFP4 W4A4; not in {not_held}. ± is one standard error of the difference over 2 windows" in html.unescape(text)
+    assert "A Hadamard before plain rounding: NVFP4 W4A4 25 % larger (± 10 %)." in text  # the differences are 0.14 and 0.06
+    assert "from MR-GPTQ to best, where each was measured, comes out in NVFP4 W4A4; cannot be told in INT4 W4A16; does not come out in MXFP4 W4A4." in text and "over 2 windows of the text" in text
+    changes = Page(text).tables[-2]
+    assert changes == [
+        ["divergence against", "rtn-hadamard, over rtn", "mr-gptq, over gptq", "best, over mr-gptq", "best-hadamard, over mr-gptq"],
+        ["NVFP4 W4A4", "25 % larger (± 10 %)", "33 % smaller (± 0 %)", "50 % smaller (± 0 %)", "–"],
+        ["INT4 W4A16", "–", "20 % larger (± 20 %)", "–", "–"],
+        ["MXFP4 W4A4", "–", "33 % smaller (± 0 %)", "25 % larger (± 0 %)", "50 % smaller (± 0 %)"],
+    ]
     assert len(re.findall("<svg", text)) == 6 and "--windows 3 --methods gptq,best --formats nvfp4" in text
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, run):
+    for out in (tmp_path / "nowhere" / "a.html", tmp_path / "file" / "a.html"):
+        (tmp_path / "file").write_text("")
+        status, _, err = run("study", "--out", out, "--values", "1024")
+        assert status == 1 and "cannot be written" in err and "study:" not in err
+    status, _, err = run("study", "--out", tmp_path / "a.html", "--values", "3")
+    assert status == 1 and "values is 3; means and their standard errors want 1024 or more" in err and not (tmp_path / "a.html").exists()
+
+
+def test_every_id_is_the_pages_only_one(findings):
+    text = page(findings, ["study"])
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids)) > 100 and set(re.findall(r'(?:url\(#|href="#)([^")]+)', text)) <= set(ids)
 
 
 def test_what_methods_would_cost_too_much_is_refused_before_anything_is_drawn(leaf_folder, tmp_path, run):

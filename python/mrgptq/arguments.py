@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--methods", metavar="A,B", type=_names, help="of these alone: rtn, rtn-hadamard, smoothquant, quarot, awq, gptq, mr-gptq, best, best-hadamard (default: all)")
     study.add_argument("--formats", metavar="A,B", type=_names, help="in these: nvfp4, mxfp4, int4, mxint4, nvint4 (default: the first three)")
     _add_memory_limit(study, "; counted is what the methods take")
-    study.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
+    study.add_argument("--seed", metavar="N", type=_natural, default=0, help="of the draws (default: 0)")
     _add_common(study)
 
     evaluate = commands.add_parser(
@@ -179,6 +179,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 def _names(text: str) -> list[str]:
     """Names between commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _natural(text: str) -> int:
+    """A whole number from 0 on."""
+    return 0 if text == "0" else _positive(text)
 
 
 def _positive(text: str) -> int:

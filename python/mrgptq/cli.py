@@ -279,6 +279,8 @@ def _inspect(args: argparse.Namespace) -> None:
 def _study(args: argparse.Namespace) -> None:
     if os.path.lexists(args.out):
         raise FileExistsError(f"{args.out} exists already and is not overwritten; give another path or remove it")
+    if not (folder := args.out.absolute().parent).is_dir() or not os.access(folder, os.W_OK):
+        raise FileNotFoundError(f"{args.out} cannot be written: {folder} is no folder, or not yours to write to")
     if bool(args.calibration) != bool(args.text) or args.text and not args.model:
         raise ValueError("--calibration and --text go together, with a MODEL: methods are calibrated on the one and measured on the other")
     if (args.methods or args.formats or args.memory_limit) and not args.text:

@@ -7,6 +7,9 @@ from .arrays import choose
 from .rotations import Dense, Hadamard, Identity
 
 TRANSFORMS = ("identity", "hadamard", "randomized-hadamard", "gsr", "dct", "dst", "orthogonal", "fastfood")
+"""The names of the families."""
+RANDOM_TRANSFORMS = ("randomized-hadamard", "orthogonal", "fastfood")
+"""Those of which each seed has its own."""
 
 
 def transform(name: str, block_size: int, *, seed: int = 0) -> Identity | Hadamard | Dense:
@@ -18,7 +21,7 @@ def transform(name: str, block_size: int, *, seed: int = 0) -> Identity | Hadama
         - "identity", "hadamard": as the classes.
         - "randomized-hadamard": D H, D random signs.
         - "gsr": the Walsh matrix, H with its columns in the order of their sign changes (grouped sequency-arranged rotation, arXiv 2505.03810).
-        - "dct": the DCT-II, "dst": the DST-I, orthonormal.
+        - "dct": the DCT-II, "dst": the DST-II, orthonormal.
         - "orthogonal": uniform among the orthogonal matrices (Mezzadri 2007, arXiv math-ph/0609050).
         - "fastfood": B H P G H S with signs B, a permutation P, Gaussian factors G and S that make every column of unit length (Le et al. 2013): invertible, not orthogonal.
     block_size : columns that are turned together, from 1 on; a power of two from 2 on where H is in it.
@@ -44,8 +47,7 @@ def transform(name: str, block_size: int, *, seed: int = 0) -> Identity | Hadama
     if name == "dct":
         return Dense(cosines(k))
     if name == "dst":
-        i = np.arange(1, k + 1)
-        return Dense(np.sqrt(2 / (k + 1)) * np.sin(np.pi * np.outer(i, i) / (k + 1)))
+        return Dense(cosines(k)[:, ::-1] * (-1.0) ** np.arange(k)[:, None])
     if name == "orthogonal":
         q, r = np.linalg.qr(rng.standard_normal((k, k)))
         return Dense(q * np.sign(r.diagonal()))

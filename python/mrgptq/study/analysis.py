@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..rotations import Rotation
+from ..transforms import RANDOM_TRANSFORMS, transform
 from .distributions import Analytic, Distribution, Laplace
 from .grids import Grid, StudyFormat
 
@@ -50,13 +51,15 @@ def simulate(format: StudyFormat, distribution: Distribution, rotation: Rotation
     Parameters
     ----------
     format : StudyFormat. distribution : what groups are drawn from.
-    rotation : turns each group before it is rounded, and the error back; its block size divides the group's, or the group's it, and then so many groups are turned together.
-    values : how many values are drawn, at least two groups. seed : of the draws; the same one gives formats of one group size the same values.
+    rotation : turns each group before it is rounded, and the error back; its block size divides the group's, or the group's it, and then so many groups are turned together, and count as one draw in standard errors.
+    values : how many values are drawn, at least two draws of what is turned together. seed : of the draws; the same one gives formats of one group size the same values.
 
     Raises
     ------
-    ValueError : block and group sizes of which neither divides the other.
+    ValueError : block and group sizes of which neither divides the other; values below 1.
     """
+    if values < 1:
+        raise ValueError(f"values is {values}; it must be 1 or more")
     span = format.group_size
     if rotation is not None and rotation.block_size:
         if rotation.block_size % span and span % rotation.block_size:
@@ -67,7 +70,7 @@ def simulate(format: StudyFormat, distribution: Distribution, rotation: Rotation
     x = np.concatenate([distribution.sample(min(_BATCH // span + 1, count - first), span, rng) for first in range(0, count, _BATCH // span + 1)])
     turned = x if rotation is None else rotation.apply(x).astype(np.float64)
     tensor_amax = float(np.abs(turned).max())  # a tensor scale is the whole tensor's
-    parts = [_group_errors(format, x[rows], turned[rows], rotation, tensor_amax) for rows in _slices(count, span)]
+    parts = [_draw_errors(format, x[rows], turned[rows], rotation, tensor_amax) for rows in _slices(count, span)]
     return Errors(*(Mean.of(np.concatenate(part)) for part in zip(*parts, strict=True)))
 
 
@@ -76,15 +79,19 @@ def _slices(count: int, span: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
 
 
-def _group_errors(format: StudyFormat, x: Floats, turned: Floats, rotation: Rotation | None, tensor_amax: float) -> tuple[Floats, Floats, Floats, Floats]:
-    """Of each group of some rows: relative, top, absolute and absolute top error."""
+def _draw_errors(format: StudyFormat, x: Floats, turned: Floats, rotation: Rotation | None, tensor_amax: float) -> tuple[Floats, Floats, Floats, Floats]:
+    """Of each row, which is drawn and turned by itself, the mean over its groups of relative, top, absolute and absolute top error. Groups of zeros have no relative error."""
     error = format.round(turned.reshape(len(x), -1, format.group_size), tensor_amax).reshape(x.shape) - turned
     if rotation is not None:
         error = rotation.apply_inverse(error).astype(np.float64)
-    groups, error = x.reshape(-1, format.group_size), error.reshape(-1, format.group_size)
-    largest = np.arange(len(groups)), np.abs(groups).argmax(-1)
-    square, lost = (groups**2).sum(-1), (error**2).sum(-1)
-    return lost / square, error[largest] ** 2 / groups[largest] ** 2, lost / format.group_size, error[largest] ** 2
+    groups, error = (values.reshape(len(x), -1, format.group_size) for values in (x, error))
+    largest = np.abs(groups).argmax(-1)[..., None]
+    square, lost, top = (groups**2).sum(-1), (error**2).sum(-1), np.take_along_axis(error, largest, -1)[..., 0] ** 2
+    live = square > 0
+    count = np.maximum(live.sum(-1), 1)
+    relative = np.divide(lost, square, out=np.zeros_like(lost), where=live).sum(-1) / count
+    relative_top = np.divide(top, np.take_along_axis(groups, largest, -1)[..., 0] ** 2, out=np.zeros_like(top), where=live).sum(-1) / count
+    return relative, relative_top, lost.mean(-1) / format.group_size, top.mean(-1)
 
 
 # ---- What has a closed form
@@ -95,12 +102,13 @@ def expected_error(format: StudyFormat, distribution: Analytic, tensor_amax: flo
 
     Given that it is a, the others are independent and below a, and their squared error is a sum over the grid's cells of truncated moments. ``tensor_amax`` : what the tensor scale of "e4m3" was made of.
 
-    Raises ValueError for a search, whose scale depends on more than the largest, and for "e4m3" without a finite tensor_amax.
+    Raises ValueError for a search, whose scale depends on more than the largest, for "e4m3" without a finite tensor_amax, and for a distribution whose integrals are not known.
     """
     if format.search != "absmax":
         raise ValueError('format searches its scale by "mse"; only scales that follow from the largest value have a closed form')
     if format.scale == "e4m3" and not np.isfinite(tensor_amax):
         raise ValueError("tensor_amax is not given; the scale e4m3 depends on it")
+    _check_analytic(distribution)
     a, weights = _largest(distribution, format.group_size)
     step = format.steps(a, tensor_amax)
     top = (format.grid.round(a / step) * step - a) ** 2
@@ -111,10 +119,16 @@ def expected_error(format: StudyFormat, distribution: Analytic, tensor_amax: flo
 
 def preserved_mass(grid: Grid, group_size: int, distribution: Analytic) -> float:
     """Lemma 2's share of E x² that is not rounded to zero, the scale being real: E[x²; |x| > δ M] / E x², M the group's largest magnitude and δ half the smallest step over the largest value."""
+    _check_analytic(distribution)
     a, weights = _largest(distribution, group_size)
     kept = distribution.moment(2, a) - distribution.moment(2, StudyFormat(grid, group_size, "real").dead_zone * a)
     mass = (a**2 + (group_size - 1) * kept / distribution.cdf(a)) / group_size
     return float((weights * mass).sum() / distribution.moment(2, np.asarray(np.inf)))
+
+
+def _check_analytic(distribution: Distribution) -> None:
+    if not all(hasattr(distribution, name) for name in ("cdf", "tail", "density", "moment")):
+        raise ValueError(f"distribution is {distribution.name}; integrals are known of Laplace and Normal, others are drawn by simulate")
 
 
 def _largest(distribution: Analytic, group_size: int, nodes: int = 20000) -> tuple[Floats, Floats]:
@@ -133,6 +147,17 @@ def _cell_errors(grid: Grid, step: Floats, a: Floats, distribution: Analytic) ->
         zeroth, first, second = (distribution.moment(order, high_edge) - distribution.moment(order, low_edge) for order in (0, 1, 2))
         total += second - 2 * value * step * first + (value * step) ** 2 * zeroth
     return total
+
+
+# ---- By rotation
+
+
+def simulate_transform(format: StudyFormat, distribution: Distribution, name: str, *, matrices: int = 8, values: int = 1 << 21, seed: int = 0) -> Mean:
+    """The relative error under a family of rotations over the group, see :func:`mrgptq.transform`. Of a random family that of ``matrices`` of its matrices, which share the values; the standard error is then of the mean over matrices."""
+    if name not in RANDOM_TRANSFORMS:
+        return simulate(format, distribution, transform(name, format.group_size), values=values, seed=seed).mse
+    means = [simulate(format, distribution, transform(name, format.group_size, seed=seed + i), values=max(1, values // matrices), seed=seed + i).mse.value for i in range(matrices)]
+    return Mean.of(np.array(means))
 
 
 # ---- By group size

@@ -52,6 +52,7 @@ class Diagonal:
 
 
 UNCHANGED = Diagonal(np.ones(1))
+"""No change at all."""
 
 
 class Kronecker:

@@ -140,4 +140,6 @@ class Empirical:
             raise ValueError(f"tensor has {self._rows.shape[1]} columns; a group has {group_size}")
         pool = self._rows[:, : whole * group_size].reshape(-1, group_size)
         pool = pool[pool.any(-1)]  # a group of zeros has no relative error
+        if not len(pool):
+            raise ValueError(f"tensor has no group of {group_size} columns that is not zero")
         return pool[rng.integers(0, len(pool), groups)]

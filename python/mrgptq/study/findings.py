@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..rotations import Hadamard
-from ..transforms import TRANSFORMS, transform
-from .analysis import Crossover, Errors, Mean, crossover, expected_error, preserved_mass, simulate
+from ..transforms import TRANSFORMS
+from .analysis import Crossover, Errors, Mean, crossover, expected_error, preserved_mass, simulate, simulate_transform
 from .distributions import Distribution, Laplace, Normal, StudentT
 from .grids import E2M1, FORMATS, INT4, StudyFormat
 from .weights import WeightRow, measurable, weight_rows
@@ -51,7 +51,7 @@ class RuleRow:
 
 @dataclass(frozen=True)
 class TransformRow:
-    """Relative errors of Laplace values under one family of rotations, by format's name."""
+    """Relative errors of Laplace values under one family of rotations, by format's name; of a random family over eight of its matrices."""
 
     name: str
     errors: dict[str, Mean]
@@ -90,8 +90,10 @@ def collect(model: str | os.PathLike[str] | None = None, *, values: int = 1 << 2
 
     Raises
     ------
-    FileNotFoundError, ValueError : no checkpoint, one without linear layers that groups of 32 divide, or with a weight that is not finite, by name.
+    FileNotFoundError, ValueError : no checkpoint, one without linear layers that groups of 32 divide, or with a weight that is not finite, by name; fewer than 1024 values.
     """
+    if values < 1024:
+        raise ValueError(f"values is {values}; means and their standard errors want 1024 or more")
     names, left_out = ([], {}) if model is None else measurable(model)
     total, done = len(RULES) + len(TRANSFORMS) + 3 + 4 + len(names), 0
 
@@ -110,7 +112,7 @@ def collect(model: str | os.PathLike[str] | None = None, *, values: int = 1 << 2
         say(label)
     transforms = []
     for name in TRANSFORMS:
-        transforms.append(TransformRow(name, {key: simulate(FORMATS[key], Laplace(), transform(name, FORMATS[key].group_size, seed=seed), values=values, seed=seed).mse for key in ("mxfp4", "nvfp4", "int4")}))
+        transforms.append(TransformRow(name, {key: simulate_transform(FORMATS[key], Laplace(), name, values=values, seed=seed) for key in ("mxfp4", "nvfp4", "int4")}))
         say(f"rotation {name}")
     crossovers = {}
     for scale in ("e4m3", "even", "real"):

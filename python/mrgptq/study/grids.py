@@ -50,7 +50,9 @@ class Grid:
 
 
 E2M1 = Grid("e2m1", (0, 0.5, 1, 1.5, 2, 3, 4, 6))
+"""What MXFP4 and NVFP4 store."""
 INT4 = Grid("int4", tuple(range(8)))
+"""Integers from -7 to 7."""
 
 
 def _real(target: Floats, grid: Grid) -> Floats:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def rule_chart(rows: Sequence[RuleRow]) -> str:
     axes.set_xlim(left=0)
     axes.grid(axis="x", linewidth=0.3)
     figure.legend(frameon=False, loc="outside upper right", ncols=2)
-    return _svg(figure)
+    return _svg(figure, "rule")
 
 
 def crossover_chart(crossovers: Mapping[str, Sequence[Crossover]]) -> str:
@@ -83,7 +84,7 @@ def crossover_chart(crossovers: Mapping[str, Sequence[Crossover]]) -> str:
         axes.set_xlabel("values in a group")
     panels[0][0].set_ylabel("relative error, thousandths")
     panels[0][0].legend(frameon=False)
-    return _svg(figure)
+    return _svg(figure, "crossover")
 
 
 def tail_chart(tails: Mapping[str, Mapping[str, tuple[Mean, Mean]]]) -> str:
@@ -91,13 +92,14 @@ def tail_chart(tails: Mapping[str, Mapping[str, tuple[Mean, Mean]]]) -> str:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     names = list(tails)
-    for key, (marker, style) in zip(next(iter(tails.values())), _MARKS, strict=False):
+    for key in next(iter(tails.values())):
+        marker, style = _MARKS[key]
         axes.plot(range(len(names)), [tails[name][key][0].value / tails[name][key][1].value for name in names], color="black", marker=marker, markerfacecolor="white", linestyle=style, label=key.upper())
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("error as they are / under a Hadamard")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return _svg(figure, "tail")
 
 
 def mass_chart(mass: Mapping[str, Sequence[tuple[int, float, float]]]) -> str:
@@ -112,21 +114,22 @@ def mass_chart(mass: Mapping[str, Sequence[tuple[int, float, float]]]) -> str:
     axes.set_xlabel("values in a group")
     axes.set_ylabel("share of Σ x² rounded to zero")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return _svg(figure, "mass")
 
 
 def layer_chart(layers: Sequence[WeightRow]) -> str:
     """SVG: what a rotation gains in each layer, against its groups' kurtosis."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
-    for key, (marker, _) in zip(layers[0].plain, _MARKS, strict=False):
+    for key in layers[0].plain:
+        marker, _ = _MARKS[key]
         losing = [row for row in layers if row.rotated[key] > 0]  # others have no ratio
         axes.plot([row.kurtosis for row in losing], [row.plain[key] / row.rotated[key] for row in losing], color="black", marker=marker, markerfacecolor="white", linestyle="none", label=key.upper())
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_xlabel("kurtosis of the layer's groups of 32")
     axes.set_ylabel("error as they are / under a Hadamard")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return _svg(figure, "layer")
 
 
 def method_chart(rows: "Sequence[GridRow]") -> str:
@@ -135,7 +138,8 @@ def method_chart(rows: "Sequence[GridRow]") -> str:
     panels = figure.subplots(1, 2)
     methods, formats = (list(dict.fromkeys(values)) for values in ([row.method for row in rows], [row.format or "" for row in rows]))
     for axes, rounded in zip(panels, (False, True), strict=True):
-        for key, (marker, style) in zip(formats, _MARKS, strict=False):
+        for key in formats:
+            marker, style = _MARKS[key]
             cells = {row.method: row.divergence for row in rows if row.format == key and bool(row.activations) == rounded}
             present = [method for method in methods if method in cells]
             axes.plot([methods.index(method) for method in present], [cells[method] for method in present], color="black", marker=marker, markerfacecolor="white", linestyle=style, linewidth=0.8, label=key.upper())
@@ -144,15 +148,17 @@ def method_chart(rows: "Sequence[GridRow]") -> str:
         axes.set_title("W4A4" if rounded else "W4A16", fontsize=10)
     panels[0].set_ylabel("KL(original || quantised), nats a token")
     panels[0].legend(frameon=False)
-    return _svg(figure)
+    return _svg(figure, "method")
 
 
-_MARKS = (("s", "-"), ("o", "--"), ("^", ":"))
+_MARKS = {"mxfp4": ("s", "-"), "nvfp4": ("o", "--"), "int4": ("^", ":"), "mxint4": ("v", "-."), "nvint4": ("D", ":")}
+"""A format has the same mark in every figure."""
 
 
-def _svg(figure: Figure) -> str:
-    """The figure as an SVG element, text kept as text; the same figure gives the same characters."""
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element, text kept as text; the same figure gives the same characters. ``name`` begins its ids, which must be the page's only ones."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mrgptq"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    drawing = buffer.getvalue()
+    return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", drawing[drawing.index("<svg") :])

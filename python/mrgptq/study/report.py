@@ -3,9 +3,9 @@
 import html
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +63,8 @@ def page(findings: Findings, command: Sequence[str]) -> str:
 <body>
 <h1>{title}</h1>
 <p>A 4-bit block format keeps a code a value and one scale a group. What rounding to it loses depends on how the values of a group are spread, on how many share a scale, and on how the scale itself is rounded. Weights are modelled by the
-Laplace distribution, weights after a Hadamard rotation by the Normal one, both of variance 1 (Egiazarian et al. 2025, arXiv 2509.23202, section 3). Errors are Σ err² / Σ x² of a group, averaged over groups, in thousandths; ± is one standard error
-of {findings.values:,} drawn values.</p>
+Laplace distribution, weights after a Hadamard rotation by the Normal one, both of variance 1 (Egiazarian et al. 2025, arXiv 2509.23202, section 3). Errors are Σ err² / Σ x² of a group, averaged over groups, in thousandths, where nothing else is said; ± is one standard
+error of {findings.values:,} drawn values.</p>
 {body}
 <h2>How it was made</h2>
 <p>Everything above comes from one command of mrgptq {version("mrgptq")}; the same seed gives the same numbers. In Python <code>mrgptq.study.findings.collect</code> gives all at once but what methods cost a model, which is <code>mrgptq.study.methods.grid</code>'s; <code>mrgptq.study.plots</code> draws the figures from both.</p>
@@ -87,6 +87,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _section(title: str, meaning: str, figure: str, caption: str, table: str, code: str = "") -> str:
     """``code``: Python that prints the table's numbers."""
+    figure = figure.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
     picture = f"<figure>{figure}<figcaption>{html.escape(caption)}</figcaption></figure>" if figure else ""
     how = f"<details><summary>These numbers in Python</summary><pre>{html.escape(code.strip())}</pre></details>" if code else ""
     return f"<h2>{html.escape(title)}</h2>\n<p>{html.escape(meaning)}</p>\n{picture}\n{table}\n{how}"
@@ -102,12 +103,13 @@ def _rules(findings: Findings) -> str:
     mx, nv = rows["MXFP4 even"], rows["NVFP4 absmax"]
     mx_change, nv_change = (row.rotated.mse.value / row.laplace.mse.value - 1 for row in (mx, nv))
     meaning = (
-        f"A Hadamard over the group makes MXFP4's error {_percent(mx_change)} and NVFP4's {_percent(nv_change)}. Unrotated, MXFP4's power-of-two scale moves the largest value of a group off the grid (a relative error of {1e3 * mx.laplace.top.value:.1f} thousandths of its "
-        f"square, NVFP4's {1e3 * nv.laplace.top.value:.1f}); a rotation spreads that over the group ({1e3 * mx.rotated.top.value:.1f} are left), which is lemma 1. NVFP4's finer scale has little to spread, and its groups of 16 are too short for a rotation to pay."
+        f"A Hadamard over the group makes MXFP4's error {_percent(mx_change)} and NVFP4's {_percent(nv_change)}. Unrotated, MXFP4's power-of-two scale leaves the largest value of a group off the grid (its relative error is {1e3 * mx.laplace.top.value:.1f} thousandths of its "
+        f"square, NVFP4's {1e3 * nv.laplace.top.value:.1f}); a rotation spreads the errors over the group (of the largest value's {1e3 * mx.rotated.top.value:.1f} are left in MXFP4, {1e3 * nv.rotated.top.value:.1f} in NVFP4). With a real scale the largest value has no error before a "
+        "rotation, and nearly the mean one after it: lemma 1, which takes what is rotated for independent of which value was the largest."
     )
     table = _table(
         [
-            ("format, scale rule", "Laplace", "its largest value", "Laplace, rotated", "its largest value", "Normal", "absolute, drawn", "by an integral"),
+            ("format, scale rule", "Laplace", "its largest value", "Laplace, rotated", "its largest value", "Normal", "Laplace, err² itself", "by an integral"),
             *(
                 (row.label, _thousandths(row.laplace.mse), _thousandths(row.laplace.top), _thousandths(row.rotated.mse), _thousandths(row.rotated.top), _thousandths(row.normal.mse), _thousandths(row.laplace.absolute), "–" if row.expected is None else f"{1e3 * row.expected:.2f}")
                 for row in findings.rules
@@ -125,7 +127,8 @@ for label, format in RULES.items():
     rotated = simulate(format, Laplace(), Hadamard(format.group_size), {_draws(findings)})
     normal = simulate(format, Normal(), {_draws(findings)})
     print(label, plain.mse, plain.top, rotated.mse, rotated.top, normal.mse, plain.absolute)
-print(expected_error(RULES["MXFP4 even"], Laplace()))
+    if format.search == "absmax" and format.scale != "e4m3":
+        print(expected_error(format, Laplace()))
 """)
 
 
@@ -135,12 +138,15 @@ def _percent(change: float) -> str:
 
 def _crossovers(findings: Findings) -> str:
     rows = findings.crossovers["e4m3"]
-    first = next((row.group_size for row in rows if row.rotated.value < row.plain.value), None)
-    where = f"from groups of {first} on" if first else "at none of these sizes"
+    sides: dict[str, list[str]] = {"helps": [], "does harm": [], "cannot be told apart from none": []}
+    for row in rows:
+        z = (row.plain.value - row.rotated.value) / np.hypot(row.plain.standard_error, row.rotated.standard_error)
+        sides["helps" if z > 2 else "does harm" if z < -2 else "cannot be told apart from none"].append(str(row.group_size))
+    where = "; ".join(f"{what} in groups of {', '.join(sizes)}" for what, sizes in sides.items() if sizes)
     table = _table([("group size", *(f"{scale}, {kind}" for scale in findings.crossovers for kind in ("plain", "rotated"))), *((str(size), *(_thousandths(mean) for rows in findings.crossovers.values() for row in rows if row.group_size == size for mean in (row.plain, row.rotated))) for size in (row.group_size for row in rows))])
     return _section(
         "By group size",
-        f"With E4M3 scales a rotation helps {where}. In a small group a Laplace value is mostly far below the largest, where E2M1's steps are fine; in a large one the largest is so far out that much of the rest is rounded coarsely, and a rotation draws it in.",
+        f"With E4M3 scales a rotation {where} (by two standard errors). In a small group the largest value, which such a scale puts on the grid nearly exactly, holds much of the square, and a rotation spreads it over values that are rounded; in a large one it is so far out that the rest is rounded coarsely, and a rotation draws it in.",
         crossover_chart(findings.crossovers),
         "Relative error of E2M1 by group size, Laplace values as they are (solid) and under a Hadamard over the group (dashed), a panel for each type of scale.",
         table,
@@ -157,23 +163,23 @@ for scale in {tuple(findings.crossovers)}:
 
 def _transforms(findings: Findings) -> str:
     keys = list(findings.transforms[0].errors)
+    mixing = {key: [row.errors[key].value for row in findings.transforms if row.name not in ("identity", "fastfood")] for key in keys}
+    said = ", ".join(f"{100 * (max(values) / min(values) - 1):.0f} % ({key.upper()})" for key, values in mixing.items())
     return _section(
         "Which rotation",
-        "All orthogonal families that mix a whole group do about the same: what counts is that values become Normal, not how. Fastfood is not orthogonal, so turning back enlarges the errors.",
+        f"Between the best and the worst of the orthogonal families that mix a whole group lie {said} of the error. Fastfood is not orthogonal: turning back enlarges errors, and by how much depends on the matrix that was drawn. Of random families eight matrices are tried, and ± is of the mean over those.",
         "",
         "",
         _table([("rotation over the group", *(key.upper() for key in keys)), *((row.name, *(_thousandths(row.errors[key]) for key in keys)) for row in findings.transforms)]),
         f"""
-from mrgptq import transform
-from mrgptq.study.analysis import simulate
+from mrgptq.study.analysis import simulate_transform
 from mrgptq.study.distributions import Laplace
 from mrgptq.study.grids import FORMATS
 from mrgptq.transforms import TRANSFORMS
 
 for name in TRANSFORMS:
     for key in {tuple(keys)}:
-        rotation = transform(name, FORMATS[key].group_size, seed={findings.seed})
-        print(name, key, simulate(FORMATS[key], Laplace(), rotation, {_draws(findings)}).mse)
+        print(name, key, simulate_transform(FORMATS[key], Laplace(), name, {_draws(findings)}))
 """,
     )
 
@@ -204,9 +210,11 @@ for distribution in (Normal(), Laplace(), StudentT(5), StudentT(3)):
 
 
 def _mass(findings: Findings) -> str:
+    pairs = [pair for rows in findings.mass.values() for _, *pair in rows]
+    seen = "Normal values keep more in large groups; on these two grids, whose δ is small, at every size." if all(normal > laplace for laplace, normal in pairs) else "Normal values keep more in large groups, Laplace values in small ones."
     return _section(
         "What is not rounded to zero",
-        "Values below half the smallest step vanish. The share of Σ x² that is left falls like (log G)² G^−δ for Laplace and √log G G^(−δ²) for Normal values, δ being half the smallest step over the largest value (lemma 2): Normal values keep more in large groups, whatever the grid.",
+        "Values below half the smallest step vanish. The share of Σ x² that is left falls like (log G)² G^−δ for Laplace and √log G G^(−δ²) for Normal values, δ being half the smallest step over the largest value (lemma 2). " + seen,
         mass_chart(findings.mass),
         "What is lost to zero, one minus the preserved mass, by group size, the scale being real: by an integral, without drawing.",
         _table([("group size", *(f"{grid}, {name}" for grid in findings.mass for name in ("Laplace", "Normal"))), *((str(size), *(f"{value:.6f}" for rows in findings.mass.values() for s, *pair in rows if s == size for value in pair)) for size, _, _ in next(iter(findings.mass.values())))]),
@@ -248,27 +256,21 @@ def _methods(findings: Findings) -> str:
     original, *rows = findings.methods
     cells = {(row.method, row.format, bool(row.activations)): row for row in rows}
     kinds = list(dict.fromkeys((row.format, bool(row.activations)) for row in rows))
-    sentences = []
-    for format, rounded in kinds:
-        plain, turned = (cells.get((method, format, rounded)) for method in ("rtn", "rtn-hadamard"))
-        if rounded and plain and turned:
-            sentences.append(f"{_kind(format, rounded)}: a Hadamard before plain rounding makes the divergence {_change(turned, plain)}.")
-    held: list[str] = []
-    not_held: list[str] = []
-    for format, rounded in kinds:
-        steps = [cells[method, format, rounded] for method in ("gptq", "mr-gptq", "best") if (method, format, rounded) in cells]
-        rises = [f"{after.method}'s is {_change(after, before)} than {before.method}'s" for before, after in pairwise(steps) if after.divergence >= before.divergence]
-        turned_best = cells.get(("best-hadamard", format, rounded))
-        if turned_best and len(steps) == 3 and steps[2].divergence >= steps[1].divergence:
-            rises.append(f"under a Hadamard best's is {_change(turned_best, steps[1])} than mr-gptq's")
-        if rises:
-            not_held.append(f"{_kind(format, rounded)} ({', '.join(rises)})")
-        elif len(steps) > 1:
-            held.append(_kind(format, rounded))
-    if held or not_held:
-        sentences.append("From GPTQ to MR-GPTQ to best, where each is there, the divergence falls" + (f" in {', '.join(held)}" if held else "") + (f"; not in {', '.join(not_held)}" if not_held else "") + ".")
-    if len(rows[0].window_divergences) > 1:
-        sentences.append(f"± is one standard error of the difference over {len(rows[0].window_divergences)} windows of the text, the calibration being one.")
+    steps = [step for step in _STEPS if any((step[0], *kind) in cells and (step[1], *kind) in cells for kind in kinds)]
+    ladder = {kind: [_step(cells, kind, *step) for step in steps if step in _STEPS[1:3]] for kind in kinds}
+    outcome: dict[str, list[str]] = {"comes out": [], "cannot be told in": [], "does not come out in": []}
+    for kind, found in ladder.items():
+        if known := [change for change in found if change]:
+            worst = "does not come out in" if any(change.rises for change in known) else "comes out" if all(change.falls for change in known) else "cannot be told in"
+            outcome[worst].append(_kind(*kind))
+    turned = [f"{_kind(*kind)} {change}" for kind in kinds if (change := _step(cells, kind, *_STEPS[0]))]
+    sentences = [f"A Hadamard before plain rounding: {'; '.join(turned)}."] if turned else []
+    if any(outcome.values()):
+        words = "; ".join(f"{what} {', '.join(found)}" if what != "comes out" else f"comes out in {', '.join(found)}" for what, found in outcome.items() if found)
+        sentences.append(f"That the divergence falls from GPTQ to MR-GPTQ and from MR-GPTQ to best, where each was measured, {words}.")
+    if steps:
+        sentences.append(f"Differences are of the divergence, ± one standard error over {len(rows[0].window_divergences)} windows of the text; what is less than two of those says nothing, and calibration on another text would move it too. Perplexity and layer error, below, need not order methods alike.")
+    changes = _table([("divergence against", *(f"{after}, over {before}" for before, after in steps)), *((_kind(*kind), *(str(_step(cells, kind, *step) or "–") for step in steps)) for kind in kinds)]) if steps else ""
     names = list(dict.fromkeys(row.method for row in rows))
     divergences = _table([("KL(original || quantised), nats a token", *(_kind(*kind) for kind in kinds)), *((name, *(f"{cells[name, *kind].divergence:.4f}" if (name, *kind) in cells else "–" for kind in kinds)) for name in names)])
     everything = _table(
@@ -278,17 +280,44 @@ def _methods(findings: Findings) -> str:
             *((row.method, (row.format or "").upper(), "W4A4" if row.activations else "W4A16", "–" if row.relative_error is None else f"{row.relative_error:.2e}", f"{row.perplexity:.3f}", f"{row.divergence:.4f}") for row in rows),
         ]
     )
-    table = f"{divergences}\n<details><summary>Layer errors and perplexities</summary>{everything}</details>"
+    table = f"{divergences}\n{changes}\n<details><summary>Layer errors and perplexities</summary>{everything}</details>"
     return _section("What each method costs this model", " ".join(sentences), method_chart(rows), "Divergence from the original's predictions, by method; a mark for each format, weights alone to the left, inputs too to the right. Lower is better.", table)
 
 
-def _change(row: "GridRow", other: "GridRow") -> str:
-    """How much larger or smaller a divergence is than another, in percent of that, which need not be there: a model of zeros loses nothing."""
-    if other.divergence <= 0:
-        return "no smaller"
-    difference = row.divergence_over(other)
-    known = f" (± {100 * difference.standard_error / other.divergence:.0f} %)" if np.isfinite(difference.standard_error) else ""
-    return _percent(difference.value / other.divergence) + known
+_STEPS = (("rtn", "rtn-hadamard"), ("gptq", "mr-gptq"), ("mr-gptq", "best"), ("mr-gptq", "best-hadamard"))
+"""What is compared, one method with another: does a rotation help plain rounding; the published order."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """How much larger or smaller a divergence is than another, relative to that."""
+
+    value: float
+    standard_error: float
+
+    @property
+    def falls(self) -> bool:
+        """By more than chance."""
+        return self.value < 0 and not abs(self.value) < 2 * self.standard_error
+
+    @property
+    def rises(self) -> bool:
+        """By more than chance."""
+        return self.value > 0 and not abs(self.value) < 2 * self.standard_error
+
+    def __str__(self) -> str:
+        """As the page says it."""
+        known = f" (± {100 * self.standard_error:.0f} %)" if np.isfinite(self.standard_error) else ""
+        return _percent(self.value) + known
+
+
+def _step(cells: "Mapping[tuple[str, str | None, bool], GridRow]", kind: tuple[str | None, bool], before: str, after: str) -> _Change | None:
+    """From one method to another; None where one is not there, or the first loses nothing: a model of zeros."""
+    first, second = (cells.get((method, *kind)) for method in (before, after))
+    if not first or not second or first.divergence <= 0:
+        return None
+    difference = second.divergence_over(first)
+    return _Change(difference.value / first.divergence, difference.standard_error / first.divergence)
 
 
 def _kind(format: str | None, rounded: bool) -> str:
