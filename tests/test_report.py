@@ -244,6 +244,7 @@ def test_what_methods_cost_is_on_the_page_where_texts_are_given(findings, leaf_f
     cells = {
         ("nvfp4", "nvfp4"): {"rtn": (0.4, 0.1), "rtn-hadamard": (0.5, 0.06), "gptq": (0.3, 0.1), "mr-gptq": (0.2, 0.1), "best": (0.1, 0.1)},
         ("int4", None): {"gptq": (0.3, 0.1), "mr-gptq": (0.36, 0.04)},
+        ("int4", "int4"): {"gptq": (0.3, 0.1), "mr-gptq": (0.24, 0.04)},
         ("mxfp4", "mxfp4"): {"gptq": (0.3, 0.1), "mr-gptq": (0.2, 0.1), "best": (0.25, 0.1), "best-hadamard": (0.1, 0.1)},
     }
     rows = [methods.GridRow("original", None, None, None, 35.0, 0.0, 0.0), *(row(method, *kind, *values) for kind, found in cells.items() for method, values in found.items())]
@@ -256,16 +257,17 @@ def test_what_methods_cost_is_on_the_page_where_texts_are_given(findings, leaf_f
     assert "methods: 4 measurements of" in capsys.readouterr().err
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     divergences, _, table = Page(text).tables[-3:]
-    assert divergences[0] == ["KL(original || quantised), nats a token", "NVFP4 W4A4", "INT4 W4A16", "MXFP4 W4A4"]
+    assert divergences[0] == ["KL(original || quantised), nats a token", "NVFP4 W4A4", "INT4 W4A16", "INT4 W4A4", "MXFP4 W4A4"]
     assert divergences[1:] == [[name, *(f"{found[name][0]:.4f}" if name in found else "–" for found in cells.values())] for name in ("rtn", "rtn-hadamard", "gptq", "mr-gptq", "best", "best-hadamard")]
-    assert len(table) == 13 and table[2] == ["rtn", "NVFP4", "W4A4", "1.00e-02", "40.000", "0.4000"] and table[1][4] == "35.000"
+    assert len(table) == 15 and table[2] == ["rtn", "NVFP4", "W4A4", "1.00e-02", "40.000", "0.4000"] and table[1][4] == "35.000"
     assert "A Hadamard before plain rounding: NVFP4 W4A4 25 % larger (± 10 %)." in text  # the differences are 0.14 and 0.06
-    assert "from MR-GPTQ to best, where each was measured, comes out in NVFP4 W4A4; cannot be told in INT4 W4A16; does not come out in MXFP4 W4A4." in text and "over 2 windows of the text" in text
+    assert "from MR-GPTQ to best, where each was measured, comes out in NVFP4 W4A4; cannot be told in INT4 W4A16, INT4 W4A4; does not come out in MXFP4 W4A4." in text and "over 2 windows of the text" in text
     changes = Page(text).tables[-2]
     assert changes == [
         ["divergence against", "rtn-hadamard, over rtn", "mr-gptq, over gptq", "best, over mr-gptq", "best-hadamard, over mr-gptq"],
         ["NVFP4 W4A4", "25 % larger (± 10 %)", "33 % smaller (± 0 %)", "50 % smaller (± 0 %)", "–"],
         ["INT4 W4A16", "–", "20 % larger (± 20 %)", "–", "–"],
+        ["INT4 W4A4", "–", "20 % smaller (± 20 %)", "–", "–"],
         ["MXFP4 W4A4", "–", "33 % smaller (± 0 %)", "25 % larger (± 0 %)", "50 % smaller (± 0 %)"],
     ]
     assert len(re.findall("<svg", text)) == 6 and "--windows 3 --methods gptq,best --formats nvfp4" in text
