@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -100,7 +101,8 @@ def test_command_lines_are_found():
 
 def test_pages_say_nothing_of_other_places():
     for path in PAGES:
-        assert not re.search(r"/home/|/tmp/|/root/", path.read_text(encoding="utf-8")), path
+        text = path.read_text(encoding="utf-8")
+        assert not [place for place in (ROOT, Path.home(), tempfile.gettempdir()) if f"{place}/" in text], path
 
 
 # ---- The site
@@ -163,9 +165,8 @@ def test_it_can_be_searched(site):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_stored_without_outputs_and_shown_with_them(path, site):
+def test_notebooks_are_shown_with_their_outputs(path, site):
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    assert cells and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
     page = site[f"tutorials/{path.stem}.html"]
     printed = "print(" in "".join("".join(cell["source"]) for cell in cells)
     pictures = [part for part in page.parts if "_images/" in part or part.endswith(".png")]
