@@ -47,7 +47,7 @@ class GroupTask:
 
 
 def quantize_group(task: GroupTask) -> Path:
-    """Carry a task out: its file, which appears whole. Done twice, even at once, it gives the same bytes."""
+    """Carry a task out: its file, which appears whole. Done twice, even at once, it gives the same layers; the seconds in their reports are of the last time."""
     reader = CheckpointReader(task.model)
     weights = {name: reader.tensor(f"{name}.weight") for name in task.modules}
     write_matrices(task.part, dict(quantize_together(weights, read_moments(task.moments) if task.moments else Moments(), task.recipe, threads=task.threads)))
