@@ -50,7 +50,7 @@ def test_changed_weights_another_text_version_and_number_of_threads_are_told(lea
     with pytest.raises(ValueError, match="begun by a run with threads 1; this one has 2"):
         quantize_checkpoint(plan, calibration_text, threads=2)
     with monkeypatch.context() as patch:
-        patch.setattr("mrgptq.jobs.version", lambda name: "9.9")
+        patch.setattr("mrgptq.identity.version", lambda name: "9.9")
         with pytest.raises(ValueError, match=r'begun by a run with library version\.torch ".*"; this one has "9\.9"'):
             quantize_checkpoint(plan, calibration_text, threads=1)
     with open(model / "model.safetensors", "r+b") as file:  # one bit, nowhere near the header

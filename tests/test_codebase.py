@@ -19,7 +19,7 @@ from snippets import run_page
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "python" / "mrgptq"
 CPP_ROOMS = ["base", "simd", "linalg", "formats", "rotations", "codecs", "gptq", "matmul", "bindings"]
-PYTHON_ROOMS = "_core display arrays packing formats rotations transforms result codecs activations gptq prepack matmul recipe layer group modules checkpoint plan tasks hf jobs study arguments cli".split()
+PYTHON_ROOMS = "_core display arrays packing formats rotations transforms result codecs activations gptq prepack matmul recipe layer group modules checkpoint plan identity tasks hf jobs study arguments cli".split()
 FORKED = ["bench/bench_accuracy.py", "bench/bench_best.py", "bench/bench_layers.py", "bench/bench_model.py"]
 ONLY_IN = {"torch": "hf", "transformers": "hf", "matplotlib": "study/plots.py", "tqdm": "cli.py"}
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,12 +32,13 @@ def text_file(tmp_path_factory, calibration_text):
     return path
 
 
-# What the command is given beside MODEL OUT.
+# The command, and what it is given beside MODEL OUT.
 RUNS = {
-    "rounded": lambda text, stored_hessians: ["--recipe", "rtn", "--max-shard-bytes", "300000"],
-    "under stored Hessians": lambda text, stored_hessians: ["--recipe", "mr-gptq", "--hessians", str(stored_hessians)],
-    "calibrated": lambda text, stored_hessians: ["--recipe", "best", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
-    "calibrated W4A4": lambda text, stored_hessians: ["--recipe", "mr-gptq", "--activations", "nvfp4", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
+    "observed": lambda text, stored_hessians: ["calibrate", "--calibration", str(text), "--tokens", "4096", "--sequence", "128"],
+    "rounded": lambda text, stored_hessians: ["quantize", "--recipe", "rtn", "--max-shard-bytes", "300000"],
+    "under stored Hessians": lambda text, stored_hessians: ["quantize", "--recipe", "mr-gptq", "--hessians", str(stored_hessians)],
+    "calibrated": lambda text, stored_hessians: ["quantize", "--recipe", "best", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
+    "calibrated W4A4": lambda text, stored_hessians: ["quantize", "--recipe", "mr-gptq", "--activations", "nvfp4", "--calibration", str(text), "--tokens", "1024", "--sequence", "128"],
 }
 
 
@@ -45,7 +47,8 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_
     """At random moments of what an undisturbed run takes, each process killed being one of two or three to the same output. The seed is printed, and another one each day."""
 
     def run(out, kill_after=None):
-        return forks.run("mrgptq", "quantize", leaf_folder, out, "--threads", 1, *RUNS[kind](text_file, stored_hessians), cwd=tmp_path, kill_after=kill_after)
+        command, *options = RUNS[kind](text_file, stored_hessians)
+        return forks.run("mrgptq", command, leaf_folder, out, "--threads", 1, *options, cwd=tmp_path, kill_after=kill_after)
 
     whole = run(tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -60,12 +63,15 @@ def test_a_run_killed_at_any_moment_is_finished_by_the_same_command_to_the_same_
             done = run(out, None if last else draw.uniform(0, 1) * whole.seconds)
             assert done.returncode == (0 if last else done.returncode) and done.returncode in (0, -signal.SIGKILL), done.stderr
             killed += done.returncode != 0
-            left = {path.name for path in tmp_path.iterdir()} - {"whole", f".{out.name}.partial"} - {f"out{n + 1}" for n in range(number)}
+            hidden = tmp_path / f".{out.name}.partial"
+            left = {path.name for path in tmp_path.iterdir()} - {"whole", hidden.name} - {f"out{n + 1}" for n in range(number)}
             assert not left and (not out.exists() or contents(out) == expected)  # whole or not at all, nothing beside the hidden folder
-            mark = tmp_path / f".{out.name}.partial" / "assembling.json"
-            if out.exists() and not mark.exists():  # nothing is left to do, whenever after that it was killed
+            if out.exists() and not (hidden / "assembling.json").exists():  # nothing is left to do, whenever after that it was killed
                 break
-        assert contents(out) == expected and not mark.exists()
+        assert contents(out) == expected
+        if hidden.exists():  # killed while it removed the folder, of which these go last
+            assert done.returncode and {path.name for path in hidden.iterdir()} <= {"lock", "result.json"}
+            shutil.rmtree(hidden)
     assert killed >= KILLS
 
 

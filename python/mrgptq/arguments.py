@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size a file of the checkpoint may reach (default: 5e9)")
     quantize.add_argument("--dry-run", action="store_true", help="print the plan, sizes and expected memory, then stop")
     _add_memory_limit(quantize, "; with --workers of all processes together")
-    quantize.add_argument("--restart", action="store_true", help="throw away what an earlier run to OUT left unfinished")
+    _add_restart(quantize)
     where = quantize.add_mutually_exclusive_group()
     where.add_argument("--workers", metavar="N", type=_positive, help="quantise in so many processes beside this one, in which a text passes through the model; they share the threads")
     where.add_argument("--scheduler", metavar="ADDRESS", help="the same on the workers of a dask cluster that see the same files, such as tcp://host:8786, each with --threads threads")
@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_text(calibrate)
     _add_modules(calibrate)
     _add_memory_limit(calibrate)
+    _add_restart(calibrate)
     _add_common(calibrate)
 
     merge = commands.add_parser("merge", help="make one folder of Hessians of several", description="Add up the Hessians of several texts on one model, in the order given.", formatter_class=formatter)
@@ -160,6 +161,10 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _add_modules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", metavar="REGEX", default=DEFAULT_TARGETS, help="modules to quantise (default: linear layers inside numbered blocks, without routers)")
     parser.add_argument("--ignore", metavar="REGEX", default=DEFAULT_IGNORE, help=f"modules to leave as they are (default: {DEFAULT_IGNORE})")
+
+
+def _add_restart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--restart", action="store_true", help="throw away what an earlier run to OUT left unfinished")
 
 
 def _add_memory_limit(parser: argparse.ArgumentParser, more: str = "") -> None:

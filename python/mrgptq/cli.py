@@ -179,6 +179,8 @@ def _executor(args: argparse.Namespace) -> Iterator[Executor | None]:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
+    if args.restart:
+        discard(args.out)
     plan = plan_calibration(args.model, args.out, tokens=args.tokens, sequence=args.sequence, targets=args.targets, ignore=args.ignore)
     _check_memory(plan.memory_bytes, args.memory_limit)
     text = _read_text(args.calibration)

@@ -1,32 +1,28 @@
 """A whole-checkpoint run: tasks that are done in any order, by any process, each kept as it is done; then the checkpoint from them."""
 
 import errno
-import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 from numpy.typing import NDArray
 
-from . import _core
-from .arrays import as_threads
 from .checkpoint import dialect_named, save
 from .checkpoint.card import RECORD_NAME
-from .checkpoint.hessians import StoredHessians, hessian_of, hessian_tensors, write_groups
+from .checkpoint.hessians import StoredHessians, hessian_of, hessian_tensors, write_index
 from .checkpoint.partial_run import PartialRun, write_part
 from .checkpoint.reader import CheckpointReader, read_json_object
 from .checkpoint.safetensors import SafetensorsFile
 from .checkpoint.stored_tensor import StoredTensor
+from .checkpoint.writer import publish
 from .display import format_bytes
 from .gptq import Hessian
 from .group import Moments
+from .identity import identity_of
 from .modules import fused_groups
 from .plan import BATCH_WINDOWS, CalibrationPlan, Plan
 from .recipe import Recipe
@@ -36,13 +32,6 @@ from .tasks import GroupTask, log_report, read_matrices, run_tasks, write_matric
 _log = logging.getLogger("mrgptq")
 
 Progress = Callable[[str, int, int], None]
-
-_SUMMING = (
-    "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "KMP_DETERMINISTIC_REDUCTION", "MKL_CBWR", "MKL_DOMAIN_NUM_THREADS", "MKL_DYNAMIC", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS",
-    "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-)  # fmt: skip
-"""Environment variables that choose the kernels, and so the order of the sums, of what torch multiplies with. ATEN_CPU_CAPABILITY is seen in what torch makes of it."""
-
 
 def quantize_checkpoint(
     plan: Plan,
@@ -84,7 +73,7 @@ def quantize_checkpoint(
         if written.get(key) != reader.config.get(key, written.get(key)):
             _log.warning("config.json will say %s %s instead of %s: the loaders of %s unpack weights to it", key, written[key], reader.config[key], plan.dialect)
     side_files = reader.side_files()  # one that vanishes meanwhile is missed
-    with PartialRun(plan.out, lambda: _identity(plan, reader, calibration, device, threads)) as run:
+    with _partial_run(plan, reader, calibration, device, threads) as run:
         if plan.finished:
             return {name: LayerReport.from_dict(report) for name, report in read_json_object(plan.out / RECORD_NAME)["layers"].items()}
         parts = {group: run.part(f"{number:05d}") for number, group in enumerate(fused_groups(plan.shapes))}
@@ -101,7 +90,8 @@ def quantize_checkpoint(
                     progress("quantise", len(noted), len(plan.shapes))
 
         kept = [group for group, part in parts.items() if part.is_file()]
-        _expect_room(plan, sum(parts[group].stat().st_size for group in kept), _small_bytes(plan, reader, side_files), plan.moments_bytes if executor else 0)
+        in_the_end, done_bytes = plan.bytes_out + _small_bytes(plan, reader, side_files), sum(parts[group].stat().st_size for group in kept)
+        _expect_room(plan.out, in_the_end, in_the_end + max(plan.kept_bytes - done_bytes, 0) + (plan.moments_bytes if executor else 0))
         if run.resumed:
             _log.warning("going on from %s: %d of %d layers are done", run.folder, sum(map(len, kept)), len(plan.shapes))
         for group in kept:
@@ -135,46 +125,23 @@ def quantize_checkpoint(
     return reports
 
 
-def _expect_room(plan: Plan, done_bytes: int, small_bytes: int, moments_bytes: int) -> None:
-    """Refuse now, with OSError(ENOSPC), what will not fit: the layers that are still to be kept, what an executor's tasks read, and the checkpoint made of all layers."""
-    in_the_end = plan.bytes_out + small_bytes
-    needed = in_the_end + max(plan.kept_bytes - done_bytes, 0) + moments_bytes
-    free = shutil.disk_usage(plan.out.absolute().parent).free
+def _partial_run(plan: Plan | CalibrationPlan, reader: CheckpointReader, calibration: str | None, device: str, threads: int | None) -> PartialRun:
+    """The run's hidden folder, and what tells this run from others."""
+    cpu_capability = _hf().cpu_capability() if plan.tokens else None
+    return PartialRun(plan.out, lambda: identity_of(plan, reader, calibration, device, threads, cpu_capability))
+
+
+def _expect_room(out: Path, in_the_end: int, needed: int) -> None:
+    """Refuse now, with OSError(ENOSPC), what will not fit: so many bytes while it is made."""
+    free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{plan.out} needs {needed} bytes while it is made, {in_the_end} of them in the end, but its filesystem has only {free} free")
+        raise OSError(errno.ENOSPC, f"{out} needs {needed} bytes while it is made, {in_the_end} of them in the end, but its filesystem has only {free} free")
 
 
 def _small_bytes(plan: Plan, reader: CheckpointReader, side_files: Iterable[Path]) -> int:
     """At most what is written beside the data of tensors: side files; of each tensor its places in headers, index and configuration; of each layer those too, its report twice, a stored rotation, and what is left of a
     filesystem's block."""
     return sum(path.stat().st_size + 4096 for path in side_files) + 65536 + 1024 * len(reader.names) + (8192 + 2 * (plan.recipe.rotation or 0) ** 2) * len(plan.shapes)
-
-
-def _identity(plan: Plan, reader: CheckpointReader, calibration: str | None, device: str, threads: int | None) -> dict[str, Any]:
-    """All that the bytes of a run depend on, for a person to read. Files are told by their size and the time they were changed: to read them all could take as long as the run."""
-
-    def files(paths: Iterable[Path]) -> dict[str, str]:
-        return {path.name: f"of {status.st_size} bytes, changed at {status.st_mtime_ns} ns" for path in sorted(paths) for status in [path.stat()]}
-
-    identity: dict[str, Any] = {
-        "mrgptq version": version("mrgptq"),
-        "recipe": plan.recipe.as_dict(),
-        "dialect": plan.dialect,
-        "layer": {name: list(shape) for name, shape in plan.shapes.items()},
-        "max_shard_bytes": plan.max_shard_bytes,
-        "model file": files(reader.files()),
-    }
-    if plan.hessians:
-        stored = StoredHessians(plan.hessians)
-        identity |= {"Hessian file": files({stored.index, *(stored.file(name) for name in stored)}), "ISA level": _core.build_info()["isa"]}
-    if plan.calibrated:
-        # torch's sums, and so everything after them, depend on its threads.
-        libraries = {name: version(name) for name in ("torch", "transformers") if find_spec(name)}
-        identity["model file"] |= files(path for path in reader.folder.glob("*tok*") if path.is_file())  # wherever a link leads
-        identity |= {"CPU capability of torch": _hf().cpu_capability(), "environment variable": {name: os.environ[name] for name in _SUMMING if name in os.environ}}
-        text = hashlib.sha256((calibration or "").encode()).hexdigest()
-        identity |= {"tokens": plan.tokens, "sequence": plan.sequence, "SHA-256 of the calibration text": text, "library version": libraries, "threads": as_threads(threads), "device": device, "ISA level": _core.build_info()["isa"]}
-    return identity
 
 
 def _hand_over(
@@ -196,15 +163,10 @@ def _hand_over(
 
 
 class _Ledger:
-    """What a calibrated run keeps beside its layers: the inputs of the next block, and the output Hessians of blocks that share a backward pass."""
+    """What a run with a text keeps beside what it is for: the inputs of the next block."""
 
-    def __init__(self, run: PartialRun, parts: Mapping[tuple[str, ...], Path], recipe: Recipe) -> None:
-        self._run, self._recipe = run, recipe
-        self._part_of = {name: part for group, part in parts.items() for name in group}
-
-    def matrix(self, module: str) -> QuantizedMatrix | None:
-        part = self._part_of.get(module)
-        return dict(read_matrices(part, self._recipe))[module] if part and part.is_file() else None
+    def __init__(self, run: PartialRun) -> None:
+        self._run = run
 
     def state(self) -> tuple[int, dict[str, NDArray[Any]]] | None:
         if not self._run.has("hidden"):
@@ -214,6 +176,19 @@ class _Ledger:
 
     def keep_state(self, blocks: int, hidden: dict[str, NDArray[Any]]) -> None:
         write_part(self._run.part("hidden"), hidden, {"blocks": str(blocks)})
+
+
+class _QuantizedLedger(_Ledger):
+    """The same where layers are quantised, whose answers the next blocks are given, with the output Hessians of blocks that share a backward pass."""
+
+    def __init__(self, run: PartialRun, parts: Mapping[tuple[str, ...], Path], recipe: Recipe) -> None:
+        super().__init__(run)
+        self._recipe = recipe
+        self._part_of = {name: part for group, part in parts.items() for name in group}
+
+    def matrix(self, module: str) -> QuantizedMatrix | None:
+        part = self._part_of.get(module)
+        return dict(read_matrices(part, self._recipe))[module] if part and part.is_file() else None
 
     def output_hessians(self, first_block: int) -> dict[str, Hessian] | None:
         if not self._run.has("outputs"):
@@ -243,7 +218,7 @@ def _calibrate(
     if all(part.is_file() for part in parts.values()):
         return
     hf, inputs = _windows(plan, text, threads)
-    ledger = _Ledger(run, parts, plan.recipe)
+    ledger = _QuantizedLedger(run, parts, plan.recipe)
     model, source = _open_model(hf, plan, device, ledger.matrix)
     group_of = {name: group for group in parts for name in group}
     ready: dict[str, QuantizedMatrix] = {}
@@ -262,14 +237,34 @@ def _calibrate(
 
 
 def store_hessians(plan: CalibrationPlan, calibration: str, *, device: str = "cpu", threads: int | None = None, progress: Progress | None = None) -> int:
-    """Pass a text through a model as it is, and write its layers' Hessians as each block gives them; how many tokens they saw. The folder appears whole or not at all.
+    """Pass a text through a model as it is, and write its layers' Hessians as each block gives them; how many tokens the text has. Each is kept in the hidden folder ``.OUT.partial``; where the run is cut short
+    the same call goes on from there, to the same bytes. The output appears whole or not at all.
 
-    ``device``, ``threads``: as in :func:`quantize_checkpoint`. ``progress``: called as progress("calibrate", layers done, layers). Raises what ``mrgptq.save_hessians`` and ``hf.observe_hessians`` raise.
+    ``device``, ``threads``: as in :func:`quantize_checkpoint`. ``progress``: called as progress("calibrate", layers done, layers). Raises what that raises, and what ``hf.observe_hessians`` does.
     """
+    reader = CheckpointReader(plan.model)
     hf, inputs = _windows(plan, calibration, threads)
-    model, source = _open_model(hf, plan, device, lambda module: None)
-    observed = hf.observe_hessians(model, inputs, list(plan.shapes), batch_windows=BATCH_WINDOWS, threads=threads, progress=partial(progress, "calibrate") if progress else None, source=source)
-    write_groups(plan.out, observed)
+    with _partial_run(plan, reader, calibration, device, threads) as run:
+        if plan.finished:
+            return int(inputs.numel())
+        files = {group: run.result() / f"{number:05d}.safetensors" for number, group in enumerate(fused_groups(plan.shapes))}
+        kept = [group for group, file in files.items() if file.is_file()]
+        in_the_end = plan.bytes_out + 8192 * (len(files) + 1)  # what headers and index take, and is left of a filesystem's blocks
+        _expect_room(plan.out, in_the_end, in_the_end + plan.kept_bytes - sum(files[group].stat().st_size for group in kept))
+        if run.resumed:
+            _log.warning("going on from %s: the Hessians of %d of %d layers are done", run.folder, sum(map(len, kept)), len(plan.shapes))
+        if len(kept) < len(files):
+            model, source = _open_model(hf, plan, device, lambda module: None)
+            report = partial(progress, "calibrate") if progress else None
+            for group, hessian in hf.observe_hessians(model, inputs, list(plan.shapes), batch_windows=BATCH_WINDOWS, threads=threads, progress=report, ledger=_Ledger(run), source=source):
+                write_part(files[group], hessian_tensors(hessian))
+        building = run.assemble(files.values(), begun=True)
+        write_index(building, {name: file.name for group, file in files.items() for name in group})
+        stored = StoredHessians(building)
+        for name, (_, cols) in plan.shapes.items():
+            if stored.cols(name) != cols:
+                raise ValueError(f"{stored.file(name)} is of {stored.cols(name)} columns; {name} has {cols}")
+        publish(building, plan.out)
     return int(inputs.numel())
 
 

@@ -117,7 +117,7 @@ class Plan(Shown):
 
 @dataclass(frozen=True, repr=False)
 class CalibrationPlan(Shown):
-    """What ``mrgptq calibrate`` will do, before it does it; made by :func:`plan_calibration`. Fields as those of :class:`Plan`; ``bytes_out``: of the Hessians on disk, at most."""
+    """What ``mrgptq calibrate`` will do, before it does it; made by :func:`plan_calibration`. Fields as those of :class:`Plan`; ``bytes_out``: of the Hessians on disk, at most; ``kept_bytes``: of what it would go on from, beside them."""
 
     model: Path
     out: Path
@@ -127,7 +127,9 @@ class CalibrationPlan(Shown):
     bytes_out: int
     memory_bytes: int
     model_bytes: int
+    kept_bytes: int
     streamed: bool
+    finished: bool = False
 
     def _title(self) -> str:
         return f"{self.model} -> {self.out}"
@@ -136,7 +138,7 @@ class CalibrationPlan(Shown):
         return [
             ("layers to observe", len(self.shapes)),
             ("calibration", f"{self.tokens} tokens in windows of {self.sequence}"),
-            ("size on disk", format_bytes(self.bytes_out)),
+            ("size on disk", f"{format_bytes(self.bytes_out)}, and {format_bytes(self.kept_bytes)} more while it runs"),
             ("expected memory", _expected_memory(self.memory_bytes, self.streamed)),
         ]
 
@@ -237,13 +239,16 @@ def plan_calibration(
     model: str | os.PathLike[str], out: str | os.PathLike[str], *, tokens: int = 65536, sequence: int = 512, targets: str = DEFAULT_TARGETS, ignore: str = DEFAULT_IGNORE
 ) -> CalibrationPlan:
     """Check at the door whether a text can pass through ``model`` for Hessians in ``out``, and say what that takes; reads headers only. Raises what :func:`make_plan` raises of both."""
-    check_new(Path(out))
+    out = Path(out)
+    if not (finished := is_finished(out)):
+        check_new(out)
     reader, shapes = original_layers(model, targets, ignore)
     tokens, model_bytes = _whole_windows(tokens, sequence), _float32_bytes(reader, reader.names)
     streamed = _is_streamed(reader, model_bytes)
     memory = _calibrating_memory(reader, shapes, tokens, sequence, streamed=streamed, twice=False, outputs=False, quantised=False)
     stored = sum(_stored_hessian_bytes(shapes[group[0]][1]) for group in fused_groups(shapes))
-    return CalibrationPlan(Path(model), Path(out), shapes, tokens, sequence, stored, memory, model_bytes, streamed)
+    kept = 2 * 4 * tokens * _hidden_size(reader, shapes)  # the next block's inputs, twice while a new file takes the old one's place
+    return CalibrationPlan(Path(model), out, shapes, tokens, sequence, stored, memory, model_bytes, kept, streamed, finished)
 
 
 def original_layers(model: str | os.PathLike[str], targets: str = DEFAULT_TARGETS, ignore: str = DEFAULT_IGNORE) -> tuple[CheckpointReader, dict[str, tuple[int, int]]]:

@@ -20,7 +20,7 @@ from ..arrays import located
 from ..gptq import Hessian
 from .reader import read_json_object, refuse_outside
 from .safetensors import SafetensorsFile, new_file, shown, write_file, writing
-from .writer import sync_folder
+from .writer import publish, refuse_existing
 
 _INDEX = "hessians.json"
 
@@ -144,8 +144,7 @@ def merge_hessians(path: str | os.PathLike[str], folders: Sequence[str | os.Path
 def check_new(path: Path) -> None:
     """Refuse what cannot become a folder of Hessians: before a text has passed through a model for it."""
     path = path.absolute()
-    if os.path.lexists(path):
-        raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
+    refuse_existing(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be made: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -186,14 +185,15 @@ def write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str,
             files |= dict.fromkeys(group, name)
         if not files:
             raise ValueError(f"there is no Hessian to write to {path}")
-        with new_file(building / _INDEX) as file:
-            file.write((json.dumps({"hessians": files}, indent=2, ensure_ascii=False) + "\n").encode())
-        sync_folder(building)
-        if os.path.lexists(path):
-            raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
-        with writing(path):
-            os.rename(building, path)
-        sync_folder(path.parent)
+        write_index(building, files)
+        publish(building, path)
+
+
+def write_index(folder: Path, files: Mapping[str, str]) -> None:
+    """Say in which file of a folder each module's Hessian lies; one that is there already is replaced."""
+    (folder / _INDEX).unlink(missing_ok=True)
+    with new_file(folder / _INDEX) as file:
+        file.write((json.dumps({"hessians": dict(files)}, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """What a run leaves when it is cut short and goes on from: a hidden folder beside its output, with a manifest of what the run is and a file for each part that is done."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -16,6 +18,8 @@ from .reader import read_json_object
 from .safetensors import new_file, write_file, writing
 from .stored_tensor import StoredTensor
 from .writer import sync_folder
+
+_log = logging.getLogger("mrgptq")
 
 _MANIFEST = "manifest.json"
 _ASSEMBLING = "assembling.json"  # its name from when all parts are done: what then lies at OUT is the run's own
@@ -108,21 +112,30 @@ class PartialRun:
         """A new place for a file that this run alone needs, for its workers: no other goes on from it, and tasks of an earlier one that are still at work do not take it for theirs."""
         return self.folder / f"{name}-{secrets.token_hex(4)}{_SCRATCH}"
 
+    def result(self) -> Path:
+        """The folder that the result is made in. Where parts are files of it as they are, they may be written there at once; :meth:`assemble` must be told."""
+        building = self.folder / _BUILDING
+        building.mkdir(exist_ok=True)
+        return building
+
     def has(self, name: str) -> bool:
         """Whether it is done."""
         return self.part(name).is_file()
 
-    def assemble(self, keep: Iterable[Path]) -> Path:
-        """All parts are done, and those to ``keep`` are all that is needed of them: an empty folder to make the result in, which then gets its name.
+    def assemble(self, keep: Iterable[Path], *, begun: bool = False) -> Path:
+        """All parts are done, and those to ``keep`` are all that is needed of them: the folder to make the result in, which then gets its name; empty, or where the result was ``begun`` in :meth:`result` with what is whole there.
 
         Raises ValueError where what the run depends on has changed since it began: parts may be of the one and of the other.
         """
         if difference := first_difference(self._identity, self._identity_now()):
             what, was, now = difference
             raise ValueError(f"{what} has changed from {was} to {now} while the run was at work; its layers may be of either")
-        building = self.folder / _BUILDING
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
+        if begun:
+            for left in self.result().glob("*.tmp-*"):
+                left.unlink()
+        else:
+            shutil.rmtree(self.folder / _BUILDING, ignore_errors=True)
+        building = self.result()
         unfinished = temporary(self.folder / _BUILT)
         with new_file(unfinished) as file:
             file.write(json.dumps(_place(building)).encode())
@@ -157,7 +170,7 @@ class PartialRun:
 
     def _remove_if_empty(self) -> None:
         """Unless it is a mark of what lies at OUT."""
-        if not any(self.folder.glob("*.safetensors")) and not is_finished(self.out):
+        if not any(self.folder.rglob("*.safetensors")) and not is_finished(self.out):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -206,6 +219,10 @@ def _take(lock: IO[str], out: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BlockingIOError(f"another process is writing {out}: it holds {lock.name}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        _log.warning("the filesystem of %s has no locks (%s): nothing but you keeps a second run from writing %s at once", lock.name, error.strerror, out)
 
 
 def temporary(path: Path) -> Path:

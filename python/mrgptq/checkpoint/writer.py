@@ -43,7 +43,7 @@ class CheckpointWriter:
         if max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes is {max_shard_bytes}; a shard needs at least 1 byte")
         self._max_shard_bytes = max_shard_bytes
-        self._refuse_existing()
+        refuse_existing(self.path)
         parent = self.path.parent
         if not parent.exists():
             raise FileNotFoundError(f"{self.path} cannot be made: the folder {parent} does not exist")
@@ -137,25 +137,31 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             with new_file(self._partial / "model.safetensors.index.json") as file:
                 file.write((json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
-        sync_folder(self._partial)
-        # rename() would replace an empty folder that somebody made meanwhile; everything else it refuses by itself.
-        self._refuse_existing()
-        with writing(self.path):
-            os.rename(self._partial, self.path)
-        sync_folder(self.path.parent)
+        publish(self._partial, self.path)
 
     def _require_block(self) -> None:
         if not self._in_block:
             raise RuntimeError(f"the writer of {self.path} is used outside its with block, where nothing would be written")
 
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self.path):
-            raise FileExistsError(f"{self.path} exists already and is not overwritten; give another path or remove it")
-
 
 def _unnumbered(i: int) -> str:
     """Name of shard ``i`` until it is known how many there are."""
     return f"shard-{i}.safetensors"
+
+
+def refuse_existing(path: Path) -> None:
+    """FileExistsError where anything is at ``path``."""
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists already and is not overwritten; give another path or remove it")
+
+
+def publish(building: Path, path: Path) -> None:
+    """Give a folder that is whole its name, all of it on the disk; FileExistsError where that is taken."""
+    sync_folder(building)
+    refuse_existing(path)  # rename() would replace an empty folder that somebody made meanwhile; everything else it refuses by itself
+    with writing(path):
+        os.rename(building, path)
+    sync_folder(path.absolute().parent)
 
 
 def sync_folder(path: Path) -> None:

@@ -5,9 +5,11 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.hooks import RemovableHandle
 
 Kwargs = dict[int, dict[str, Any]]  # what a block is called with, by batch size
@@ -118,6 +120,32 @@ def pass_through(block: torch.nn.Module, hidden: list[torch.Tensor], kwargs: Kwa
         output = run_block(block, batch, kwargs)
         if keep:
             hidden[i] = take_place(batch, output)
+
+
+class Ledger(Protocol):
+    """Where a run keeps the inputs of the next block, so that another can go on from there."""
+
+    def state(self) -> tuple[int, dict[str, NDArray[Any]]] | None:
+        """The last of :meth:`keep_state`."""
+
+    def keep_state(self, blocks: int, hidden: dict[str, NDArray[Any]]) -> None:
+        """So many blocks are done, and the next one's inputs are these."""
+
+
+def go_on(ledger: Ledger | None, **hidden: list[torch.Tensor]) -> int:
+    """How many blocks an earlier run has done; the hidden states, each list under its name, become those that it kept with :func:`keep`."""
+    if ledger is None or (state := ledger.state()) is None:
+        return 0
+    done, kept = state
+    for name, batches in hidden.items():
+        for i, batch in enumerate(batches):
+            batch.copy_(torch.from_numpy(np.array(kept[f"{name}.{i}"])))
+    return done
+
+
+def keep(ledger: Ledger, blocks: int, **hidden: list[torch.Tensor]) -> None:
+    """Have the hidden states kept that ``blocks`` blocks gave."""
+    ledger.keep_state(blocks, {f"{name}.{i}": batch.cpu().numpy() for name, batches in hidden.items() for i, batch in enumerate(batches)})
 
 
 class BlockSource:

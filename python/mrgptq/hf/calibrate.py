@@ -22,22 +22,16 @@ from ..result import Activations, QuantizedMatrix
 from ..rotations import Rotation
 from .activations import round_inputs, to_numpy
 from .beside import Apart, Group, observe_both
-from .blocks import BlockSource, Kwargs, enter, give_back_memory, linears_by_block, pass_through, removing
+from .blocks import BlockSource, Kwargs, Ledger, enter, give_back_memory, go_on, keep, linears_by_block, pass_through, removing
 from .fisher import collect_by_block, collect_output_hessians
 from .model import decoder_blocks
 
 
-class Ledger(Protocol):
-    """Where a run keeps what it has done, so that another can go on from there."""
+class QuantizedLedger(Ledger, Protocol):
+    """Where a run keeps what it has quantised, too."""
 
     def matrix(self, module: str) -> QuantizedMatrix | None:
         """The module as an earlier run quantised it."""
-
-    def state(self) -> tuple[int, dict[str, NDArray[Any]]] | None:
-        """The last of :meth:`keep_state`."""
-
-    def keep_state(self, blocks: int, hidden: dict[str, NDArray[Any]]) -> None:
-        """So many blocks are done, and the next one's inputs are these."""
 
     def output_hessians(self, first_block: int) -> dict[str, Hessian] | None:
         """What the backward pass before that block gave."""
@@ -56,7 +50,7 @@ def calibrate(
     batch_windows: int = 8,
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    ledger: Ledger | None = None,
+    ledger: QuantizedLedger | None = None,
     source: BlockSource | None = None,
     elsewhere: Callable[[Iterable[tuple[Group, Moments]]], None] | None = None,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
@@ -96,11 +90,8 @@ def calibrate(
     original_hidden = [batch.clone() for batch in hidden] if recipe.cross else []
     passes = _backward_passes(model, linears) if recipe.output_hessian else {}
     output_hessians: dict[str, Hessian] = {}
-    done = start = first = 0
-    if ledger and (state := ledger.state()):
-        start, kept = state
-        _restore(hidden, "hidden", kept)
-        _restore(original_hidden, "original", kept)
+    done = first = 0
+    start = go_on(ledger, hidden=hidden, original=original_hidden)
     for index in range(len(blocks)):
         source.done = index
         groups = fused_groups(linears.get(index, []))
@@ -109,7 +100,7 @@ def calibrate(
             first, output_hessians = index, {}
         if index < start:
             for group in groups:
-                _take_over(group, named, cast(Ledger, ledger), recipe, threads, weights=not source.streamed)
+                _take_over(group, named, cast(QuantizedLedger, ledger), recipe, threads, weights=not source.streamed)
             continue
         if recipe.output_hessian and not output_hessians and groups:
             output_hessians = (ledger and ledger.output_hessians(first)) or {}
@@ -129,7 +120,7 @@ def calibrate(
             give_back_memory()
             known = partial(_take, hessians=hessians, apart=apart, output_hessians=output_hessians, activations=activations)
             if elsewhere:
-                elsewhere((group, known(group)) for group in groups if cast(Ledger, ledger).matrix(group[0]) is None)
+                elsewhere((group, known(group)) for group in groups if cast(QuantizedLedger, ledger).matrix(group[0]) is None)
             for group in groups:
                 if ledger and _take_over(group, named, ledger, recipe, threads):
                     continue
@@ -146,17 +137,10 @@ def calibrate(
                 pass_through(block, hidden, block_kwargs[index], keep=True)
                 give_back_memory()
         if ledger and index + 1 < len(blocks):
-            arrays = {f"{name}.{i}": batch.cpu().numpy() for name, batches in (("hidden", hidden), ("original", original_hidden)) for i, batch in enumerate(batches)}
-            ledger.keep_state(index + 1, arrays)
+            keep(ledger, index + 1, hidden=hidden, original=original_hidden)
 
 
-def _restore(batches: list[torch.Tensor], name: str, kept: dict[str, NDArray[Any]]) -> None:
-    """Hidden states as an earlier run kept them, in the place of those that the first block would get."""
-    for i, batch in enumerate(batches):
-        batch.copy_(torch.from_numpy(np.array(kept[f"{name}.{i}"])))
-
-
-def _take_over(group: Group, named: dict[str, Any], ledger: Ledger, recipe: Recipe, threads: int | None, *, weights: bool = True) -> bool:
+def _take_over(group: Group, named: dict[str, Any], ledger: QuantizedLedger, recipe: Recipe, threads: int | None, *, weights: bool = True) -> bool:
     """Let a group compute as an earlier run quantised it; False where it had not come so far. ``weights``: put them into the model, which otherwise takes them from where its blocks come from."""
     matrices = {name: ledger.matrix(name) for name in group}
     for name, matrix in matrices.items():

@@ -11,13 +11,21 @@ from ..arrays import located
 from ..gptq import Hessian
 from ..modules import fused_groups
 from .activations import to_numpy
-from .blocks import BlockSource, enter, give_back_memory, linears_by_block, pass_through, removing
+from .blocks import BlockSource, Ledger, enter, give_back_memory, go_on, keep, linears_by_block, pass_through, removing
 from .model import decoder_blocks
 
 
 @torch.no_grad()
 def observe_hessians(
-    model: Any, inputs: torch.Tensor, modules: Sequence[str], *, batch_windows: int = 8, threads: int | None = None, progress: Callable[[int, int], None] | None = None, source: BlockSource | None = None
+    model: Any,
+    inputs: torch.Tensor,
+    modules: Sequence[str],
+    *,
+    batch_windows: int = 8,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    ledger: Ledger | None = None,
+    source: BlockSource | None = None,
 ) -> Iterator[tuple[tuple[str, ...], Hessian]]:
     """(modules that share an input, Hessian of it) over a text, block after block of the model as it is; one block's are held at a time.
 
@@ -25,6 +33,7 @@ def observe_hessians(
     ----------
     inputs : (windows, sequence) int64 tokens. modules : linear layers inside the decoder's blocks. batch_windows : windows in one forward pass of a block.
     progress : called as progress(modules done, modules). source : where the blocks get their numbers; None where the model holds them all.
+    ledger : where to go on from what an earlier call with the same arguments has done, and to keep what this one does; the groups of blocks that were done are not observed again.
 
     Raises
     ------
@@ -34,8 +43,9 @@ def observe_hessians(
     source = source or BlockSource(blocks)
     linears = linears_by_block(model, prefix, blocks, modules)
     hidden, kwargs = enter(model, blocks, inputs, batch_windows)
-    done = 0
-    for index in range(max(linears, default=-1) + 1):
+    start, end = go_on(ledger, hidden=hidden), max(linears, default=-1) + 1
+    done = sum(len(names) for index, names in linears.items() if index < start)
+    for index in range(start, end):
         hessians = {group: Hessian(model.get_submodule(group[0]).in_features) for group in fused_groups(linears.get(index, []))}
 
         def watch(name: str, hessian: Hessian) -> Callable[..., None]:
@@ -54,6 +64,8 @@ def observe_hessians(
             if progress:
                 progress(done, len(modules))
             yield group, hessians.pop(group)
+        if ledger and index + 1 < end:
+            keep(ledger, index + 1, hidden=hidden)
 
 
 def collect_hessians(model: Any, inputs: torch.Tensor, modules: Sequence[str], *, batch_windows: int = 8, threads: int | None = None, progress: Callable[[int, int], None] | None = None) -> dict[str, Hessian]:

@@ -1,0 +1,160 @@
+"""Runs of `mrgptq calibrate` that are cut short: the same command goes on from the block they were at."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+
+from folders import contents
+
+import mrgptq as mg
+from mrgptq import cli, hf
+from mrgptq.checkpoint.writer import publish
+from mrgptq.jobs import quantize_checkpoint, store_hessians
+from mrgptq.plan import make_plan, plan_calibration
+
+
+@pytest.fixture
+def plan(leaf_folder, tmp_path):
+    return plan_calibration(leaf_folder, tmp_path / "h", tokens=1024, sequence=128)
+
+
+@pytest.fixture(scope="module")
+def expected(leaf_folder, calibration_text, tmp_path_factory):
+    """What is stored of the Hessians that layers give when the whole model is run at once."""
+    folder = tmp_path_factory.mktemp("expected") / "h"
+    inputs = hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 8, 128)
+    mg.save_hessians(folder, hf.collect_hessians(hf.load_model(leaf_folder), inputs, list(plan_calibration(leaf_folder, folder).shapes), threads=1))
+    return contents(folder)
+
+
+def cut_short(plan, text, layers=15):
+    """By Ctrl-C, when so many of leaf's 28 layers are done: in the third of four blocks."""
+
+    def progress(stage, done, total):
+        assert (stage, total) == ("calibrate", 28)
+        if done >= layers:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        store_hessians(plan, text, threads=1, progress=progress)
+    return interrupt.value
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_it_goes_on_from_the_block_it_was_at(streamed, plan, expected, calibration_text, leaf_folder, tmp_path, monkeypatch, caplog):
+    if streamed:
+        monkeypatch.setattr("mrgptq.plan.RESIDENT_BYTES", 0)
+        plan = plan_calibration(leaf_folder, plan.out, tokens=1024, sequence=128)
+    assert plan.streamed == streamed
+    interrupt = cut_short(plan, calibration_text)
+    assert interrupt.__notes__ == [f"what is done is kept in {tmp_path / '.h.partial'}: the same command goes on from there"]
+    assert [path.name for path in tmp_path.iterdir()] == [".h.partial"]
+    (tmp_path / ".h.partial" / "result" / "00001.safetensors.tmp-1-aa").write_bytes(b"half of it")
+    seen, passed = [], []
+    run_block = hf.blocks.run_block
+    monkeypatch.setattr("mrgptq.hf.blocks.run_block", lambda block, *args: (passed.append(id(block)), run_block(block, *args))[1])
+    assert store_hessians(plan, calibration_text, threads=1, progress=lambda *state: seen.append(state)) == 1024
+    assert [done for _, done, _ in seen] == [15, 17, 20, 21, 22, 24, 27, 28] and len(set(passed)) == 2
+    assert "going on from" in caplog.text and "the Hessians of 14 of 28 layers are done" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["h"] and contents(plan.out) == expected
+    with pytest.raises(FileExistsError, match="h exists already"):
+        plan_calibration(leaf_folder, plan.out)
+
+
+def test_only_the_same_command_goes_on(plan, expected, calibration_text, leaf_folder, tmp_path, capsys, caplog):
+    cut_short(plan, calibration_text)
+    kept = contents(tmp_path / ".h.partial")
+    with pytest.raises(ValueError, match="SHA-256 of the calibration text"):
+        store_hessians(plan, calibration_text + ".", threads=1)
+    with pytest.raises(ValueError, match=r"begun by a run with sequence 128; this one has 64"):
+        store_hessians(plan_calibration(leaf_folder, plan.out, tokens=1024, sequence=64), calibration_text, threads=1)
+    with pytest.raises(ValueError, match=r'begun by a run with .*command "mrgptq calibrate"; this one has "mrgptq quantize"'):
+        quantize_checkpoint(make_plan(leaf_folder, plan.out, mg.Recipe.named("mr-gptq"), tokens=1024, sequence=128), calibration_text, threads=1)
+    assert contents(tmp_path / ".h.partial") == kept
+    (tmp_path / "text").write_text(calibration_text, encoding="utf-8")
+    command = ["calibrate", str(leaf_folder), str(plan.out), "--calibration", str(tmp_path / "text"), "--tokens", "1024", "--sequence", "128", "--threads", "1"]
+    other = [*command[:-1], "2"]
+    assert cli.main(other) == 1 and "begun by a run with threads 1; this one has 2" in capsys.readouterr().err
+    assert cli.main([*other, "--restart"]) == 0 and contents(plan.out).keys() == expected.keys()
+    shutil.rmtree(plan.out)
+    cut_short(plan, calibration_text)
+    capsys.readouterr()
+    assert cli.main(command) == 0 and contents(plan.out) == expected
+    assert capsys.readouterr().out == f"{plan.out}: Hessians of 28 layers, 1024 tokens\n" and "14 of 28 layers are done" in caplog.text
+
+
+@pytest.mark.parametrize("moment", ["before the name", "after it"])
+def test_a_run_killed_when_all_is_done_observes_nothing_more(moment, plan, expected, calibration_text, leaf_folder, tmp_path, monkeypatch):
+    """What a run that is interrupted tidies up, one that is killed leaves: it must do for both."""
+
+    def killed(building, path):
+        if moment == "after it":
+            publish(building, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mrgptq.jobs.publish", killed)
+        store_hessians(plan, calibration_text, threads=1)
+    assert sorted(path.name for path in (tmp_path / ".h.partial").iterdir()) == ["assembling.json", "lock", "result" if moment == "before the name" else "result.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr("mrgptq.hf.observe_hessians", None)
+        again = plan_calibration(leaf_folder, plan.out, tokens=1024, sequence=128)
+        assert again.finished == (moment == "after it") and store_hessians(again, calibration_text, threads=1) == 1024
+    assert [path.name for path in tmp_path.iterdir()] == ["h"] and contents(plan.out) == expected
+
+
+@pytest.mark.parametrize(("spoil", "words"), [(lambda file: os.truncate(file, 300), r"00000\.safetensors"), (lambda file: shutil.copy(file.with_name("00001.safetensors"), file), r"00000\.safetensors is of 128 columns; .*down_proj has 384")], ids=["truncated", "another's"])
+def test_a_part_that_is_not_what_was_kept_is_named_and_not_published(spoil, words, plan, calibration_text, tmp_path):
+    cut_short(plan, calibration_text)
+    spoil(tmp_path / ".h.partial" / "result" / "00000.safetensors")
+    with pytest.raises(ValueError, match=words) as failure:
+        store_hessians(plan, calibration_text, threads=1)
+    assert "remove that folder to begin anew" in failure.value.__notes__[0] and [path.name for path in tmp_path.iterdir()] == [".h.partial"]
+
+
+def test_what_will_not_fit_is_refused_before_the_text_is_passed(plan, calibration_text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, plan.bytes_out + plan.kept_bytes))  # headers and the index are missing
+        patch.setattr("mrgptq.hf.observe_hessians", None)
+        with pytest.raises(OSError, match=rf"h needs \d+ bytes while it is made, .* only {plan.bytes_out + plan.kept_bytes} free") as refusal:
+            store_hessians(plan, calibration_text, threads=1)
+    assert refusal.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+    used = []
+    store_hessians(plan, calibration_text, threads=1, progress=lambda *state: used.append(sum(path.stat().st_size for path in (tmp_path / ".h.partial").rglob("*.safetensors"))))
+    hidden = 4 * 1024 * 128
+    assert plan.kept_bytes == 2 * hidden and hidden < max(used) < plan.bytes_out + plan.kept_bytes
+
+
+def test_a_full_disk_leaves_what_is_done_and_no_result(plan, expected, calibration_text, tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="could not write .*No space left") as failure:
+        patch.setattr(os, "fsync", full)
+        store_hessians(plan, calibration_text, threads=1)
+    assert "the same command goes on from there" in failure.value.__notes__[0] and not plan.out.exists()
+    assert store_hessians(plan, calibration_text, threads=1) == 1024 and contents(plan.out) == expected
+
+
+def test_a_filesystem_without_locks_is_warned_of(leaf_folder, tmp_path, monkeypatch, caplog):
+    def refuse(error):
+        def flock(file, operation):
+            raise OSError(error, os.strerror(error))
+
+        return flock
+
+    monkeypatch.setattr("fcntl.flock", refuse(errno.ENOLCK))
+    quantize_checkpoint(make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("rtn")))
+    assert "has no locks (No locks available): nothing but you keeps a second run" in caplog.text and json.loads((tmp_path / "out" / "config.json").read_text())
+    monkeypatch.setattr("fcntl.flock", refuse(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        quantize_checkpoint(make_plan(leaf_folder, tmp_path / "other", mg.Recipe.named("rtn")))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
