@@ -237,8 +237,8 @@ def test_a_cell_is_its_definition(method, format, first, inputs, leaf_folder):
         for w, values, module, error in zip(weights, expected, modules, errors, strict=True):
             got = module.weight.detach().numpy()
             off = ~np.isclose(got @ inverse.T, values, rtol=1e-4, atol=1e-5 * np.abs(values).max())
-            # One flip in GPTQ moves what is left of its row.
-            assert off.mean() < (0.02 if METHODS[method].solves else 1e-3)
+            # One flip in GPTQ moves what is left of its row; one of a scale, which float16 rounds too, its group, of which the smallest layer has 256.
+            assert off.mean() < (0.02 if METHODS[method].solves else 0.01)
             assert error == pytest.approx(form(w - got, h) / form(w, h), rel=1e-4)  # the Hessian's products are float32
         if inputs_too:
             turned_x = (x @ t).astype(np.float32)

@@ -54,7 +54,7 @@ def as_threads(threads: int | None) -> int:
 def widen_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     """The values of bfloat16 bits, of any shape."""
     wide = bits.astype(np.uint32)
-    np.left_shift(wide, 16, out=wide)  # in place: a second array would be as large as the values
+    np.left_shift(wide, np.uint32(16), out=wide)  # in place: a second array would be as large as the values; by an int NumPy 1 would widen what has no dimensions
     return wide.view(np.float32)
 
 

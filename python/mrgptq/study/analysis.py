@@ -134,7 +134,7 @@ def _check_analytic(distribution: Distribution) -> None:
 def _largest(distribution: Analytic, group_size: int, nodes: int = 20000) -> tuple[Floats, Floats]:
     """Midpoints a of the largest of group_size magnitudes, and their probabilities, which add up to 1."""
     edges = np.linspace(0, 60, nodes + 1)  # standard deviations; a Laplace value is beyond with probability 1e-37
-    return (edges[1:] + edges[:-1]) / 2, np.diff(np.exp(group_size * np.log1p(-np.minimum(distribution.tail(edges), 1 - 1e-16))))
+    return (edges[1:] + edges[:-1]) / 2, np.diff(np.exp(float(group_size) * np.log1p(-np.minimum(distribution.tail(edges), 1 - 1e-16))))
 
 
 def _cell_errors(grid: Grid, step: Floats, a: Floats, distribution: Analytic) -> Floats:

@@ -96,7 +96,7 @@ def full_hadamard(cols: int) -> Kronecker:
 
 
 def _sylvester(size: int) -> NDArray[np.float64]:
-    return np.ones((1, 1)) if size == 1 else np.sign(Hadamard(size).matrix) / np.sqrt(size)
+    return np.ones((1, 1)) if size == 1 else np.sign(Hadamard(size).matrix).astype(np.float64) / np.sqrt(size)
 
 
 def smoothing(weights: Sequence[Floats], largest: Floats, alpha: float) -> Diagonal:
