@@ -33,6 +33,7 @@ _log = logging.getLogger("mrgptq")
 
 Progress = Callable[[str, int, int], None]
 
+
 def quantize_checkpoint(
     plan: Plan,
     calibration: str | None = None,
