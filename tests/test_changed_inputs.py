@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_changed_weights_another_text_version_and_number_of_threads_are_told(lea
     with pytest.raises(ValueError, match="begun by a run with threads 1; this one has 2"):
         quantize_checkpoint(plan, calibration_text, threads=2)
     with monkeypatch.context() as patch:
-        patch.setattr("mrgptq.identity.version", lambda name: "9.9")
+        patch.setattr("mrgptq.identity.version", lambda name: "9.9" if name == "torch" else version(name))
         with pytest.raises(ValueError, match=r'begun by a run with library version\.torch ".*"; this one has "9\.9"'):
             quantize_checkpoint(plan, calibration_text, threads=1)
     with open(model / "model.safetensors", "r+b") as file:  # one bit, nowhere near the header
@@ -161,6 +162,7 @@ def test_first_difference():
     assert first_difference({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1, 2]}}) is None
     assert first_difference({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1, 3]}}) == ("b.c", "[1, 2]", "[1, 3]")
     assert first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", "null", "2")
+    assert first_difference({"a": 1, "c": 1, "b": 1}, {"b": 2, "a": 2}) == ("b", "1", "2") and first_difference({"a": 1, "c": 1}, {"a": 1}) == ("c", "1", "null")  # in the order of the second
 
 
 def test_a_model_that_is_replaced_while_a_run_is_at_work_is_told(leaf_folder, tmp_path):

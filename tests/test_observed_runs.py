@@ -1,6 +1,7 @@
 """Runs of `mrgptq calibrate` that are cut short: the same command goes on from the block they were at."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from folders import contents
 
 import mrgptq as mg
 from mrgptq import cli, hf
+from mrgptq.checkpoint.partial_run import PartialRun, discard
 from mrgptq.checkpoint.writer import publish
 from mrgptq.jobs import quantize_checkpoint, store_hessians
 from mrgptq.plan import make_plan, plan_calibration
@@ -25,6 +27,7 @@ def plan(leaf_folder, tmp_path):
 def expected(leaf_folder, calibration_text, tmp_path_factory):
     """What is stored of the Hessians that layers give when the whole model is run at once."""
     folder = tmp_path_factory.mktemp("expected") / "h"
+    hf.use_threads(1)
     inputs = hf.token_windows(hf.load_tokenizer(leaf_folder), calibration_text, 8, 128)
     mg.save_hessians(folder, hf.collect_hessians(hf.load_model(leaf_folder), inputs, list(plan_calibration(leaf_folder, folder).shapes), threads=1))
     return contents(folder)
@@ -72,8 +75,11 @@ def test_only_the_same_command_goes_on(plan, expected, calibration_text, leaf_fo
         store_hessians(plan, calibration_text + ".", threads=1)
     with pytest.raises(ValueError, match=r"begun by a run with sequence 128; this one has 64"):
         store_hessians(plan_calibration(leaf_folder, plan.out, tokens=1024, sequence=64), calibration_text, threads=1)
-    with pytest.raises(ValueError, match=r'begun by a run with .*command "mrgptq calibrate"; this one has "mrgptq quantize"'):
-        quantize_checkpoint(make_plan(leaf_folder, plan.out, mg.Recipe.named("mr-gptq"), tokens=1024, sequence=128), calibration_text, threads=1)
+    with pytest.raises(ValueError, match=r'begun by a run with device "cpu"; this one has "cuda"'):
+        store_hessians(plan, calibration_text, threads=1, device="cuda")
+    for recipe in ("mr-gptq", "rtn"):
+        with pytest.raises(ValueError, match=r'begun by a run with command "mrgptq calibrate"; this one has "mrgptq quantize"'):
+            quantize_checkpoint(make_plan(leaf_folder, plan.out, mg.Recipe.named(recipe), tokens=1024, sequence=128), calibration_text, threads=1)
     assert contents(tmp_path / ".h.partial") == kept
     (tmp_path / "text").write_text(calibration_text, encoding="utf-8")
     command = ["calibrate", str(leaf_folder), str(plan.out), "--calibration", str(tmp_path / "text"), "--tokens", "1024", "--sequence", "128", "--threads", "1"]
@@ -105,6 +111,123 @@ def test_a_run_killed_when_all_is_done_observes_nothing_more(moment, plan, expec
         again = plan_calibration(leaf_folder, plan.out, tokens=1024, sequence=128)
         assert again.finished == (moment == "after it") and store_hessians(again, calibration_text, threads=1) == 1024
     assert [path.name for path in tmp_path.iterdir()] == ["h"] and contents(plan.out) == expected
+
+
+@pytest.mark.parametrize("removed", [2, 4, 12])
+def test_what_an_interrupted_restart_left_is_nobodys(removed, plan, expected, calibration_text, leaf_folder, tmp_path, monkeypatch):
+    """Whatever had been removed by then, its other parts are not taken for those of another text."""
+    (tmp_path / "other").write_text(calibration_text[50_000:60_000], encoding="utf-8")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mrgptq.jobs.write_index", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        store_hessians(plan, (tmp_path / "other").read_text(encoding="utf-8"), threads=1)
+    unlink, left = os.unlink, [removed]
+
+    def killed(path, *args, **kwargs):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "unlink", killed)
+        discard(plan.out)
+    assert any((tmp_path / ".h.partial" / "result").iterdir()) and not list((tmp_path / ".h.partial").glob("*ing.json"))
+    assert store_hessians(plan, calibration_text, threads=1) == 1024 and contents(plan.out) == expected
+
+
+def test_another_folder_in_the_place_of_a_finished_one_is_not_the_runs(plan, calibration_text, leaf_folder, tmp_path, monkeypatch):
+    """A filesystem may give it the inode of the one that is gone."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mrgptq.jobs.publish", lambda *arguments: (publish(*arguments), (_ for _ in ()).throw(KeyboardInterrupt)))
+        store_hessians(plan, calibration_text, threads=1)
+    finished = plan_calibration(leaf_folder, plan.out, tokens=1024, sequence=128)
+    assert finished.finished
+    os.truncate(plan.out / "00003.safetensors", 9)
+    with pytest.raises(ValueError, match=r"00003\.safetensors"):
+        store_hessians(finished, calibration_text, threads=1)
+    for path in plan.out.iterdir():
+        path.unlink()
+    (plan.out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="h exists already"):
+        plan_calibration(leaf_folder, plan.out, tokens=1024, sequence=128)
+
+
+def test_what_is_there_already_asks_for_no_room(plan, expected, calibration_text, tmp_path, monkeypatch):
+    """On a disk that held the run from the first it goes on to the end, in the middle of it and where only the index is missing."""
+    room = plan.bytes_out + plan.kept_bytes + 8192 * 17 + 4096  # the manifest
+
+    def free(path):
+        used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        return shutil._ntuple_diskusage(room, used, room - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    cut_short(plan, calibration_text, 24)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free(path).free - 2**17))
+        with pytest.raises(OSError, match=r"h needs \d+ bytes more than what is kept, but its filesystem has only"):
+            store_hessians(plan, calibration_text, threads=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mrgptq.jobs.write_index", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        store_hessians(plan, calibration_text, threads=1)
+    room -= plan.kept_bytes
+    assert store_hessians(plan, calibration_text, threads=1) == 1024 and contents(plan.out) == expected
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (lambda folder: shutil.copy(folder / "result" / "00000.safetensors", folder / "hidden.safetensors"), r"hidden\.safetensors is not what a run keeps between blocks; remove the folder"),
+        (lambda folder: (folder / "result" / "evil").symlink_to("/etc/passwd"), r"result/evil is a link; a run keeps"),
+        (lambda folder: ((folder / "lock").unlink(), os.mkfifo(folder / "lock")), r"lock is no ordinary file"),
+    ],
+    ids=["hidden", "link", "pipe"],
+)
+def test_what_no_run_keeps_is_refused(plant, words, plan, calibration_text, tmp_path):
+    cut_short(plan, calibration_text)
+    plant(tmp_path / ".h.partial")
+    with pytest.raises(ValueError, match=words):
+        store_hessians(plan, calibration_text, threads=1)
+    assert not plan.out.exists()
+
+
+def test_what_else_lies_in_the_folder_is_neither_published_nor_written(plan, expected, calibration_text, tmp_path):
+    cut_short(plan, calibration_text)
+    folder, victim = tmp_path / ".h.partial", tmp_path / "victim"
+    victim.write_text("mine")
+    (folder / "lock").unlink()
+    os.link(victim, folder / "lock")
+    (folder / "result" / "notes.txt").write_text("mine")
+    (folder / "result" / "x.tmp-1-aa").mkdir()
+    assert store_hessians(plan, calibration_text, threads=1) == 1024
+    assert contents(plan.out) == expected and victim.read_text() == "mine"
+
+
+def test_a_lock_that_was_removed_by_who_held_it_is_none(plan, calibration_text, tmp_path, monkeypatch):
+    """Between the opening of the lock and its taking another run may end: the folder is made anew."""
+    flock, opened = fcntl.flock, []
+
+    def late(file, operation):
+        if not opened:
+            opened.append(file)
+            shutil.rmtree(tmp_path / ".h.partial")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with PartialRun(plan.out, dict) as run:
+        assert run.folder.is_dir() and opened[0].closed
+        with pytest.raises(BlockingIOError, match=r"another process is writing .*h: it holds .*lock"):
+            PartialRun(plan.out, dict).__enter__()
+
+
+def test_restart_throws_nothing_away_before_all_is_well(plan, calibration_text, leaf_folder, tmp_path, capsys):
+    cut_short(plan, calibration_text)
+    kept = contents(tmp_path / ".h.partial")
+    (tmp_path / "text").write_text(calibration_text, encoding="utf-8")
+    calibrate, quantize = (["calibrate", str(leaf_folder), str(plan.out), "--restart"], ["quantize", str(leaf_folder), str(plan.out), "--restart"])
+    for command in ([*calibrate, "--calibration", str(tmp_path / "no")], [*calibrate, "--calibration", str(tmp_path / "text"), "--memory-limit", "1"], [*quantize, "--recipe", "rtn", "--memory-limit", "1"], [*quantize, "--recipe", "rtn", "--dry-run", "--ignore", ""]):
+        assert cli.main(command) == (1 if "--dry-run" not in command else cli.main(command)), command
+        assert contents(tmp_path / ".h.partial") == kept
+    assert "cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("spoil", "words"), [(lambda file: os.truncate(file, 300), r"00000\.safetensors"), (lambda file: shutil.copy(file.with_name("00001.safetensors"), file), r"00000\.safetensors is of 128 columns; .*down_proj has 384")], ids=["truncated", "another's"])

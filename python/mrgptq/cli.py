@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,8 @@ def _quantize(args: argparse.Namespace) -> None:
     if args.calibration and not needs_calibration(recipe):
         logging.getLogger("mrgptq").warning("the recipe needs no text; %s is not read", args.calibration)
     text = _read_text(args.calibration) if args.calibration else None
-    if args.restart and not args.dry_run:
-        discard(args.out)
-    plan = make_plan(
+    planned = partial(
+        make_plan,
         args.model,
         args.out,
         recipe,
@@ -104,10 +104,14 @@ def _quantize(args: argparse.Namespace) -> None:
         max_shard_bytes=args.max_shard_bytes,
         hessians=args.hessians,
     )
+    plan = planned()
     _check_memory(plan.memory_of(args.workers or 0), args.memory_limit, f" with {args.workers} workers" if args.workers else "")
     if args.dry_run:
         print(plan, recipe, plan.layer_table(), sep="\n\n")
         return
+    if args.restart:
+        discard(args.out)
+        plan = planned()  # what lies at OUT is no run's any more
     print(plan, file=sys.stderr)
     progress = _Progress()
     try:
@@ -179,11 +183,13 @@ def _executor(args: argparse.Namespace) -> Iterator[Executor | None]:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    if args.restart:
-        discard(args.out)
-    plan = plan_calibration(args.model, args.out, tokens=args.tokens, sequence=args.sequence, targets=args.targets, ignore=args.ignore)
+    planned = partial(plan_calibration, args.model, args.out, tokens=args.tokens, sequence=args.sequence, targets=args.targets, ignore=args.ignore)
+    plan = planned()
     _check_memory(plan.memory_bytes, args.memory_limit)
     text = _read_text(args.calibration)
+    if args.restart:
+        discard(args.out)
+        plan = planned()
     print(plan, file=sys.stderr)
     progress = _Progress()
     try:

@@ -36,7 +36,7 @@ def identity_of(plan: Plan | CalibrationPlan, reader: CheckpointReader, calibrat
             identity |= {"Hessian file": _files({stored.index, *(stored.file(name) for name in stored)}), "ISA level": _core.build_info()["isa"]}
     if plan.tokens:
         # torch's sums, and so everything after them, depend on its threads.
-        libraries = {name: version(name) for name in ("torch", "transformers") if find_spec(name)}
+        libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers") if find_spec(name)}
         identity["model file"] |= _files(path for path in reader.folder.glob("*tok*") if path.is_file())  # wherever a link leads
         identity |= {"CPU capability of torch": cpu_capability, "environment variable": {name: os.environ[name] for name in SUMMING if name in os.environ}}
         text = hashlib.sha256((calibration or "").encode()).hexdigest()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .checkpoint import dialect_named, save
 from .checkpoint.card import RECORD_NAME
-from .checkpoint.hessians import StoredHessians, hessian_of, hessian_tensors, write_index
+from .checkpoint.hessians import StoredHessians, hessian_of, hessian_tensors, stored_cols, write_index
 from .checkpoint.partial_run import PartialRun, write_part
 from .checkpoint.reader import CheckpointReader, read_json_object
 from .checkpoint.safetensors import SafetensorsFile
@@ -91,8 +91,8 @@ def quantize_checkpoint(
                     progress("quantise", len(noted), len(plan.shapes))
 
         kept = [group for group, part in parts.items() if part.is_file()]
-        in_the_end, done_bytes = plan.bytes_out + _small_bytes(plan, reader, side_files), sum(parts[group].stat().st_size for group in kept)
-        _expect_room(plan.out, in_the_end, in_the_end + max(plan.kept_bytes - done_bytes, 0) + (plan.moments_bytes if executor else 0))
+        left = len(kept) < len(parts)
+        _expect_room(run, plan.bytes_out + _small_bytes(plan, reader, side_files), plan.kept_bytes * left, plan.moments_bytes if executor and left else 0)
         if run.resumed:
             _log.warning("going on from %s: %d of %d layers are done", run.folder, sum(map(len, kept)), len(plan.shapes))
         for group in kept:
@@ -132,11 +132,13 @@ def _partial_run(plan: Plan | CalibrationPlan, reader: CheckpointReader, calibra
     return PartialRun(plan.out, lambda: identity_of(plan, reader, calibration, device, threads, cpu_capability))
 
 
-def _expect_room(out: Path, in_the_end: int, needed: int) -> None:
-    """Refuse now, with OSError(ENOSPC), what will not fit: so many bytes while it is made."""
-    free = shutil.disk_usage(out.absolute().parent).free
+def _expect_room(run: PartialRun, in_the_end: int, beside: int, moments: int = 0) -> None:
+    """Refuse now, with OSError(ENOSPC), what will not fit: the result, what is kept beside it while it is made, less what of the two is there, and what an executor's tasks read."""
+    parts, result = run.kept_bytes()
+    needed, free = max(in_the_end - result, 0) + max(beside - parts, 0) + moments, shutil.disk_usage(run.out.parent).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{out} needs {needed} bytes while it is made, {in_the_end} of them in the end, but its filesystem has only {free} free")
+        what = f"{needed} bytes more than what is kept" if run.resumed else f"{needed} bytes while it is made, {in_the_end} of them in the end"
+        raise OSError(errno.ENOSPC, f"{run.out} needs {what}, but its filesystem has only {free} free")
 
 
 def _small_bytes(plan: Plan, reader: CheckpointReader, side_files: Iterable[Path]) -> int:
@@ -173,6 +175,8 @@ class _Ledger:
         if not self._run.has("hidden"):
             return None
         file = SafetensorsFile(self._run.part("hidden"))
+        if not file.metadata.get("blocks", "").isdecimal():
+            raise ValueError(f"{file.path} is not what a run keeps between blocks; remove the folder to begin anew")
         return int(file.metadata["blocks"]), {name: file.tensor(name).bits for name in file.names}
 
     def keep_state(self, blocks: int, hidden: dict[str, NDArray[Any]]) -> None:
@@ -247,11 +251,12 @@ def store_hessians(plan: CalibrationPlan, calibration: str, *, device: str = "cp
     hf, inputs = _windows(plan, calibration, threads)
     with _partial_run(plan, reader, calibration, device, threads) as run:
         if plan.finished:
+            _check_widths(plan, {group: stored.file(group[0]) for stored in [StoredHessians(plan.out)] for group in stored.groups})
             return int(inputs.numel())
         files = {group: run.result() / f"{number:05d}.safetensors" for number, group in enumerate(fused_groups(plan.shapes))}
         kept = [group for group, file in files.items() if file.is_file()]
-        in_the_end = plan.bytes_out + 8192 * (len(files) + 1)  # what headers and index take, and is left of a filesystem's blocks
-        _expect_room(plan.out, in_the_end, in_the_end + plan.kept_bytes - sum(files[group].stat().st_size for group in kept))
+        small = 8192 * (len(files) + 1)  # what headers and index take, and is left of a filesystem's blocks
+        _expect_room(run, plan.bytes_out + small, plan.kept_bytes * (len(kept) < len(files)))
         if run.resumed:
             _log.warning("going on from %s: the Hessians of %d of %d layers are done", run.folder, sum(map(len, kept)), len(plan.shapes))
         if len(kept) < len(files):
@@ -259,14 +264,18 @@ def store_hessians(plan: CalibrationPlan, calibration: str, *, device: str = "cp
             report = partial(progress, "calibrate") if progress else None
             for group, hessian in hf.observe_hessians(model, inputs, list(plan.shapes), batch_windows=BATCH_WINDOWS, threads=threads, progress=report, ledger=_Ledger(run), source=source):
                 write_part(files[group], hessian_tensors(hessian))
+        _check_widths(plan, files)
         building = run.assemble(files.values(), begun=True)
         write_index(building, {name: file.name for group, file in files.items() for name in group})
-        stored = StoredHessians(building)
-        for name, (_, cols) in plan.shapes.items():
-            if stored.cols(name) != cols:
-                raise ValueError(f"{stored.file(name)} is of {stored.cols(name)} columns; {name} has {cols}")
         publish(building, plan.out)
     return int(inputs.numel())
+
+
+def _check_widths(plan: CalibrationPlan, files: Mapping[tuple[str, ...], Path]) -> None:
+    """ValueError where a file holds no Hessian, or one of another width, by name."""
+    for group, file in files.items():
+        if (cols := stored_cols(file)) != (width := plan.shapes[group[0]][1]):
+            raise ValueError(f"{file} is of {cols} columns; {group[0]} has {width}")
 
 
 def _windows(plan: Plan | CalibrationPlan, text: str, threads: int | None) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checkpoint import Scheme, check_layer, dialect_named
 from .checkpoint.card import RECORD_NAME
-from .checkpoint.hessians import StoredHessians, check_new
+from .checkpoint.hessians import INDEX_NAME, StoredHessians, check_new
 from .checkpoint.partial_run import is_finished
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.safetensors import shown
@@ -191,7 +191,7 @@ def make_plan(
     FileExistsError : ``out`` exists. FileNotFoundError : ``model`` does not.
     """
     out = Path(out)
-    finished = is_finished(out)
+    finished = is_finished(out, RECORD_NAME)
     if os.path.lexists(out) and not finished:
         whole = ", a whole checkpoint that a run ended with" if (out / RECORD_NAME).is_file() else ""
         raise FileExistsError(f"{out} exists already{whole}; it is never overwritten: name another folder or remove it first")
@@ -240,7 +240,7 @@ def plan_calibration(
 ) -> CalibrationPlan:
     """Check at the door whether a text can pass through ``model`` for Hessians in ``out``, and say what that takes; reads headers only. Raises what :func:`make_plan` raises of both."""
     out = Path(out)
-    if not (finished := is_finished(out)):
+    if not (finished := is_finished(out, INDEX_NAME)):
         check_new(out)
     reader, shapes = original_layers(model, targets, ignore)
     tokens, model_bytes = _whole_windows(tokens, sequence), _float32_bytes(reader, reader.names)

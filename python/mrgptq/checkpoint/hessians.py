@@ -22,7 +22,7 @@ from .reader import read_json_object, refuse_outside
 from .safetensors import SafetensorsFile, new_file, shown, write_file, writing
 from .writer import publish, refuse_existing
 
-_INDEX = "hessians.json"
+INDEX_NAME = "hessians.json"
 
 
 class StoredHessians(Mapping[str, Hessian]):
@@ -37,9 +37,9 @@ class StoredHessians(Mapping[str, Hessian]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.index = index = self.path / _INDEX
+        self.index = index = self.path / INDEX_NAME
         if not index.is_file():
-            raise FileNotFoundError(f"{path} holds no Hessians: there is no {_INDEX} in it")
+            raise FileNotFoundError(f"{path} holds no Hessians: there is no {INDEX_NAME} in it")
         refuse_outside(index, self.path)
         files = read_json_object(index).get("hessians")
         if not isinstance(files, dict) or not files:
@@ -66,9 +66,7 @@ class StoredHessians(Mapping[str, Hessian]):
 
     def cols(self, module: str) -> int:
         """Number of columns, from the file's header."""
-        file = SafetensorsFile(self.file(module))
-        _check(file, "")
-        return file.shape("panel")[1]
+        return stored_cols(self.file(module))
 
     def same(self, module: str, other: str) -> bool:
         """Whether two modules have one Hessian, in one file or in two that are equal."""
@@ -151,6 +149,13 @@ def check_new(path: Path) -> None:
         raise PermissionError(f"{path} cannot be made: the folder {path.parent} is not writable")
 
 
+def stored_cols(path: Path) -> int:
+    """Number of columns of a stored Hessian, from its header; ValueError names the file where it is none."""
+    file = SafetensorsFile(path)
+    _check(file, "")
+    return file.shape("panel")[1]
+
+
 def hessian_tensors(hessian: Hessian) -> dict[str, NDArray[Any]]:
     """What is stored of a Hessian: the triangle of its sum, the panel under way and the number of tokens."""
     triangle, panel, tokens = hessian.state()
@@ -191,8 +196,8 @@ def write_groups(path: str | os.PathLike[str], groups: Iterable[tuple[tuple[str,
 
 def write_index(folder: Path, files: Mapping[str, str]) -> None:
     """Say in which file of a folder each module's Hessian lies; one that is there already is replaced."""
-    (folder / _INDEX).unlink(missing_ok=True)
-    with new_file(folder / _INDEX) as file:
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+    with new_file(folder / INDEX_NAME) as file:
         file.write((json.dumps({"hessians": dict(files)}, indent=2, ensure_ascii=False) + "\n").encode())
 
 

@@ -7,9 +7,12 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from numpy.typing import ArrayLike
 
@@ -59,17 +62,20 @@ class PartialRun:
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is no folder; a run to {self.out.name} keeps there what is done: move it away")
         _refuse_links(self.folder)
-        with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
-            self._lock = _open_lock(self.folder)
         try:
-            _take(self._lock, self.out)
+            self._lock = _locked(self.folder, self.out, make=True)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                self._remove_if_empty()
+            raise
+        try:
             manifest = self.folder / _MANIFEST
             begun = [path for path in (manifest, self.folder / _ASSEMBLING) if path.is_file()]
             if begun:
                 self._compare(read_json_object(begun[0]))
                 self.resumed = True
             else:
+                _clear(self.folder)  # what has no manifest is what somebody began to remove
                 with new_file(temporary(manifest)) as file:
                     file.write((json.dumps(self._identity, indent=1, ensure_ascii=False) + "\n").encode())
                     name = file.name
@@ -78,9 +84,8 @@ class PartialRun:
                 sync_folder(self.folder.parent)
             self._sweep("*.tmp-*")
             self._sweep(f"*{_SCRATCH}")
-        except BaseException as error:
-            if not isinstance(error, BlockingIOError):
-                self._remove_if_empty()
+        except BaseException:
+            self._remove_if_empty()
             self._lock.close()
             raise
         return self
@@ -123,19 +128,16 @@ class PartialRun:
         return self.part(name).is_file()
 
     def assemble(self, keep: Iterable[Path], *, begun: bool = False) -> Path:
-        """All parts are done, and those to ``keep`` are all that is needed of them: the folder to make the result in, which then gets its name; empty, or where the result was ``begun`` in :meth:`result` with what is whole there.
+        """All parts are done, and those to ``keep`` are all that is needed of them: the folder to make the result in, which then gets its name; empty, or where the result was ``begun`` in :meth:`result` with those of its files.
 
         Raises ValueError where what the run depends on has changed since it began: parts may be of the one and of the other.
         """
         if difference := first_difference(self._identity, self._identity_now()):
             what, was, now = difference
             raise ValueError(f"{what} has changed from {was} to {now} while the run was at work; its layers may be of either")
-        if begun:
-            for left in self.result().glob("*.tmp-*"):
-                left.unlink()
-        else:
-            shutil.rmtree(self.folder / _BUILDING, ignore_errors=True)
+        keep = set(keep)
         building = self.result()
+        _clear(building, keep)
         unfinished = temporary(self.folder / _BUILT)
         with new_file(unfinished) as file:
             file.write(json.dumps(_place(building)).encode())
@@ -143,9 +145,14 @@ class PartialRun:
         if (self.folder / _MANIFEST).is_file():
             os.replace(self.folder / _MANIFEST, self.folder / _ASSEMBLING)
         sync_folder(self.folder)
-        for path in set(self.folder.glob("*.safetensors")) - set(keep):
+        for path in set(self.folder.glob("*.safetensors")) - keep:
             path.unlink()
         return building
+
+    def kept_bytes(self) -> tuple[int, int]:
+        """What lies there: parts beside the result, and what there is of that."""
+        parts, result = (sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) for folder in (self.folder, self.folder / _BUILDING))
+        return parts, result
 
     def _compare(self, begun: dict[str, Any]) -> None:
         difference = first_difference(begun, self._identity)
@@ -179,22 +186,26 @@ def folder_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def is_finished(out: Path) -> bool:
-    """Whether ``out`` was written whole by a run that was cut short before it could say so: it is the very folder that the run had built."""
+def is_finished(out: Path, sign: str = "") -> bool:
+    """Whether ``out`` was written whole by a run that was cut short before it could say so: it has the place on the disk of the folder that the run had built, and in it a file ``sign``, for a later folder may get the place of one that is gone."""
+    if not out.is_dir() or not (out / sign).exists() or not out.absolute().name:
+        return False
     folder = folder_of(out.absolute())
-    if not out.is_dir() or folder.is_symlink() or not all((folder / name).is_file() for name in (_ASSEMBLING, _BUILT)) or (folder / _BUILDING).exists():
+    if folder.is_symlink() or not all((folder / name).is_file() for name in (_ASSEMBLING, _BUILT)) or (folder / _BUILDING).exists():
         return False
     return read_json_object(folder / _BUILT) == _place(out)
 
 
 def discard(out: Path) -> None:
     """Throw away what a run to ``out`` left unfinished; BlockingIOError where one is at work."""
-    folder = folder_of(out.absolute())
+    out = out.absolute()
+    folder = folder_of(out)
     if not folder.is_dir():
         return
     _refuse_links(folder)
-    with _open_lock(folder) as lock:
-        _take(lock, out)
+    with _locked(folder, out):
+        for name in (_MANIFEST, _ASSEMBLING):  # first: without them the rest is nobody's, wherever this is cut short
+            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
@@ -204,25 +215,52 @@ def _place(folder: Path) -> dict[str, int]:
 
 
 def _refuse_links(folder: Path) -> None:
-    """ValueError for what leads out of the folder: a run would write, or clear, what lies there."""
-    for path in (folder, *(folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ())):
+    """ValueError for what leads out of the folder: a run would write, or clear, what lies there, or publish it."""
+    inside = [path for each in (folder, folder / _BUILDING) if each.is_dir() and not each.is_symlink() for path in each.iterdir()]
+    for path in (folder, *inside):
         if path.is_symlink():
             raise ValueError(f"{path} is a link; a run keeps what is done in a folder and files of its own: remove it")
 
 
-def _open_lock(folder: Path) -> IO[str]:
-    return open(folder / _LOCK, "w", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
+def _clear(folder: Path, keep: Iterable[Path] = ()) -> None:
+    """Remove what is in a folder, but for its lock and what is to be kept."""
+    for path in set(folder.iterdir()) - {folder / _LOCK, *keep}:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
-def _take(lock: IO[str], out: Path) -> None:
+def _locked(folder: Path, out: Path, *, make: bool = False) -> FileIO:
+    """The folder's lock, held until it is closed; with ``make`` the folder too. BlockingIOError where another process holds it."""
+    while True:
+        with writing(folder):
+            if make:
+                folder.mkdir(exist_ok=True)
+            # Not truncated, nor waited for: whatever somebody put there is left as it is.
+            lock = open(folder / _LOCK, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+        try:
+            if not stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
+                raise ValueError(f"{folder / _LOCK} is no ordinary file, as a run's lock is: remove it")
+            _take(lock, out)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / _LOCK)):
+                    return lock
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()  # who held it has removed it meanwhile, and another may have made it anew
+
+
+def _take(lock: FileIO, out: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BlockingIOError(f"another process is writing {out}: it holds {lock.name}") from None
+        raise BlockingIOError(f"another process is writing {out}: it holds {folder_of(out) / _LOCK}") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        _log.warning("the filesystem of %s has no locks (%s): nothing but you keeps a second run from writing %s at once", lock.name, error.strerror, out)
+        _log.warning("the filesystem of %s has no locks (%s): nothing but you keeps a second run from writing %s at once", folder_of(out), error.strerror, out)
 
 
 def temporary(path: Path) -> Path:
@@ -244,9 +282,9 @@ def write_part(path: Path, tensors: Mapping[str, ArrayLike | StoredTensor], meta
 
 
 def first_difference(a: Any, b: Any, where: str = "") -> tuple[str, str, str] | None:
-    """(place, value in a, value in b) of the first difference of two JSON values; None where there is none."""
+    """(place, value in a, value in b) of the first difference of two JSON values, in the order of b; None where there is none."""
     if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(a.keys() | b.keys()):
+        for key in [*b, *(key for key in a if key not in b)]:
             if found := first_difference(a.get(key), b.get(key), f"{where}.{key}" if where else key):
                 return found
         return None

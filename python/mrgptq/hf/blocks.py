@@ -137,9 +137,11 @@ def go_on(ledger: Ledger | None, **hidden: list[torch.Tensor]) -> int:
     if ledger is None or (state := ledger.state()) is None:
         return 0
     done, kept = state
-    for name, batches in hidden.items():
-        for i, batch in enumerate(batches):
-            batch.copy_(torch.from_numpy(np.array(kept[f"{name}.{i}"])))
+    batches = {f"{name}.{i}": batch for name, each in hidden.items() for i, batch in enumerate(each)}
+    if {name: tuple(batch.shape) for name, batch in batches.items()} != {name: values.shape for name, values in kept.items()}:
+        raise ValueError("what was kept between blocks is of other hidden states than these; remove the folder to begin anew")
+    for name, batch in batches.items():
+        batch.copy_(torch.from_numpy(np.array(kept[name])))
     return done
 
 
