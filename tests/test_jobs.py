@@ -303,3 +303,15 @@ def test_a_backward_pass_through_a_large_vocabulary_is_in_the_expected_memory(fo
     logits = 7 * 256 * 1_000_000 * 4
     assert 0.95 * logits < weighed.memory_bytes - alike.memory_bytes < 1.05 * logits
     assert "1 backward pass through the model" in repr(weighed) and "pass through" not in repr(alike)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size"])
+def test_a_size_that_config_json_leaves_open_is_taken_from_the_layers(key, leaf_folder, tmp_path):
+    """As null, like one that is missing."""
+    for name, value in (("null", None), ("missing", ...)):
+        shutil.copytree(leaf_folder, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config = {other: each for other, each in config.items() if other != key} | ({} if value is ... else {key: value})
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    null, missing = (make_plan(tmp_path / name, tmp_path / "out", mg.Recipe.named("best"), tokens=256, sequence=64).memory_bytes for name in ("null", "missing"))
+    assert null == missing > 0

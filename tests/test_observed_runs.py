@@ -6,13 +6,16 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 
 from folders import contents
+from interrupted import stop_at
 
 import mrgptq as mg
-from mrgptq import cli, hf
-from mrgptq.checkpoint.partial_run import PartialRun, discard
+from mrgptq import cli, hf, jobs
+from mrgptq.checkpoint.partial_run import PartialRun, discard, write_part
+from mrgptq.checkpoint.reader import CheckpointReader
 from mrgptq.checkpoint.writer import publish
 from mrgptq.jobs import quantize_checkpoint, store_hessians
 from mrgptq.plan import make_plan, plan_calibration
@@ -57,11 +60,11 @@ def test_it_goes_on_from_the_block_it_was_at(streamed, layers, kept, told, plan,
     assert interrupt.__notes__ == [f"what is done is kept in {tmp_path / '.h.partial'}: the same command goes on from there"]
     assert [path.name for path in tmp_path.iterdir()] == [".h.partial"]
     (tmp_path / ".h.partial" / "result" / "00001.safetensors.tmp-1-aa").write_bytes(b"half of it")
-    seen, passed = [], []
+    unfinished, seen, passed = [], [], []
     run_block = hf.blocks.run_block
-    monkeypatch.setattr("mrgptq.hf.blocks.run_block", lambda block, *args: (passed.append(id(block)), run_block(block, *args))[1])
+    monkeypatch.setattr("mrgptq.hf.blocks.run_block", lambda block, *args: (passed.append(id(block)), unfinished.extend(tmp_path.rglob("*.tmp-*")), run_block(block, *args))[2])
     assert store_hessians(plan, calibration_text, threads=1, progress=lambda *state: seen.append(state)) == 1024
-    assert [done for _, done, _ in seen] == told and len(set(passed)) == len(told) // 4
+    assert [done for _, done, _ in seen] == told and len(set(passed)) == len(told) // 4 and not unfinished
     assert "going on from" in caplog.text and f"the Hessians of {kept} of 28 layers are done" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["h"] and contents(plan.out) == expected
     with pytest.raises(FileExistsError, match="h exists already"):
@@ -120,18 +123,18 @@ def test_what_an_interrupted_restart_left_is_nobodys(removed, plan, expected, ca
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("mrgptq.jobs.write_index", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         store_hessians(plan, (tmp_path / "other").read_text(encoding="utf-8"), threads=1)
-    unlink, left = os.unlink, [removed]
+    unlink, seen = os.unlink, []
 
     def killed(path, *args, **kwargs):
-        if not left[0]:
+        if len(seen) == removed:
             raise KeyboardInterrupt
-        left[0] -= 1
+        seen.append(os.path.basename(path))
         unlink(path, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "unlink", killed)
         discard(plan.out)
-    assert any((tmp_path / ".h.partial" / "result").iterdir()) and not list((tmp_path / ".h.partial").glob("*ing.json"))
+    assert seen[:2] == ["manifest.json", "assembling.json"] and any((tmp_path / ".h.partial" / "result").iterdir())
     assert store_hessians(plan, calibration_text, threads=1) == 1024 and contents(plan.out) == expected
 
 
@@ -173,14 +176,31 @@ def test_what_is_there_already_asks_for_no_room(plan, expected, calibration_text
     assert store_hessians(plan, calibration_text, threads=1) == 1024 and contents(plan.out) == expected
 
 
+def test_a_run_whose_layers_are_done_asks_for_the_checkpoints_room_alone(leaf_folder, calibration_text, tmp_path, monkeypatch):
+    """Nothing more is kept between blocks then."""
+    plan = make_plan(leaf_folder, tmp_path / "out", mg.Recipe.named("gptq"), tokens=1024, sequence=128)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(plan, calibration_text, threads=1, progress=stop_at(28))
+    reader = CheckpointReader(leaf_folder)
+    needed = plan.bytes_out + jobs._small_bytes(plan, reader, reader.side_files())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, needed - 1))
+    with pytest.raises(OSError, match=rf"out needs {needed} bytes more than what is kept, but its filesystem has only {needed - 1} free"):
+        quantize_checkpoint(plan, calibration_text, threads=1)
+    needed += 1
+    assert len(quantize_checkpoint(plan, calibration_text, threads=1)) == 28
+
+
 @pytest.mark.parametrize(
     ("plant", "words"),
     [
         (lambda folder: shutil.copy(folder / "result" / "00000.safetensors", folder / "hidden.safetensors"), r"hidden\.safetensors is not what a run keeps between blocks; remove the folder"),
+        (lambda folder: write_part(folder / "hidden.safetensors", {"hidden.0": np.zeros((8, 128, 64), np.float32)}, {"blocks": "2"}), r"what was kept between blocks is of other hidden states than these; remove the folder"),
+        (lambda folder: write_part(folder / "hidden.safetensors", {"hidden.0": np.zeros((8, 128, 128), np.float16)}, {"blocks": "2"}), r"what was kept between blocks is of other hidden states than these; remove the folder"),
+        (lambda folder: write_part(folder / "hidden.safetensors", {"hidden.0": np.zeros((8, 128, 128), np.float32)}, {"blocks": "-1"}), r"hidden\.safetensors is not what a run keeps between blocks"),
         (lambda folder: (folder / "result" / "evil").symlink_to("/etc/passwd"), r"result/evil is a link; a run keeps"),
         (lambda folder: ((folder / "lock").unlink(), os.mkfifo(folder / "lock")), r"lock is no ordinary file"),
     ],
-    ids=["hidden", "link", "pipe"],
+    ids=["another part", "other hidden states", "other numbers", "no number", "link", "pipe"],
 )
 def test_what_no_run_keeps_is_refused(plant, words, plan, calibration_text, tmp_path):
     cut_short(plan, calibration_text)
@@ -200,6 +220,24 @@ def test_what_else_lies_in_the_folder_is_neither_published_nor_written(plan, exp
     (folder / "result" / "x.tmp-1-aa").mkdir()
     assert store_hessians(plan, calibration_text, threads=1) == 1024
     assert contents(plan.out) == expected and victim.read_text() == "mine"
+
+
+def test_what_another_run_wrote_meanwhile_is_told_before_the_text_is_passed(plan, expected, calibration_text, leaf_folder, tmp_path, monkeypatch):
+    """Both were planned when nothing was there."""
+    store_hessians(plan, calibration_text, threads=1)
+    monkeypatch.setattr("mrgptq.jobs._windows", None)
+    with pytest.raises(FileExistsError, match="h exists already and is not overwritten") as refusal:
+        store_hessians(plan, calibration_text, threads=1)
+    assert not hasattr(refusal.value, "__notes__") and [path.name for path in tmp_path.iterdir()] == ["h"] and contents(plan.out) == expected
+
+
+def test_a_tokenizer_that_changes_while_it_is_read_is_told(leaf_folder, calibration_text, tmp_path, monkeypatch):
+    model, windows = tmp_path / "model", jobs._windows
+    shutil.copytree(leaf_folder, model)
+    monkeypatch.setattr("mrgptq.jobs._windows", lambda *arguments: (windows(*arguments), os.utime(model / "tokenizer.json", (1, 1)))[0])
+    with pytest.raises(ValueError, match=r"model file\.tokenizer\.json has changed from .* while the run was at work"):
+        store_hessians(plan_calibration(model, tmp_path / "h", tokens=256, sequence=64), calibration_text, threads=1)
+    assert not (tmp_path / "h").exists()
 
 
 def test_a_lock_that_was_removed_by_who_held_it_is_none(plan, calibration_text, tmp_path, monkeypatch):

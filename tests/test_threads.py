@@ -136,10 +136,10 @@ def test_two_python_threads_quantise_two_layers_side_by_side(no_forced_switches,
     together = threading.Barrier(2)
 
     def work(weight):
-        for _ in range(200):
-            together.wait()
+        for _ in range(2000):  # on one busy core most are too short to meet
+            together.wait(timeout=60)
             expected.append((weight[0, 0], mg.quantize_layer(weight, None, recipe, factor=FACTOR, threads=1).codes))
-            together.wait()
+            together.wait(timeout=60)
             if most[0] == 2:
                 return
 

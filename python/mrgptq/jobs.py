@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
@@ -165,6 +166,13 @@ def _hand_over(
     run_tasks(tasks(), executor, done)
 
 
+def _number(file: SafetensorsFile, what: str) -> int:
+    """What a file that is kept between blocks says it is of."""
+    if not re.fullmatch("[0-9]{1,9}", file.metadata.get(what, "")):
+        raise ValueError(f"{file.path} is not what a run keeps between blocks; remove the folder to begin anew")
+    return int(file.metadata[what])
+
+
 class _Ledger:
     """What a run with a text keeps beside what it is for: the inputs of the next block."""
 
@@ -175,9 +183,7 @@ class _Ledger:
         if not self._run.has("hidden"):
             return None
         file = SafetensorsFile(self._run.part("hidden"))
-        if not file.metadata.get("blocks", "").isdecimal():
-            raise ValueError(f"{file.path} is not what a run keeps between blocks; remove the folder to begin anew")
-        return int(file.metadata["blocks"]), {name: file.tensor(name).bits for name in file.names}
+        return _number(file, "blocks"), {name: file.tensor(name).bits for name in file.names}
 
     def keep_state(self, blocks: int, hidden: dict[str, NDArray[Any]]) -> None:
         write_part(self._run.part("hidden"), hidden, {"blocks": str(blocks)})
@@ -199,7 +205,7 @@ class _QuantizedLedger(_Ledger):
         if not self._run.has("outputs"):
             return None
         file = SafetensorsFile(self._run.part("outputs"))
-        if int(file.metadata["first block"]) != first_block:
+        if _number(file, "first block") != first_block:
             return None
         return {name.removesuffix(".tokens"): hessian_of(file, name.removesuffix("tokens")) for name in file.names if name.endswith(".tokens")}
 
@@ -248,8 +254,8 @@ def store_hessians(plan: CalibrationPlan, calibration: str, *, device: str = "cp
     ``device``, ``threads``: as in :func:`quantize_checkpoint`. ``progress``: called as progress("calibrate", layers done, layers). Raises what that raises, and what ``hf.observe_hessians`` does.
     """
     reader = CheckpointReader(plan.model)
-    hf, inputs = _windows(plan, calibration, threads)
     with _partial_run(plan, reader, calibration, device, threads) as run:
+        hf, inputs = _windows(plan, calibration, threads)
         if plan.finished:
             _check_widths(plan, {group: stored.file(group[0]) for stored in [StoredHessians(plan.out)] for group in stored.groups})
             return int(inputs.numel())

@@ -322,7 +322,7 @@ def _calibrating_memory(reader: CheckpointReader, shapes: Mapping[str, tuple[int
         sizes = [sum(8 * rows**2 for rows, _ in block.values()) for block in blocks]
         moments = max(sum(sizes[index] for index in shared) for shared in _backward_passes(shapes)) + 5 * 8 * max(rows for rows, _ in shapes.values()) ** 2
         # A linear layer leaves its input and its output; measured, a softmax over the vocabulary and its gradient hold seven copies of the logits.
-        logits = 7 * reader.config.get("vocab_size", 0)
+        logits = 7 * (reader.config.get("vocab_size") or 0)
         if streamed:  # the blocks' inputs, and the gradients of one, of as many windows as go at once
             window = sequence * hidden_size * 4 * (len(blocks) + 2)
             backward = sequence * 4 * (2 * max(sum(sum(shape) for shape in block.values()) for block in blocks) + logits) + window * max(1, min(tokens // sequence, HELD_BYTES // window))
@@ -359,7 +359,7 @@ def _moments_bytes(block: Mapping[str, tuple[int, int]], recipe: Recipe, hidden_
 
 
 def _hidden_size(reader: CheckpointReader, shapes: Mapping[str, tuple[int, int]]) -> int:
-    return reader.config.get("hidden_size", min(cols for _, cols in shapes.values()))
+    return reader.config.get("hidden_size") or min(cols for _, cols in shapes.values())
 
 
 def _float32_bytes(reader: CheckpointReader, names: Iterable[str]) -> int:

@@ -20,7 +20,7 @@ from ..display import sentence
 from .reader import read_json_object
 from .safetensors import new_file, write_file, writing
 from .stored_tensor import StoredTensor
-from .writer import sync_folder
+from .writer import refuse_existing, sync_folder
 
 _log = logging.getLogger("mrgptq")
 
@@ -83,7 +83,10 @@ class PartialRun:
                 sync_folder(self.folder)
                 sync_folder(self.folder.parent)
             self._sweep("*.tmp-*")
+            self._sweep(f"{_BUILDING}/*.tmp-*")
             self._sweep(f"*{_SCRATCH}")
+            if not is_finished(self.out):
+                refuse_existing(self.out)  # as what another run wrote since this one was planned
         except BaseException:
             self._remove_if_empty()
             self._lock.close()
@@ -173,7 +176,7 @@ class PartialRun:
 
     def _sweep(self, pattern: str) -> None:
         for left in self.folder.glob(pattern):
-            left.unlink(missing_ok=True)
+            _remove(left)
 
     def _remove_if_empty(self) -> None:
         """Unless it is a mark of what lies at OUT."""
@@ -225,10 +228,14 @@ def _refuse_links(folder: Path) -> None:
 def _clear(folder: Path, keep: Iterable[Path] = ()) -> None:
     """Remove what is in a folder, but for its lock and what is to be kept."""
     for path in set(folder.iterdir()) - {folder / _LOCK, *keep}:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _locked(folder: Path, out: Path, *, make: bool = False) -> FileIO:

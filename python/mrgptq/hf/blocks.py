@@ -138,7 +138,7 @@ def go_on(ledger: Ledger | None, **hidden: list[torch.Tensor]) -> int:
         return 0
     done, kept = state
     batches = {f"{name}.{i}": batch for name, each in hidden.items() for i, batch in enumerate(each)}
-    if {name: tuple(batch.shape) for name, batch in batches.items()} != {name: values.shape for name, values in kept.items()}:
+    if {name: (tuple(batch.shape), batch.dtype) for name, batch in batches.items()} != {name: (values.shape, torch.from_numpy(np.empty(0, values.dtype)).dtype) for name, values in kept.items()}:
         raise ValueError("what was kept between blocks is of other hidden states than these; remove the folder to begin anew")
     for name, batch in batches.items():
         batch.copy_(torch.from_numpy(np.array(kept[name])))
