@@ -23,6 +23,7 @@ SUMMING = (
 
 def identity_of(plan: Plan | CalibrationPlan, reader: CheckpointReader, calibration: str | None, device: str, threads: int | None, cpu_capability: str | None) -> dict[str, Any]:
     """All that the bytes of a run depend on, JSON values by what they are of. ``cpu_capability``: torch's, None for a run without a text. Files are told by their size and the time they were changed: to read them all could take as long as the run."""
+    isa = _core.build_info()["isa"]
     identity: dict[str, Any] = {
         "command": "mrgptq quantize" if isinstance(plan, Plan) else "mrgptq calibrate",
         "mrgptq version": version("mrgptq"),
@@ -33,14 +34,14 @@ def identity_of(plan: Plan | CalibrationPlan, reader: CheckpointReader, calibrat
         identity |= {"recipe": plan.recipe.as_dict(), "dialect": plan.dialect, "max_shard_bytes": plan.max_shard_bytes}
         if plan.hessians:
             stored = StoredHessians(plan.hessians)
-            identity |= {"Hessian file": _files({stored.index, *(stored.file(name) for name in stored)}), "ISA level": _core.build_info()["isa"]}
+            identity |= {"Hessian file": _files({stored.index, *(stored.file(name) for name in stored)}), "ISA level": isa}
     if plan.tokens:
         # torch's sums, and so everything after them, depend on its threads.
         libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers") if find_spec(name)}
         identity["model file"] |= _files(path for path in reader.folder.glob("*tok*") if path.is_file())  # wherever a link leads
         identity |= {"CPU capability of torch": cpu_capability, "environment variable": {name: os.environ[name] for name in SUMMING if name in os.environ}}
         text = hashlib.sha256((calibration or "").encode()).hexdigest()
-        identity |= {"tokens": plan.tokens, "sequence": plan.sequence, "SHA-256 of the calibration text": text, "library version": libraries, "threads": as_threads(threads), "device": device, "ISA level": _core.build_info()["isa"]}
+        identity |= {"tokens": plan.tokens, "sequence": plan.sequence, "SHA-256 of the calibration text": text, "library version": libraries, "threads": as_threads(threads), "device": device, "ISA level": isa}
     return identity
 
 

@@ -93,7 +93,7 @@ def quantize_checkpoint(
 
         kept = [group for group, part in parts.items() if part.is_file()]
         left = len(kept) < len(parts)
-        _expect_room(run, plan.bytes_out + _small_bytes(plan, reader, side_files), plan.kept_bytes * left, plan.moments_bytes if executor and left else 0)
+        _expect_room(run, plan.bytes_out + _small_bytes(plan, reader, side_files), plan.kept_bytes if left else 0, plan.moments_bytes if executor and left else 0)
         if run.resumed:
             _log.warning("going on from %s: %d of %d layers are done", run.folder, sum(map(len, kept)), len(plan.shapes))
         for group in kept:
@@ -135,7 +135,7 @@ def _partial_run(plan: Plan | CalibrationPlan, reader: CheckpointReader, calibra
 
 def _expect_room(run: PartialRun, in_the_end: int, beside: int, moments: int = 0) -> None:
     """Refuse now, with OSError(ENOSPC), what will not fit: the result, what is kept beside it while it is made, less what of the two is there, and what an executor's tasks read."""
-    parts, result = run.kept_bytes()
+    parts, result = run.bytes_there()
     needed, free = max(in_the_end - result, 0) + max(beside - parts, 0) + moments, shutil.disk_usage(run.out.parent).free
     if free < needed:
         what = f"{needed} bytes more than what is kept" if run.resumed else f"{needed} bytes while it is made, {in_the_end} of them in the end"
@@ -166,7 +166,7 @@ def _hand_over(
     run_tasks(tasks(), executor, done)
 
 
-def _number(file: SafetensorsFile, what: str) -> int:
+def _block_number(file: SafetensorsFile, what: str) -> int:
     """What a file that is kept between blocks says it is of."""
     if not re.fullmatch("[0-9]{1,9}", file.metadata.get(what, "")):
         raise ValueError(f"{file.path} is not what a run keeps between blocks; remove the folder to begin anew")
@@ -183,7 +183,7 @@ class _Ledger:
         if not self._run.has("hidden"):
             return None
         file = SafetensorsFile(self._run.part("hidden"))
-        return _number(file, "blocks"), {name: file.tensor(name).bits for name in file.names}
+        return _block_number(file, "blocks"), {name: file.tensor(name).bits for name in file.names}
 
     def keep_state(self, blocks: int, hidden: dict[str, NDArray[Any]]) -> None:
         write_part(self._run.part("hidden"), hidden, {"blocks": str(blocks)})
@@ -205,7 +205,7 @@ class _QuantizedLedger(_Ledger):
         if not self._run.has("outputs"):
             return None
         file = SafetensorsFile(self._run.part("outputs"))
-        if _number(file, "first block") != first_block:
+        if _block_number(file, "first block") != first_block:
             return None
         return {name.removesuffix(".tokens"): hessian_of(file, name.removesuffix("tokens")) for name in file.names if name.endswith(".tokens")}
 
@@ -257,12 +257,13 @@ def store_hessians(plan: CalibrationPlan, calibration: str, *, device: str = "cp
     with _partial_run(plan, reader, calibration, device, threads) as run:
         hf, inputs = _windows(plan, calibration, threads)
         if plan.finished:
-            _check_widths(plan, {group: stored.file(group[0]) for stored in [StoredHessians(plan.out)] for group in stored.groups})
+            stored = StoredHessians(plan.out)
+            _check_widths(plan, {group: stored.file(group[0]) for group in stored.groups})
             return int(inputs.numel())
         files = {group: run.result() / f"{number:05d}.safetensors" for number, group in enumerate(fused_groups(plan.shapes))}
         kept = [group for group, file in files.items() if file.is_file()]
         small = 8192 * (len(files) + 1)  # what headers and index take, and is left of a filesystem's blocks
-        _expect_room(run, plan.bytes_out + small, plan.kept_bytes * (len(kept) < len(files)))
+        _expect_room(run, plan.bytes_out + small, plan.kept_bytes if len(kept) < len(files) else 0)
         if run.resumed:
             _log.warning("going on from %s: the Hessians of %d of %d layers are done", run.folder, sum(map(len, kept)), len(plan.shapes))
         if len(kept) < len(files):

@@ -152,8 +152,8 @@ class PartialRun:
             path.unlink()
         return building
 
-    def kept_bytes(self) -> tuple[int, int]:
-        """What lies there: parts beside the result, and what there is of that."""
+    def bytes_there(self) -> tuple[int, int]:
+        """What lies on the disk: parts beside the result, and what there is of that."""
         parts, result = (sum(path.stat().st_size for path in folder.glob("*") if path.is_file()) for folder in (self.folder, self.folder / _BUILDING))
         return parts, result
 
